@@ -1,0 +1,41 @@
+# Prism: `make setup`, `make demo`, `make test`, `make lint`.
+PYTHON ?= python3.11
+PROFILE ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+PARTS := libs/common libs/scheduling libs/cli services/gateway services/global_scheduler services/gpu_worker services/model_store
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: setup demo test lint format clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements/$(PROFILE).lock $(PARTS:%=%/pyproject.toml) Makefile
+	@echo "== environment in $(VENV) ($(PROFILE) profile)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "== packages (about 5 GB the first time)"
+	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/$(PROFILE).lock
+	@echo "== prism itself"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(PARTS:%=-e %)
+	@touch $@
+	@echo "== ready: $(BIN)/prism --help"
+
+demo: setup
+	@$(BIN)/prism demo
+
+test: setup
+	@$(BIN)/python -m pytest tests
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

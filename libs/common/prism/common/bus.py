@@ -1,0 +1,205 @@
+"""The NATS connection of one service: typed publish, request and subscribe, KV buckets, micro service.
+
+Handlers run as tracked tasks, because callbacks of one nats-py subscription run one after the other and a
+slow one would hold up all others. Everything started here ends when the `async with` ends.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js import JetStreamContext
+from nats.js.api import KeyValueConfig, ObjectStoreConfig, StorageType
+from nats.js.kv import KeyValue
+from nats.js.object_store import ObjectStore
+
+from prism.common import subjects
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.events import Event
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Handler = Callable[[Msg], Awaitable[None]]
+
+LEADER_TTL_S = 2.4
+CONNECT_DEADLINE_S = 30.0
+DRAIN_DEADLINE_S = 10.0
+PENDING_MESSAGES = 1_048_576
+PENDING_BYTES = 512 * 1024 * 1024
+
+
+class Bus:
+    """A connected client. Made by `connect_bus`; holds no state of its own beyond the handlers' tasks."""
+
+    def __init__(self, client: Client, tasks: asyncio.TaskGroup) -> None:
+        self.client = client
+        self.jetstream: JetStreamContext = client.jetstream()
+        self._tasks = tasks
+
+    @property
+    def max_payload(self) -> int:
+        """Largest message in bytes that the server takes."""
+        return int(self.client.max_payload)
+
+    async def publish(self, subject: str, message: object, *, reply: str = "") -> None:
+        """Send `message` as JSON. Raises PrismError(payload_too_large) past the server's limit."""
+        payload = encode(message)
+        if len(payload) > self.max_payload:
+            raise PrismError(
+                ErrorCode.PAYLOAD_TOO_LARGE,
+                f"{len(payload)} bytes for {subject} exceed the bus limit of {self.max_payload} bytes",
+            )
+        await self.client.publish(subject, payload, reply=reply)
+
+    async def request(self, subject: str, message: object, kind: type[T], *, timeout_s: float) -> T:
+        """Ask and wait for the answer.
+
+        Raises PrismError: moved when nobody listens on `subject`, deadline_exceeded when no answer came.
+        """
+        try:
+            answer = await self.client.request(subject, encode(message), timeout=timeout_s)
+        except nats.errors.NoRespondersError as error:
+            raise PrismError(ErrorCode.MOVED, f"nobody answers on {subject}", retry=True) from error
+        except (nats.errors.TimeoutError, TimeoutError) as error:
+            raise PrismError(
+                ErrorCode.DEADLINE_EXCEEDED, f"no answer on {subject} within {timeout_s:.1f} s", retry=True
+            ) from error
+        return decode(answer.data, kind)
+
+    async def subscribe(self, subject: str, handler: Handler, *, inline: bool = False) -> Subscription:
+        """Call `handler` for each message.
+
+        `inline` awaits it in the reader, in order: for handlers that never wait. Otherwise each message
+        gets a task of its own. An exception in a handler is logged and ends only that call.
+        """
+
+        async def guarded(message: Msg) -> None:
+            try:
+                await handler(message)
+            except asyncio.CancelledError:
+                raise
+            except PrismError as error:
+                log.warning("message on %s refused: %s", message.subject, error.message)
+            except Exception:
+                log.exception("handler of %s failed", message.subject)
+
+        async def spawn(message: Msg) -> None:
+            self._tasks.create_task(guarded(message))
+
+        return await self.client.subscribe(
+            subject,
+            cb=guarded if inline else spawn,
+            pending_msgs_limit=PENDING_MESSAGES,
+            pending_bytes_limit=PENDING_BYTES,
+        )
+
+    async def flush(self, timeout_s: float = 10.0) -> None:
+        """Wait until the server has taken all that was published and subscribed so far."""
+        await self.client.flush(timeout=timeout_s)  # type: ignore[arg-type]
+
+    async def tell(self, event: Event) -> None:
+        """Publish a life-cycle event; a bus that is away loses it, which is what events are allowed to be."""
+        try:
+            await self.publish(subjects.event(event.kind, event.model), event)
+        except (nats.errors.Error, OSError) as error:
+            log.debug("event %s of %s not told: %s", event.kind, event.model, error)
+
+    async def bucket(self, name: str) -> KeyValue:
+        """The KV bucket `name`, made if it does not exist (several services may try at once)."""
+        try:
+            return await self.jetstream.key_value(name)
+        except nats.js.errors.BucketNotFoundError:
+            pass
+        config = KeyValueConfig(
+            bucket=name,
+            storage=StorageType.FILE,
+            ttl=LEADER_TTL_S if name == subjects.BUCKET_LEADER else None,
+        )
+        try:
+            return await self.jetstream.create_key_value(config)
+        except nats.js.errors.APIError:
+            return await self.jetstream.key_value(name)
+
+    async def objects(self, name: str) -> ObjectStore:
+        """The object store `name`, made if it does not exist."""
+        try:
+            return await self.jetstream.object_store(name)
+        except nats.js.errors.NotFoundError:
+            pass
+        try:
+            return await self.jetstream.create_object_store(
+                name, config=ObjectStoreConfig(storage=StorageType.FILE)
+            )
+        except nats.js.errors.APIError:
+            return await self.jetstream.object_store(name)
+
+
+@asynccontextmanager
+async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[Bus]:
+    """Connect to the server at `url` as `name`, for ever reconnecting; drained at the end.
+
+    `options` go to `nats.connect`. Raises PrismError(internal) when the server cannot be reached within
+    CONNECT_DEADLINE_S.
+    """
+
+    async def on_error(error: Exception) -> None:
+        log.error("bus: %s", error or type(error).__name__)
+
+    async def on_disconnect() -> None:
+        log.warning("bus: lost %s, reconnecting", url)
+
+    async def on_reconnect() -> None:
+        log.warning("bus: connected to %s again", url)
+
+    client = await _connect(
+        url,
+        name=name,
+        error_cb=on_error,
+        disconnected_cb=on_disconnect,
+        reconnected_cb=on_reconnect,
+        max_reconnect_attempts=-1,
+        reconnect_time_wait=0.25,
+        drain_timeout=DRAIN_DEADLINE_S,
+        **options,
+    )
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield Bus(client, tasks)
+    finally:
+        await _close(client)
+
+
+async def _connect(url: str, **options: Any) -> Client:
+    deadline = asyncio.get_running_loop().time() + CONNECT_DEADLINE_S
+    while True:
+        try:
+            # A first connection that fails must fail here, not be retried inside nats-py without an end.
+            return await nats.connect(url, allow_reconnect=True, connect_timeout=2, **options)
+        except (OSError, nats.errors.Error) as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise PrismError(
+                    ErrorCode.INTERNAL,
+                    f"no NATS server at {url} within {CONNECT_DEADLINE_S:.0f} s ({error}); "
+                    "start one, or point --nats at it",
+                ) from error
+            await asyncio.sleep(0.2)
+
+
+async def _close(client: Client) -> None:
+    try:
+        if client.is_connected:
+            await client.drain()
+        else:
+            await client.close()
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        log.debug("bus: closed with %s", error)

@@ -1,0 +1,58 @@
+"""Errors as they cross the bus and reach a user: a code, a message that says what to do, a retry hint."""
+
+import enum
+
+import msgspec
+
+
+class ErrorCode(enum.StrEnum):
+    """What went wrong, stable across versions: programs branch on it, people read the message."""
+
+    BAD_MESSAGE = "bad_message"
+    INVALID_REQUEST = "invalid_request"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_FAILED = "model_failed"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    PAYLOAD_TOO_LARGE = "payload_too_large"
+    MOVED = "moved"
+    OVERLOADED = "overloaded"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    CANCELLED = "cancelled"
+    ENGINE_LOST = "engine_lost"
+    OUT_OF_MEMORY = "out_of_memory"
+    STALE_EPOCH = "stale_epoch"
+    STORE_UNAVAILABLE = "store_unavailable"
+    UNSUPPORTED = "unsupported"
+    INTERNAL = "internal"
+
+
+class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error on the wire. `retry` tells the receiver that the same thing may succeed elsewhere or later."""
+
+    code: ErrorCode
+    message: str
+    retry: bool = False
+    param: str | None = None
+
+
+class PrismError(Exception):
+    """Anything that a caller must be told: becomes an `ErrorBody` at the edge of a service."""
+
+    def __init__(
+        self, code: ErrorCode, message: str, *, retry: bool = False, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry = retry
+        self.param = param
+
+    @property
+    def body(self) -> ErrorBody:
+        """This error as it travels."""
+        return ErrorBody(self.code, self.message, self.retry, self.param)
+
+    @classmethod
+    def from_body(cls, body: ErrorBody) -> "PrismError":
+        """The error that a peer reported."""
+        return cls(body.code, body.message, retry=body.retry, param=body.param)

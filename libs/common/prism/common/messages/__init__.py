@@ -1,0 +1,1 @@
+"""What travels on the bus: one module a conversation, JSON by msgspec everywhere."""

@@ -1,0 +1,59 @@
+"""Load reports of workers and demand reports of gateways."""
+
+import msgspec
+
+from prism.common.messages.models import ModelState
+
+
+class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One model on one worker. Bytes are what it holds of the device's memory now; `idle_s` is the time
+    since it last had a request queued or running; `failure` says why the state is failed."""
+
+    model: str
+    state: ModelState
+    queued: int = 0
+    running: int = 0
+    weights_bytes: int = 0
+    kv_quota_bytes: int = 0
+    kv_used_bytes: int = 0
+    idle_s: float = 0.0
+    state_s: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    failure: str | None = None
+
+
+class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`prism.v1.load.<worker>`, four a second and on change.
+
+    `memory_reserved_bytes` is what the worker has promised away (weights + KV quotas + fixed cost) of
+    `memory_limit_bytes`; it never exceeds it. `element_bytes` is the size of a weight or KV element on
+    this device, None for the checkpoint's own. `epoch` is the newest command epoch seen.
+    """
+
+    worker: str
+    node: str
+    device: str
+    gpu_ids: list[int]
+    memory_limit_bytes: int
+    memory_reserved_bytes: int
+    models: list[ModelLoad] = []
+    element_bytes: int | None = None
+    epoch: int = 0
+    draining: bool = False
+
+
+class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one gateway sees of one model: requests parked, the longest wait among them, arrivals a second."""
+
+    model: str
+    parked: int = 0
+    oldest_parked_s: float = 0.0
+    arrivals_per_s: float = 0.0
+
+
+class DemandReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`prism.v1.demand.<gateway>`: every second, and at once when a request parks. Only models with demand."""
+
+    gateway: str
+    models: list[ModelDemand] = []

@@ -1,0 +1,96 @@
+"""A local copy of a KV bucket's keys under one pattern, kept up to date."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
+
+import nats.errors
+import nats.js.errors
+from nats.js.kv import KeyValue
+
+from prism.common.bus import Bus
+from prism.common.errors import PrismError
+from prism.common.messages.codec import decode
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class BucketMirror(Generic[T]):
+    """Decoded values by key. `ready` is set once all that the bucket held at the start is here."""
+
+    def __init__(self, kind: type[T], on_change: Callable[[str, T | None], None] | None) -> None:
+        self.values: dict[str, T] = {}
+        self.ready = asyncio.Event()
+        self._kind = kind
+        self._on_change = on_change
+
+    def _apply(self, key: str, value: T | None) -> None:
+        if value is None:
+            self.values.pop(key, None)
+        else:
+            self.values[key] = value
+        if self._on_change:
+            self._on_change(key, value)
+
+    async def _follow(self, bucket: KeyValue, pattern: str) -> None:
+        watcher = await bucket.watch(pattern)
+        seen: set[str] = set()
+        try:
+            async for entry in watcher:
+                if entry is None:
+                    # What was here before a re-watch and is gone from the bucket was deleted meanwhile.
+                    for key in set(self.values) - seen:
+                        self._apply(key, None)
+                    self.ready.set()
+                    continue
+                seen.add(entry.key)
+                if entry.operation is not None:
+                    self._apply(entry.key, None)
+                    continue
+                try:
+                    self._apply(entry.key, decode(entry.value or b"", self._kind))
+                except PrismError as error:
+                    log.error("key %s of %s is not readable: %s", entry.key, entry.bucket, error.message)
+        finally:
+            try:
+                await watcher.stop()
+            except (nats.errors.Error, OSError, TimeoutError):
+                log.debug("watch of %s ended while the bus was away", pattern)
+
+    async def run(self, bus: Bus, bucket: str, pattern: str) -> None:
+        """Follow the bucket until cancelled; a watch that breaks is set up again."""
+        while True:
+            try:
+                await self._follow(await bus.bucket(bucket), pattern)
+            except (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError) as error:
+                log.warning("watch of %s broke (%s), setting it up again", bucket, error)
+            await asyncio.sleep(0.5)
+
+
+@asynccontextmanager
+async def mirror_bucket(
+    bus: Bus,
+    bucket: str,
+    kind: type[T],
+    *,
+    pattern: str = ">",
+    on_change: Callable[[str, T | None], None] | None = None,
+    deadline_s: float = 20.0,
+) -> AsyncIterator[BucketMirror[T]]:
+    """A mirror of `bucket`, complete when this returns it, followed until the end of the `async with`.
+
+    `on_change(key, value)` is called for each change, with None for a deleted key, before anything waits
+    on the change sees it.
+    """
+    mirror = BucketMirror(kind, on_change)
+    task = asyncio.create_task(mirror.run(bus, bucket, pattern), name=f"mirror {bucket}")
+    try:
+        async with asyncio.timeout(deadline_s):
+            await mirror.ready.wait()
+        yield mirror
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
