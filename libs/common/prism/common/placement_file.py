@@ -21,7 +21,8 @@ def read_placement_file(path: Path) -> list[ModelSpec]:
         raise PrismError(ErrorCode.INVALID_REQUEST, f"placement file {path}: {error}") from error
     problems = [problem for spec in specs for problem in _problems(spec)]
     names = [spec.model_name for spec in specs]
-    problems += [f"model_name {name!r} appears twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"model_name {name!r} appears twice" for name in twice]
     if problems:
         raise PrismError(ErrorCode.INVALID_REQUEST, f"placement file {path}: " + "; ".join(problems))
     return [_resolved(spec, path.parent) for spec in specs]
@@ -34,9 +35,10 @@ def _problems(spec: ModelSpec) -> list[str]:
     if spec.tp_size < 1:
         found.append(f"{spec.model_name}: tp_size {spec.tp_size} is below 1")
     for placement in spec.init_placements:
-        if len(placement.gpu_ids) != spec.tp_size:
+        gpu_ids = placement.gpu_ids
+        if len(gpu_ids) != spec.tp_size:
             found.append(
-                f"{spec.model_name}: gpu_ids {placement.gpu_ids} are {len(placement.gpu_ids)}, tp_size is {spec.tp_size}"
+                f"{spec.model_name}: tp_size is {spec.tp_size}, gpu_ids {gpu_ids} are {len(gpu_ids)}"
             )
         if placement.max_memory_pool_size is not None and placement.max_memory_pool_size <= 0:
             found.append(f"{spec.model_name}: max_memory_pool_size must be above 0 GB")

@@ -1,24 +1,20 @@
 """JSON in and out of wire types, with one error for everything that does not parse."""
 
-from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from prism.common.errors import ErrorCode, PrismError
 
-_encoder = msgspec.json.Encoder()
 T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+_decoders: dict[Any, Any] = {}
 
 
 def encode(message: object) -> bytes:
     """`message` as JSON bytes."""
     return _encoder.encode(message)
-
-
-@cache
-def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
-    return msgspec.json.Decoder(kind)
 
 
 def decode(payload: bytes, kind: type[T]) -> T:
@@ -27,7 +23,10 @@ def decode(payload: bytes, kind: type[T]) -> T:
     Raises PrismError(bad_message) that names the field at fault: peers of another version are told
     what they sent wrong instead of a service dying of it.
     """
+    decoder: msgspec.json.Decoder[T] | None = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
     try:
-        return _decoder(kind).decode(payload)
+        return decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PrismError(ErrorCode.BAD_MESSAGE, f"not a valid {kind.__name__}: {error}") from error

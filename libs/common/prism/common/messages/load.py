@@ -53,7 +53,7 @@ class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DemandReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`prism.v1.demand.<gateway>`: every second, and at once when a request parks. Only models with demand."""
+    """`prism.v1.demand.<gateway>`: every second, and at once when a request parks; only models in demand."""
 
     gateway: str
     models: list[ModelDemand] = []

@@ -13,7 +13,7 @@ from prism.common.errors import ErrorBody
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor in an image: `offset` and `nbytes` in bytes, `dtype` as torch names it (without 'torch.')."""
+    """One tensor in an image: `offset` and `nbytes` in bytes, `dtype` by its torch name without 'torch.'."""
 
     name: str
     offset: int

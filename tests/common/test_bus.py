@@ -1,0 +1,73 @@
+"""The bus: typed messages over a real NATS server."""
+
+import asyncio
+
+import pytest
+from nats.aio.msg import Msg
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.generation import CancelRequest
+from prism.common.messages.models import ModelSpec
+from prism.common.mirror import mirror_bucket
+
+pytestmark = pytest.mark.core
+
+
+async def test_request_is_answered_with_the_decoded_reply(bus: Bus) -> None:
+    async def answer(message: Msg) -> None:
+        await message.respond(message.data)
+
+    await bus.subscribe("here", answer)
+    await bus.flush()
+    assert await bus.request("here", CancelRequest("r1"), CancelRequest, timeout_s=5) == CancelRequest("r1")
+
+
+async def test_request_to_nobody_fails_at_once(bus: Bus) -> None:
+    with pytest.raises(PrismError) as caught:
+        await bus.request("nobody", CancelRequest("r1"), CancelRequest, timeout_s=30)
+    assert caught.value.code is ErrorCode.MOVED
+    assert caught.value.retry
+
+
+async def test_too_large_a_message_is_refused_before_it_is_sent(bus: Bus) -> None:
+    with pytest.raises(PrismError) as caught:
+        await bus.publish("here", CancelRequest("x" * bus.max_payload))
+    assert caught.value.code is ErrorCode.PAYLOAD_TOO_LARGE
+
+
+async def test_a_failing_handler_does_not_stop_the_next_message(bus: Bus) -> None:
+    got: asyncio.Queue[str] = asyncio.Queue()
+
+    async def handle(message: Msg) -> None:
+        rid = decode(message.data, CancelRequest).rid
+        if rid == "bad":
+            raise RuntimeError("boom")
+        got.put_nowait(rid)
+
+    await bus.subscribe("here", handle)
+    await bus.flush()
+    await bus.publish("here", CancelRequest("bad"))
+    await bus.publish("here", CancelRequest("good"))
+    assert await asyncio.wait_for(got.get(), 5) == "good"
+
+
+async def test_mirror_holds_what_the_bucket_holds_and_follows_it(bus: Bus) -> None:
+    bucket = await bus.bucket(subjects.BUCKET_MODELS)
+    await bucket.put("spec.a", encode(ModelSpec("a", "/a")))
+    changes: asyncio.Queue[tuple[str, ModelSpec | None]] = asyncio.Queue()
+    async with mirror_bucket(
+        bus,
+        subjects.BUCKET_MODELS,
+        ModelSpec,
+        pattern="spec.*",
+        on_change=lambda key, value: changes.put_nowait((key, value)),
+    ) as mirror:
+        assert mirror.values == {"spec.a": ModelSpec("a", "/a")}
+        await bucket.put("spec.b", encode(ModelSpec("b", "/b")))
+        await bucket.delete("spec.a")
+        seen = [await asyncio.wait_for(changes.get(), 5) for _ in range(3)]
+        assert seen[1:] == [("spec.b", ModelSpec("b", "/b")), ("spec.a", None)]
+        assert list(mirror.values) == ["spec.b"]

@@ -1,0 +1,30 @@
+"""What all tests share: a real NATS server, and connections to it."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from prism.cli.nats_server import NatsServer, nats_server
+from prism.common.bus import Bus, connect_bus
+
+
+@pytest.fixture(scope="session")
+def session_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """One real NATS server for the tests that can share one."""
+    with nats_server(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture
+def fresh_nats(tmp_path: Path) -> Iterator[NatsServer]:
+    """A NATS server of the test's own, with nothing on it."""
+    with nats_server(tmp_path / "nats") as server:
+        yield server
+
+
+@pytest.fixture
+async def bus(fresh_nats: NatsServer) -> AsyncIterator[Bus]:
+    """A connection to the test's own server."""
+    async with connect_bus(fresh_nats.url, name="test") as connected:
+        yield connected
