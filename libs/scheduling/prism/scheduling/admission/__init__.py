@@ -1,0 +1,20 @@
+"""Which queued requests of a worker start now: the interface, and the policies by name."""
+
+from prism.scheduling.admission.first_come import FirstComeAdmission
+from prism.scheduling.admission.policy import (
+    AdmissionPolicy,
+    AdmissionSnapshot,
+    EngineCapacity,
+    QueuedRequest,
+)
+
+policies: dict[str, type[AdmissionPolicy]] = {"first_come": FirstComeAdmission}
+
+__all__ = [
+    "AdmissionPolicy",
+    "AdmissionSnapshot",
+    "EngineCapacity",
+    "FirstComeAdmission",
+    "QueuedRequest",
+    "policies",
+]

@@ -1,0 +1,53 @@
+"""What an admission policy sees and answers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+
+class QueuedRequest(msgspec.Struct, frozen=True):
+    """A request that waits on a worker.
+
+    `arrival_s` and `deadline_s` (the end of its whole time budget) are on the clock of `now`. `max_new_tokens`
+    is what it may generate at most.
+    """
+
+    rid: str
+    model: str
+    arrival_s: float
+    prompt_tokens: int
+    max_new_tokens: int
+    deadline_s: float
+    priority: int = 0
+    tenant: str = "default"
+
+    @property
+    def tokens(self) -> int:
+        """KV tokens that it takes at most."""
+        return self.prompt_tokens + self.max_new_tokens
+
+
+class EngineCapacity(msgspec.Struct, frozen=True):
+    """What one model's engine can take now. `kv_free_tokens` counts evictable cached prefixes as free and
+    requests that were started but are not finished with all that they may still take."""
+
+    running: int
+    max_running: int
+    kv_free_tokens: int
+    accepting: bool = True
+
+
+class AdmissionSnapshot(msgspec.Struct, frozen=True):
+    """The queue of a worker in any order, and the engines by model."""
+
+    queue: Sequence[QueuedRequest]
+    engines: Mapping[str, EngineCapacity]
+
+
+class AdmissionPolicy(Protocol):
+    """Decides, without a clock or a memory of its own."""
+
+    def select(self, snapshot: AdmissionSnapshot, now: float) -> list[str]:
+        """The rids to start now, in this order. Requests that it leaves out stay queued."""
+        ...

@@ -1,0 +1,55 @@
+"""What a plan asks for. Each action says why, for people."""
+
+import msgspec
+
+
+class Activate(msgspec.Struct, frozen=True, tag="activate"):
+    """Have `model` serve on `worker` with a KV quota of `kv_bytes`. `footprint_bytes` is what it reserves."""
+
+    model: str
+    worker: str
+    kv_bytes: int
+    footprint_bytes: int
+    reason: str
+
+
+class Doze(msgspec.Struct, frozen=True, tag="doze"):
+    """Have `model` give back its memory on `worker`, after at most `drain_s` for requests in flight."""
+
+    model: str
+    worker: str
+    drain_s: float
+    reason: str
+
+
+class Stage(msgspec.Struct, frozen=True, tag="stage"):
+    """Bring the weights of `model` into host memory at `worker`."""
+
+    model: str
+    worker: str
+    reason: str
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Have `worker` forget `model` and give back all that it holds."""
+
+    model: str
+    worker: str
+    reason: str
+
+
+Action = Activate | Doze | Stage | Release
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Why a model is not where it should be. The same situation gives the same text."""
+
+    model: str
+    text: str
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Actions to start now, each of them possible now, and what stands in the way of others."""
+
+    actions: tuple[Action, ...] = ()
+    notes: tuple[Note, ...] = ()

@@ -1,0 +1,92 @@
+"""The cluster as a placement policy sees it, at one instant."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.common.messages.placement import CommandKind
+
+
+class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model on a worker as the worker reports it. Bytes are held on the device now, times in seconds:
+    `idle_s` since a request was last queued or running, `state_s` since it came into its state."""
+
+    state: ModelState
+    queued: int = 0
+    running: int = 0
+    weights_bytes: int = 0
+    kv_quota_bytes: int = 0
+    idle_s: float = 0.0
+    state_s: float = 0.0
+    failure: str | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights and KV quota: what dozing gives back."""
+        return self.weights_bytes + self.kv_quota_bytes
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is queued or running."""
+        return self.queued + self.running > 0
+
+
+class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A worker that reports. Memory is bytes of each of its GPUs; `gpu_ids` are cluster-wide."""
+
+    id: str
+    node: str
+    device: str
+    gpu_ids: tuple[int, ...]
+    limit_bytes: int
+    reserved_bytes: int
+    element_bytes: int | None = None
+    draining: bool = False
+    models: Mapping[str, ResidentModel] = {}
+
+
+class ModelView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A registered model. `started` says that a worker which is still there has had it running once."""
+
+    spec: ModelSpec
+    facts: ModelFacts | None = None
+    started: bool = False
+
+
+class Demand(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What all gateways together see of a model."""
+
+    parked: int = 0
+    oldest_parked_s: float = 0.0
+    arrivals_per_s: float = 0.0
+
+
+class InFlight(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A command without an outcome yet. `footprint_bytes` is what an activation will have reserved."""
+
+    worker: str
+    model: str
+    kind: CommandKind
+    footprint_bytes: int = 0
+
+
+class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model failed on a worker `count` times in a row; not to be tried there before `retry_at`, which is
+    on the clock of `now`."""
+
+    worker: str
+    model: str
+    count: int
+    retry_at: float
+    reason: str = ""
+
+
+class ClusterSnapshot(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Everything that a plan depends on, besides the time. `models` is in the order of registration."""
+
+    workers: tuple[WorkerView, ...] = ()
+    models: Mapping[str, ModelView] = {}
+    demand: Mapping[str, Demand] = {}
+    in_flight: tuple[InFlight, ...] = ()
+    failures: tuple[Failure, ...] = ()
