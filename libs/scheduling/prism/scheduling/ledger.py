@@ -1,4 +1,4 @@
-"""Bookkeeping of one device's memory: nothing is used that was not reserved, nothing reserved past the limit."""
+"""Bookkeeping of one device's memory: what is used was reserved before, and never more than the limit."""
 
 import msgspec
 
@@ -82,7 +82,7 @@ class MemoryLedger:
         return self._set(owner, self.held(owner) + more)
 
     def shrink(self, owner: str, *, weights: int = 0, kv: int = 0, fixed: int = 0) -> Parts:
-        """Give back part of what `owner` holds, and return what is left. Raises ValueError past what it holds."""
+        """Give back part of what `owner` holds, and return what is left; ValueError past what it holds."""
         left = self.held(owner) - _non_negative(weights, kv, fixed)
         if left.has_negative:
             raise ValueError(f"{owner} holds {self.held(owner)}, less than it gives back")

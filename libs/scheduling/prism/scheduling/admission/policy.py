@@ -9,8 +9,8 @@ import msgspec
 class QueuedRequest(msgspec.Struct, frozen=True):
     """A request that waits on a worker.
 
-    `arrival_s` and `deadline_s` (the end of its whole time budget) are on the clock of `now`. `max_new_tokens`
-    is what it may generate at most.
+    `arrival_s` and `deadline_s` (the end of its whole time budget) are on the clock of `now`.
+    `max_new_tokens` is what it may generate at most.
     """
 
     rid: str
