@@ -30,36 +30,36 @@ class Parts(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class LedgerSnapshot(msgspec.Struct, frozen=True):
-    """The ledger at one instant."""
+    """The ledger at one instant, in bytes."""
 
-    limit: int
-    reserved: int
+    limit_bytes: int
+    reserved_bytes: int
     owners: dict[str, Parts]
 
 
 class MemoryLedger:
-    """Reservations of one device by owner. At every instant their sum is at most `limit` bytes."""
+    """Reservations of one device by owner. At every instant their sum is at most `limit_bytes`."""
 
-    def __init__(self, limit: int) -> None:
-        if limit < 0:
-            raise ValueError(f"a memory limit can't be negative: {limit}")
-        self._limit = limit
+    def __init__(self, limit_bytes: int) -> None:
+        if limit_bytes < 0:
+            raise ValueError(f"a memory limit can't be negative: {limit_bytes}")
+        self._limit = limit_bytes
         self._owners: dict[str, Parts] = {}
         self._reserved = 0
 
     @property
-    def limit(self) -> int:
-        """Bytes that may be reserved in all."""
+    def limit_bytes(self) -> int:
+        """What may be reserved in all."""
         return self._limit
 
     @property
-    def reserved(self) -> int:
-        """Bytes reserved now."""
+    def reserved_bytes(self) -> int:
+        """What is reserved now."""
         return self._reserved
 
     @property
-    def free(self) -> int:
-        """Bytes that can still be reserved."""
+    def free_bytes(self) -> int:
+        """What can still be reserved."""
         return self._limit - self._reserved
 
     def held(self, owner: str) -> Parts:
@@ -71,21 +71,18 @@ class MemoryLedger:
 
         Raises PrismError(out_of_memory), which names what is held by whom, when it does not fit.
         """
-        more = _non_negative(weights, kv, fixed)
-        if self._reserved + more.total > self._limit:
-            raise PrismError(
-                ErrorCode.OUT_OF_MEMORY,
-                f"{owner} needs {_mb(more.total)} more ({_described(more)}), "
-                f"{_mb(self.free)} of {_mb(self._limit)} are free; held: {self._holders()}",
-                retry=True,
-            )
-        return self._set(owner, self.held(owner) + more)
+        return self._set(owner, self.held(owner) + _checked(Parts(weights, kv, fixed)))
+
+    def resize(self, owner: str, *, weights: int = 0, kv: int = 0, fixed: int = 0) -> Parts:
+        """Have `owner` hold exactly this, more or less than before; raises as `reserve` does."""
+        return self._set(owner, _checked(Parts(weights, kv, fixed)))
 
     def shrink(self, owner: str, *, weights: int = 0, kv: int = 0, fixed: int = 0) -> Parts:
         """Give back part of what `owner` holds, and return what is left; ValueError past what it holds."""
-        left = self.held(owner) - _non_negative(weights, kv, fixed)
+        held = self.held(owner)
+        left = held - _checked(Parts(weights, kv, fixed))
         if left.has_negative:
-            raise ValueError(f"{owner} holds {self.held(owner)}, less than it gives back")
+            raise ValueError(f"{owner} holds {held}, less than it gives back")
         return self._set(owner, left)
 
     def release(self, owner: str) -> Parts:
@@ -99,7 +96,15 @@ class MemoryLedger:
         return LedgerSnapshot(self._limit, self._reserved, dict(self._owners))
 
     def _set(self, owner: str, parts: Parts) -> Parts:
-        self._reserved += parts.total - self.held(owner).total
+        more = parts.total - self.held(owner).total
+        if more > self.free_bytes:
+            raise PrismError(
+                ErrorCode.OUT_OF_MEMORY,
+                f"{owner} needs {_mb(more)} more to hold {_described(parts)}; "
+                f"{_mb(self.free_bytes)} of {_mb(self._limit)} are free; held: {self._holders()}",
+                retry=True,
+            )
+        self._reserved += more
         if parts.total:
             self._owners[owner] = parts
         else:
@@ -108,13 +113,10 @@ class MemoryLedger:
 
     def _holders(self) -> str:
         by_size = sorted(self._owners.items(), key=lambda item: -item[1].total)
-        return (
-            "; ".join(f"{owner} {_mb(parts.total)} ({_described(parts)})" for owner, parts in by_size) or "-"
-        )
+        return "; ".join(f"{owner} {_described(parts)}" for owner, parts in by_size) or "nothing"
 
 
-def _non_negative(weights: int, kv: int, fixed: int) -> Parts:
-    parts = Parts(weights, kv, fixed)
+def _checked(parts: Parts) -> Parts:
     if parts.has_negative:
         raise ValueError(f"bytes can't be negative: {parts}")
     return parts
@@ -122,7 +124,8 @@ def _non_negative(weights: int, kv: int, fixed: int) -> Parts:
 
 def _described(parts: Parts) -> str:
     named = {"weights": parts.weights, "KV": parts.kv, "fixed": parts.fixed}
-    return ", ".join(f"{name} {_mb(nbytes)}" for name, nbytes in named.items() if nbytes) or "nothing"
+    listed = ", ".join(f"{name} {_mb(nbytes)}" for name, nbytes in named.items() if nbytes)
+    return f"{_mb(parts.total)} ({listed or 'nothing'})"
 
 
 def _mb(nbytes: int) -> str:

@@ -44,7 +44,7 @@ def kv_bytes_per_token(facts: ModelFacts, element_bytes: int | None, tp_size: in
 
 
 def kv_reservation(spec: ModelSpec, facts: ModelFacts, element_bytes: int | None) -> int:
-    """The KV quota that a model is activated with on each of its GPUs: a whole number of tokens, at least one.
+    """The KV quota that a model is activated with on each of its GPUs: a whole number of tokens.
 
     `max_memory_pool_size` of its first initial placement if that is given, else room for DEFAULT_CONTEXTS
     requests of full length.

@@ -3,7 +3,6 @@
 from prism.scheduling.admission.first_come import FirstComeAdmission
 from prism.scheduling.admission.policy import (
     AdmissionPolicy,
-    AdmissionSnapshot,
     EngineCapacity,
     QueuedRequest,
 )
@@ -12,7 +11,6 @@ policies: dict[str, type[AdmissionPolicy]] = {"first_come": FirstComeAdmission}
 
 __all__ = [
     "AdmissionPolicy",
-    "AdmissionSnapshot",
     "EngineCapacity",
     "FirstComeAdmission",
     "QueuedRequest",

@@ -1,6 +1,8 @@
 """First come, first served, each model on its own."""
 
-from prism.scheduling.admission.policy import AdmissionSnapshot, EngineCapacity
+from collections.abc import Mapping, Sequence
+
+from prism.scheduling.admission.policy import EngineCapacity, QueuedRequest
 
 
 class FirstComeAdmission:
@@ -11,12 +13,14 @@ class FirstComeAdmission:
     O(n log n) in the length of the queue.
     """
 
-    def select(self, snapshot: AdmissionSnapshot, now: float) -> list[str]:
+    def select(
+        self, queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], now: float
+    ) -> list[str]:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
-        left: dict[str, EngineCapacity] = dict(snapshot.engines)
+        left: dict[str, EngineCapacity] = dict(engines)
         closed: set[str] = {model for model, engine in left.items() if not engine.accepting}
         chosen: list[str] = []
-        for request in sorted(snapshot.queue, key=lambda queued: (queued.arrival_s, queued.rid)):
+        for request in sorted(queue, key=lambda queued: (queued.arrival_s, queued.rid)):
             engine = left.get(request.model)
             if engine is None or request.model in closed or request.deadline_s <= now:
                 continue

@@ -29,8 +29,8 @@ class QueuedRequest(msgspec.Struct, frozen=True):
 
 
 class EngineCapacity(msgspec.Struct, frozen=True):
-    """What one model's engine can take now. `kv_free_tokens` counts evictable cached prefixes as free and
-    requests that were started but are not finished with all that they may still take."""
+    """What one model's engine can take now. `kv_free_tokens` is its quota less all that the requests it
+    runs may still come to take; cached prefixes that can be evicted count as free."""
 
     running: int
     max_running: int
@@ -38,16 +38,12 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     accepting: bool = True
 
 
-class AdmissionSnapshot(msgspec.Struct, frozen=True):
-    """The queue of a worker in any order, and the engines by model."""
-
-    queue: Sequence[QueuedRequest]
-    engines: Mapping[str, EngineCapacity]
-
-
 class AdmissionPolicy(Protocol):
     """Decides, without a clock or a memory of its own."""
 
-    def select(self, snapshot: AdmissionSnapshot, now: float) -> list[str]:
-        """The rids to start now, in this order. Requests that it leaves out stay queued."""
+    def select(
+        self, queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], now: float
+    ) -> list[str]:
+        """The rids of `queue` (in any order) to start now on `engines` (by model), in the order to start
+        them. Requests that it leaves out stay queued."""
         ...
