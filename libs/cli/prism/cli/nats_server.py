@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.common.process import die_with_parent
 
 START_DEADLINE_S = 15.0
 STOP_DEADLINE_S = 5.0
@@ -63,6 +64,7 @@ def nats_server(folder: Path, *, port: int = -1, max_payload: int = 8 * 1024 * 1
         stdin=subprocess.DEVNULL,
         env={**os.environ, "GOMAXPROCS": "2"},
         start_new_session=True,
+        preexec_fn=die_with_parent,
     )
     server = NatsServer(process, "")
     try:

@@ -1,0 +1,37 @@
+"""The `prism` command."""
+
+import importlib
+
+import click
+
+COMMANDS = {
+    "up": ("prism.cli.up", "up_command"),
+    "demo": ("prism.cli.demo", "demo_command"),
+    "make-tiny-models": ("prism.cli.tiny_models", "make_tiny_models_command"),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command only when it is asked for: some need torch, most should not wait."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order above."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command `cmd_name`, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="prism-serving-cli", prog_name="prism")
+def main() -> None:
+    """Prism serves many LLMs on few GPUs."""
+
+
+if __name__ == "__main__":
+    main()

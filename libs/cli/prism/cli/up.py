@@ -1,0 +1,111 @@
+"""`prism up`: the whole system in the foreground of one terminal."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from prism.cli.system import SystemSettings, running_system
+from prism.common.errors import PrismError
+from prism.common.placement_file import read_placement_file
+
+COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store": 35}
+NAME_WIDTH = 16
+
+
+def print_service_line(service: str, line: str) -> None:
+    """One log line of a service, its name in front."""
+    name = f"{service:<{NAME_WIDTH}}"
+    if sys.stderr.isatty():
+        name = f"\x1b[{COLOURS.get(service, 37)}m{name}\x1b[0m"
+    click.echo(f"{name} | {line}", err=True)
+
+
+def curl_line(gateway_url: str, model: str) -> str:
+    """A shell command that chats with `model`."""
+    body = {
+        "model": model,
+        "stream": True,
+        "max_tokens": 32,
+        "messages": [{"role": "user", "content": "Hello"}],
+    }
+    header = "content-type: application/json"
+    return f"curl -N {gateway_url}/v1/chat/completions -H '{header}' -d '{json.dumps(body)}'"
+
+
+async def run_until_stopped(settings: SystemSettings) -> int:
+    """Run the system until SIGINT or SIGTERM, or until it cannot run. Returns the exit status."""
+    models = read_placement_file(settings.placement)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    starting = asyncio.current_task()
+    assert starting is not None
+    up = False
+
+    def on_signal() -> None:
+        if stop.is_set():
+            # Children die with this process.
+            os._exit(130)
+        stop.set()
+        click.echo("stopping: requests in flight may finish (again to end at once)", err=True)
+        if not up:
+            starting.cancel()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, on_signal)
+    try:
+        async with running_system(settings, print_service_line) as system:
+            up = True
+            click.echo(f"gateway ready at {system.gateway_url}")
+            click.echo(f"nats at {system.nats_url}")
+            if models:
+                click.echo(curl_line(system.gateway_url, models[0].model_name))
+            sys.stdout.flush()
+            failure = asyncio.create_task(system.first_failure(), name="first failure")
+            stopped = asyncio.create_task(stop.wait(), name="stop")
+            done, pending = await asyncio.wait({failure, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            for task in pending:
+                task.cancel()
+            if failure in done:
+                click.echo(failure.result(), err=True)
+                return 1
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+    click.echo("stopped", err=True)
+    return 0
+
+
+@click.command("up")
+@click.argument("placement", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--nats", "nats_url", envvar="PRISM_NATS_URL", show_envvar=True, help="An existing NATS server."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of the gateway.")
+@click.option(
+    "--port", default=8000, show_default=True, help="Port of the gateway; 0 lets the kernel choose."
+)
+@click.option(
+    "--worker-memory-gb", default=4.0, show_default=True, help="What weights and KV caches may take."
+)
+@click.option("--store-memory-gb", type=float, help="What staged models may take (default: half of RAM).")
+@click.option("--image-dir", type=click.Path(path_type=Path), help="Where engine images are kept on disk.")
+@click.option("--mode", type=click.Choice(["static", "elastic", "full"]), default="full", show_default=True)
+@click.option("--policy", default="lru", show_default=True, help="Placement policy.")
+@click.option("--device", default="cpu", show_default=True, help="What the engines run on.")
+@click.option("--log-level", default="INFO", show_default=True)
+def up_command(placement: Path, **options: object) -> None:
+    """Run the whole system for the models of PLACEMENT (a placement file) until Ctrl-C."""
+    logging.basicConfig(level="WARNING")
+    settings = SystemSettings(placement=placement, **options)  # type: ignore[arg-type]
+    try:
+        status = asyncio.run(run_until_stopped(settings))
+    except PrismError as error:
+        click.echo(f"prism: {error.message}", err=True)
+        status = 1
+    sys.exit(status)

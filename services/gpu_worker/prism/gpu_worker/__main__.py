@@ -1,0 +1,148 @@
+"""`python -m prism.gpu_worker`: hosts the engines of one node's GPUs."""
+
+import asyncio
+import logging
+import os
+import sys
+
+import click
+from nats.micro import add_service
+
+from prism.common.bus import connect_bus
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.identity import instance_id, node_name
+from prism.common.process import run_service
+from prism.common.telemetry import configure_logging
+from prism.gpu_worker.devices.cpu import cpu_device
+from prism.gpu_worker.frames import frame_publisher
+from prism.gpu_worker.model_instance import EngineLimits
+from prism.gpu_worker.worker import WorkerIdentity, run_worker
+from prism.scheduling.admission import policies as admission_policies
+
+log = logging.getLogger(__name__)
+
+GB = 1_000_000_000
+
+
+@click.command()
+@click.option(
+    "--nats", "nats_url", envvar="PRISM_NATS_URL", show_envvar=True, default="nats://127.0.0.1:4222"
+)
+@click.option("--node", envvar="PRISM_NODE", show_envvar=True, default=node_name, help="Name of this host.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu"]),
+    envvar="PRISM_DEVICE",
+    show_envvar=True,
+    default="cpu",
+    help="What the engines run on.",
+)
+@click.option(
+    "--first-gpu-id",
+    type=int,
+    envvar="PRISM_FIRST_GPU_ID",
+    show_envvar=True,
+    default=0,
+    help="Cluster-wide id of this worker's first GPU.",
+)
+@click.option(
+    "--worker-memory-gb",
+    type=float,
+    envvar="PRISM_WORKER_MEMORY_GB",
+    show_envvar=True,
+    default=4.0,
+    help="What weights and KV caches may take, in 10^9 bytes.",
+)
+@click.option(
+    "--store-socket",
+    envvar="PRISM_STORE_SOCKET",
+    show_envvar=True,
+    required=True,
+    help="Unix socket of this node's model store.",
+)
+@click.option(
+    "--admission",
+    type=click.Choice(sorted(admission_policies)),
+    envvar="PRISM_ADMISSION",
+    show_envvar=True,
+    default="first_come",
+    help="Which queued request starts next.",
+)
+@click.option(
+    "--max-running-requests",
+    type=int,
+    envvar="PRISM_MAX_RUNNING_REQUESTS",
+    show_envvar=True,
+    default=16,
+    help="Requests that one engine runs at once.",
+)
+@click.option(
+    "--chunked-prefill-tokens",
+    type=int,
+    envvar="PRISM_CHUNKED_PREFILL_TOKENS",
+    show_envvar=True,
+    default=512,
+    help="Prompt tokens that one engine step takes at most.",
+)
+@click.option(
+    "--drain-s",
+    type=float,
+    envvar="PRISM_DRAIN_S",
+    show_envvar=True,
+    default=30.0,
+    help="How long requests may finish after SIGTERM.",
+)
+@click.option("--log-level", envvar="PRISM_LOG_LEVEL", show_envvar=True, default="INFO")
+def main(
+    nats_url: str,
+    node: str,
+    device: str,
+    first_gpu_id: int,
+    worker_memory_gb: float,
+    store_socket: str,
+    admission: str,
+    max_running_requests: int,
+    chunked_prefill_tokens: int,
+    drain_s: float,
+    log_level: str,
+) -> None:
+    """Host the engines of this node's GPUs."""
+    configure_logging("gpu_worker", log_level)
+    # The front holds no CUDA context, whatever its engines do.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    identity = WorkerIdentity(instance_id("worker"), node, [first_gpu_id])
+
+    async def serve(stop: asyncio.Event) -> None:
+        if worker_memory_gb <= 0:
+            raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
+        async with (
+            connect_bus(nats_url, name=identity.worker) as bus,
+            cpu_device() as cpu,
+            frame_publisher(bus) as publisher,
+            run_worker(
+                identity,
+                bus,
+                cpu,
+                publisher,
+                drain_s=drain_s,
+                admission=admission_policies[admission](),
+                memory_limit_bytes=int(worker_memory_gb * GB),
+                store_socket=store_socket,
+                limits=EngineLimits(max_running_requests, chunked_prefill_tokens),
+            ),
+            await add_service(
+                bus.client,
+                name="prism-gpu-worker",
+                version="0.1.0",
+                description="Hosts the engines of one node's GPUs",
+                metadata={"instance": identity.worker, "node": node, "device": device},
+            ),
+        ):
+            log.info("worker %s ready: %s, %.3f GB", identity.worker, device, worker_memory_gb)
+            await stop.wait()
+
+    sys.exit(run_service("gpu_worker", serve))
+
+
+if __name__ == "__main__":
+    main()

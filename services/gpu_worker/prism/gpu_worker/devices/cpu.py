@@ -1,0 +1,35 @@
+"""The CPU: real SGLang engines with torch's own attention, float32, weights and KV cache in arenas."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from prism.gpu_worker.shells import ForkServerShells, ShellSource, fork_server_shells
+
+FLOAT32_BYTES = 4
+MOST_COPY_THREADS = 8
+
+
+class CpuDevice:
+    """Engines on this host's CPU. An engine's fixed cost is host memory, not part of the worker's limit."""
+
+    name = "cpu"
+    element_bytes: int | None = FLOAT32_BYTES
+    dtype = "float32"
+    fixed_bytes = 0
+
+    def __init__(self, shells: ForkServerShells) -> None:
+        self.shells: ShellSource = shells
+        self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
+
+    def layout(self, tp_rank: int, tp_size: int) -> str:
+        """Engine, version, dtype and rank: an image of any other is not ours to use."""
+        return f"sglang-{version('sglang')}/cpu/{self.dtype}/tp{tp_rank}of{tp_size}"
+
+
+@asynccontextmanager
+async def cpu_device() -> AsyncIterator[CpuDevice]:
+    """The CPU with warm shells on the way."""
+    async with fork_server_shells() as shells:
+        yield CpuDevice(shells)

@@ -1,0 +1,1 @@
+"""The inside of an engine host: the only code that imports SGLang."""

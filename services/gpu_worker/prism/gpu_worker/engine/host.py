@@ -1,0 +1,158 @@
+"""An engine host's life: take a model when told, serve it, end with the worker."""
+
+import logging
+import os
+import socket
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.gpu_worker.engine import memory_saver, seeds
+from prism.gpu_worker.engine.arena import MemoryArena
+from prism.gpu_worker.engine.link import EngineLink, WorkerGone
+from prism.gpu_worker.engine.scheduler import EngineScheduler
+from prism.gpu_worker.engine.weights import ModelWeights, loader_for
+from prism.gpu_worker.engine_protocol import Failed, Imaged, Ready, StartEngine, WeightsGranted, WeightsSized
+
+log = logging.getLogger(__name__)
+
+KV_ARENA_SLACK = 2
+EXIT_FAILED = 3
+
+
+def serve(connection: socket.socket) -> int:
+    """Serve one model over `connection` until the worker closes it. Returns the exit status."""
+    link = EngineLink(connection)
+    try:
+        start = link.receive()
+        if not isinstance(start, StartEngine):
+            raise TypeError(f"the first message must be StartEngine, not {type(start).__name__}")
+        try:
+            scheduler = _build(link, start)
+        except WorkerGone:
+            raise
+        except Exception as error:
+            link.send(Failed(start.call, _reason(error, start)))
+            return EXIT_FAILED
+        scheduler.run_event_loop()
+    except WorkerGone:
+        return 0
+    except Exception:
+        log.exception("engine died")
+        return EXIT_FAILED
+    return 0
+
+
+def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
+    began = time.perf_counter()
+
+    def ask_for_memory(nbytes: int) -> bool:
+        link.send(WeightsSized(nbytes))
+        answer = link.receive()
+        return isinstance(answer, WeightsGranted) and answer.granted
+
+    weights = ModelWeights(start, ask_for_memory=ask_for_memory, on_progress=link.send)
+    weights.stage()
+    kv = MemoryArena("prism-kv", start.kv_bytes * KV_ARENA_SLACK)
+    memory_saver.install(kv)
+    seeds.install()
+    with tempfile.TemporaryDirectory(prefix="prism-engine-") as folder:
+        # A file instead of a TCP port for the (one-rank) process group: nothing to collide with.
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/group"
+        server_args = _server_args(start, weights)
+        ports = PortArgs(
+            tokenizer_ipc_name="",
+            scheduler_input_ipc_name="",
+            detokenizer_ipc_name="",
+            nccl_port=0,
+            rpc_ipc_name="",
+            metrics_ipc_name="",
+            tokenizer_worker_ipc_name=None,
+            decoupled_spec_ipc_config=None,
+        )
+        scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, kv=kv)
+    if kv.used > start.kv_bytes:
+        raise PrismError(
+            ErrorCode.OUT_OF_MEMORY,
+            f"{start.model}: the KV cache takes {kv.used} bytes, its quota is {start.kv_bytes}; "
+            "raise max_memory_pool_size",
+        )
+    assert weights.arena is not None
+    link.send(
+        Ready(
+            call=start.call,
+            pid=os.getpid(),
+            weights_fd=weights.arena.fd,
+            kv_fd=kv.fd,
+            kv_tokens=scheduler.max_total_num_tokens,
+            kv_bytes_per_token=_kv_bytes_per_token(scheduler),
+            max_prompt_tokens=scheduler.max_req_input_len,
+            seconds={**weights.seconds, "build": time.perf_counter() - began},
+        )
+    )
+    weights.export_behind(lambda seconds, error: link.send(Imaged(seconds, error)))
+    return scheduler
+
+
+def _server_args(start: StartEngine, weights: ModelWeights) -> ServerArgs:
+    common = {
+        "model_path": start.model_path,
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,
+        "dtype": start.dtype,
+        "page_size": 1,
+        "skip_tokenizer_init": True,
+        "sleep_on_idle": True,
+        # Without it an idle engine whose memory once looked short stays "full" for ever.
+        "enable_priority_scheduling": True,
+        "load_format": loader_for(weights),
+        "chunked_prefill_size": start.chunked_prefill_tokens,
+        "log_level": "warning",
+        "host": "127.0.0.1",
+    }
+    config = ModelConfig(start.model_path, dtype=start.dtype)
+    # A batch wider than the contexts that fit into the KV cache would only be retracted again.
+    running = start.max_running_requests
+    tokens = (start.kv_bytes - _request_table_bytes(config.context_len, running)) // _per_token(config) - 1
+    if tokens < 2:
+        raise PrismError(
+            ErrorCode.OUT_OF_MEMORY,
+            f"{start.model}: a KV quota of {start.kv_bytes} bytes holds no token; raise max_memory_pool_size",
+        )
+    return ServerArgs(**common, max_total_tokens=tokens, max_running_requests=running)
+
+
+def _request_table_bytes(context_length: int, running: int) -> int:
+    # SGLang's table of KV slots: an int32 for each position of each request, with some room.
+    return (running + 2) * (context_length + 64) * 4
+
+
+def _per_token(config: ModelConfig) -> int:
+    heads = int(config.get_num_kv_heads(1))
+    element = int(config.dtype.itemsize)
+    return 2 * int(config.num_hidden_layers) * heads * int(config.head_dim) * element
+
+
+def _kv_bytes_per_token(scheduler: EngineScheduler) -> int:
+    return _per_token(scheduler.model_config)
+
+
+def _reason(error: Exception, start: StartEngine) -> ErrorBody:
+    if isinstance(error, PrismError):
+        return error.body
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("engine for %s failed to start", start.model, exc_info=error)
+    return ErrorBody(
+        ErrorCode.MODEL_FAILED,
+        f"{start.model} from {start.model_path} failed to start: {type(error).__name__}: {error} "
+        f"({Path(where.filename).name}:{where.lineno})",
+    )

@@ -1,0 +1,247 @@
+"""SGLang's scheduler with our ends: requests from the worker's socket in, token outputs out, doze and wake.
+
+Subclassed rather than patched: the request receiver is the only place where requests enter, and the
+sender the only place where outputs leave.
+"""
+
+import dataclasses
+import time
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, TokenizedGenerateReqInput
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
+from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.messages.generation import TokenLogprob
+from prism.gpu_worker.engine.arena import MemoryArena
+from prism.gpu_worker.engine.link import EngineLink
+from prism.gpu_worker.engine.weights import ModelWeights
+from prism.gpu_worker.engine_protocol import Abort, Done, Doze, Generate, Outputs, TokenOutput, Wake
+
+
+class EngineScheduler(Scheduler):  # type: ignore[misc]
+    """One model's scheduler. `kv` and `weights` are what it gives back while dozing."""
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        port_args: PortArgs,
+        *,
+        link: EngineLink,
+        weights: ModelWeights,
+        kv: MemoryArena,
+    ) -> None:
+        self.link = link
+        self.weights = weights
+        self.kv = kv
+        self.dozing = False
+        self._told_load = (0, 0, 0)
+        self._doze_when_idle: Doze | None = None
+        super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
+
+    def init_ipc_channels(self, port_args: PortArgs) -> None:
+        """Our socket instead of SGLang's ZMQ channels."""
+        sender = _OutputSender(self)
+        self.ipc_channels = SchedulerIpcChannels(
+            recv_from_tokenizer=self.link,
+            recv_from_rpc=None,
+            send_to_tokenizer=sender,
+            send_to_detokenizer=sender,
+            send_metrics_from_scheduler=None,
+        )
+        self.load_snapshot_writer = None
+
+    def init_idle_sleeper(self) -> None:
+        """Sleep on our socket while there is nothing to do."""
+        self.idle_sleeper = IdleSleeper(sockets=[self.link])
+
+    request_receiver: Any
+
+    def init_request_receiver(self) -> None:
+        """Receive from the worker."""
+        super().init_request_receiver()
+        built: Any = self.request_receiver
+        fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
+        self.request_receiver = _LinkReceiver(**fields)
+
+    def init_request_dispatcher(self) -> None:
+        """Our controls beside SGLang's requests."""
+        super().init_request_dispatcher()
+        self._request_dispatcher._mapping[Doze] = self.handle_doze
+        self._request_dispatcher._mapping[Wake] = self.handle_wake
+
+    def handle_generate_request(self, recv_req: TokenizedGenerateReqInput) -> None:
+        """Queue a request; one that arrives while dozing is sent elsewhere."""
+        if self.dozing:
+            error = ErrorBody(ErrorCode.MOVED, "the model is asleep", retry=True)
+            self.tell([TokenOutput(recv_req.rid, [], "abort", error=error)])
+            return
+        super().handle_generate_request(recv_req)
+
+    def on_idle(self) -> None:
+        """Tell the worker that the last request is really out of the engine, then sleep."""
+        if not self.is_fully_idle():
+            return
+        if self.current_load() != self._told_load:
+            self.tell([])
+        if self._doze_when_idle is not None:
+            self.handle_doze(self._doze_when_idle)
+        super().on_idle()
+
+    def current_load(self) -> tuple[int, int, int]:
+        """Requests running, requests waiting, KV tokens held by requests."""
+        allocator = self.token_to_kv_pool_allocator
+        held = self.max_total_num_tokens - allocator.available_size() - self.tree_cache.evictable_size()
+        return len(self.running_batch.reqs), len(self.waiting_queue), held
+
+    def tell(self, outputs: list[TokenOutput]) -> None:
+        """Send outputs with the engine's load."""
+        self._told_load = self.current_load()
+        self.link.send(Outputs(outputs, *self._told_load))
+
+    def handle_doze(self, request: Doze) -> None:
+        """Give back weights and KV memory, as soon as no request is in the engine any more.
+
+        The worker has drained it; what may still be here is the last batch's bookkeeping.
+        """
+        self._doze_when_idle = None if self.is_fully_idle() else request
+        if self._doze_when_idle is None:
+            self._transition(request.call, self._doze)
+
+    def handle_wake(self, request: Wake) -> None:
+        """Take memory again, weights copied back from the image."""
+        self._transition(request.call, self._wake)
+
+    def _transition(self, call: int, run: Callable[[], dict[str, float]]) -> None:
+        try:
+            self.link.send(Done(call, run()))
+        except PrismError as error:
+            self.link.send(Done(call, {}, error.body))
+
+    def _doze(self) -> dict[str, float]:
+        if self.dozing:
+            return {}
+        began = time.perf_counter()
+        self.weights.unmap()
+        self.flush_cache(empty_cache=False)
+        self.kv.unmap()
+        self.dozing = True
+        return {"unmap": time.perf_counter() - began}
+
+    def _wake(self) -> dict[str, float]:
+        if not self.dozing:
+            return {}
+        began = time.perf_counter()
+        self.weights.restore()
+        self.kv.map()
+        self.dozing = False
+        return {"copy": time.perf_counter() - began}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class _LinkReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
+    """Takes the worker's messages where SGLang would read ZMQ."""
+
+    def _pull_raw_reqs(self) -> list[Any]:
+        return [_scheduler_request(message) for message in self.recv_from_tokenizer.receive_waiting()]
+
+
+def _scheduler_request(message: object) -> object:
+    if isinstance(message, Abort):
+        return AbortReq(rid=message.rid)
+    if not isinstance(message, Generate):
+        return message
+    chosen = message.sampling
+    sampling = SamplingParams(
+        max_new_tokens=chosen.max_new_tokens,
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        top_k=chosen.top_k,
+        min_p=chosen.min_p,
+        frequency_penalty=chosen.frequency_penalty,
+        presence_penalty=chosen.presence_penalty,
+        repetition_penalty=chosen.repetition_penalty,
+        min_new_tokens=chosen.min_new_tokens,
+        ignore_eos=chosen.ignore_eos,
+        stop_token_ids=set(chosen.stop_token_ids) or None,
+        logit_bias=chosen.logit_bias,
+        sampling_seed=chosen.seed,
+    )
+    sampling.normalize(None)
+    return TokenizedGenerateReqInput(
+        rid=message.rid,
+        input_text=None,
+        input_ids=array("q", message.input_ids),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=sampling,
+        return_logprob=message.top_logprobs is not None,
+        logprob_start_len=-1,
+        top_logprobs_num=message.top_logprobs or 0,
+        token_ids_logprob=None,
+        stream=True,
+        priority=message.priority,
+    )
+
+
+class _OutputSender:
+    """Translates what SGLang sends to its tokenizer and detokenizer."""
+
+    def __init__(self, scheduler: EngineScheduler) -> None:
+        self._scheduler = scheduler
+        self.socket = None
+
+    def send_output(self, output: object, recv_obj: object = None) -> None:
+        """Pass on token outputs and aborts; nothing else has a receiver here."""
+        if isinstance(output, BatchTokenIDOutput):
+            self._scheduler.tell([_token_output(output, index) for index in range(len(output.rids))])
+        elif isinstance(output, AbortReq):
+            self._scheduler.tell([TokenOutput(output.rid, [], "abort")])
+
+
+def _token_output(batch: BatchTokenIDOutput, index: int) -> TokenOutput:
+    reason = batch.finished_reasons[index] or {}
+    finish = str(reason.get("type", ""))
+    matched = reason.get("matched")
+    return TokenOutput(
+        rid=batch.rids[index],
+        tokens=list(batch.output_ids[index]),
+        finish=finish,
+        matched_token=matched if isinstance(matched, int) else None,
+        prompt_tokens=batch.prompt_tokens[index],
+        completion_tokens=batch.completion_tokens[index],
+        cached_tokens=batch.cached_tokens[index],
+        logprobs=_logprobs(batch, index),
+        error=_abort_error(reason) if finish == "abort" else None,
+    )
+
+
+def _logprobs(batch: BatchTokenIDOutput, index: int) -> list[TokenLogprob] | None:
+    if not batch.output_token_logprobs_val or not batch.output_token_logprobs_val[index]:
+        return None
+    chosen = batch.output_token_logprobs_val[index]
+    tops = zip(batch.output_top_logprobs_val[index], batch.output_top_logprobs_idx[index], strict=True)
+    alternatives = [
+        [(int(token), float(value)) for value, token in zip(values or [], tokens or [], strict=True)]
+        for values, tokens in tops
+    ]
+    alternatives += [[]] * (len(chosen) - len(alternatives))
+    return [TokenLogprob(float(value), top) for value, top in zip(chosen, alternatives, strict=True)]
+
+
+def _abort_error(reason: dict[str, Any]) -> ErrorBody | None:
+    status = reason.get("status_code")
+    if status is None:
+        return None
+    message = str(reason.get("message", "aborted by the engine"))
+    if int(status) == 400:
+        return ErrorBody(ErrorCode.INVALID_REQUEST, message)
+    return ErrorBody(ErrorCode.OVERLOADED, message, retry=True)

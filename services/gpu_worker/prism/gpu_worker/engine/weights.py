@@ -1,0 +1,245 @@
+"""A model's weights in an arena of their own: built there, exported from there, copied back into it.
+
+The layout of the arena is the layout of the engine image: a wake is one contiguous copy.
+"""
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from prism.common.store_client import Lease, deposit, lease
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_loader.loader import (
+    BaseModelLoader,
+    DefaultModelLoader,
+    _get_quantization_config,
+    _initialize_model,
+)
+from sglang.srt.model_loader.utils import set_default_torch_dtype
+from torch import nn
+
+from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.messages.store import ImageKind, ImageManifest, LeaseRequest, TensorEntry
+from prism.gpu_worker.engine.arena import TENSOR_ALIGNMENT, MemoryArena, align
+from prism.gpu_worker.engine_protocol import Progress, StartEngine
+
+KEPT_INITIAL_VALUE_BYTES = 1 << 20
+
+
+class ModelWeights:
+    """Owns the lease of a model's image and the arena of its weights, for one engine's life."""
+
+    def __init__(
+        self,
+        start: StartEngine,
+        *,
+        ask_for_memory: Callable[[int], bool],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._start = start
+        self._ask_for_memory = ask_for_memory
+        self._on_progress = on_progress
+        self._lease: Lease | None = None
+        self._layout: list[TensorEntry] = []
+        self._export: threading.Thread | None = None
+        self._export_error: ErrorBody | None = None
+        self.arena: MemoryArena | None = None
+        self.seconds: dict[str, float] = {}
+
+    def stage(self) -> None:
+        """Lease the model's image from the store, which stages it if need be."""
+        began = time.perf_counter()
+        self._lease = self._take_lease(self._start.layout)
+        self.seconds["stage"] = time.perf_counter() - began
+
+    def _take_lease(self, layout: str) -> Lease:
+        return lease(
+            self._start.store_socket,
+            LeaseRequest(self._start.model, self._start.model_path, layout),
+            deadline_s=self._start.store_deadline_s,
+            on_progress=lambda done, total: self._on_progress(Progress(done, total)),
+        )
+
+    def fill(self, model: nn.Module, target: torch.device) -> None:
+        """Move `model`'s tensors into an arena and put the leased image's content there."""
+        assert self._lease is not None
+        tensors = _named_tensors(model)
+        self._layout = _layout(tensors)
+        nbytes = _end(self._layout)
+        if not self._ask_for_memory(nbytes):
+            raise PrismError(
+                ErrorCode.OUT_OF_MEMORY,
+                f"{self._start.model} needs {nbytes} bytes for its weights, more than the worker has free",
+                retry=True,
+            )
+        self.arena = MemoryArena("prism-weights", nbytes)
+        _relocate(tensors, self._layout, self.arena)
+        began = time.perf_counter()
+        if self._lease.kind is ImageKind.ENGINE and self._lease.manifest.tensors == self._layout:
+            self.arena.copy_in(self._lease.fd, nbytes, threads=self._start.copy_threads)
+        else:
+            if self._lease.kind is ImageKind.ENGINE:
+                # Made by an engine that lays this model out differently: build from the checkpoint instead.
+                self._lease.close()
+                self._lease = self._take_lease("")
+            self._load_checkpoint(model, target)
+        self.seconds["load"] = time.perf_counter() - began
+        _check_in_place(_named_tensors(model), self.arena)
+
+    def _load_checkpoint(self, model: nn.Module, target: torch.device) -> None:
+        assert self._lease is not None
+        manifest = self._lease.manifest
+        # Not closed by hand: the mapping goes when the last tensor over it does.
+        content = mmap.mmap(self._lease.fd, self._lease.nbytes, access=mmap.ACCESS_COPY)
+        DefaultModelLoader.load_weights_and_postprocess(model, _checkpoint_tensors(manifest, content), target)
+
+    @property
+    def imaged(self) -> bool:
+        """Whether the store holds an engine-layout image that a wake can copy from."""
+        return self._lease is not None and self._lease.kind is ImageKind.ENGINE
+
+    def export_behind(self, on_done: Callable[[float, ErrorBody | None], None]) -> None:
+        """Deposit the engine-layout image in the store from a thread: weights don't change any more."""
+        if self.imaged:
+            return
+
+        def export() -> None:
+            began = time.perf_counter()
+            try:
+                self._export_image()
+            except PrismError as error:
+                self._export_error = error.body
+            except Exception as error:
+                self._export_error = ErrorBody(ErrorCode.INTERNAL, f"export of the image failed: {error}")
+            on_done(time.perf_counter() - began, self._export_error)
+
+        self._export = threading.Thread(target=export, name="image export", daemon=True)
+        self._export.start()
+
+    def _export_image(self) -> None:
+        assert self.arena is not None
+        assert self._lease is not None
+        nbytes = _end(self._layout)
+        manifest = ImageManifest(
+            fingerprint=self._lease.manifest.fingerprint,
+            kind=ImageKind.ENGINE,
+            nbytes=nbytes,
+            tensors=self._layout,
+            layout=self._start.layout,
+        )
+        fd = os.memfd_create("prism-image", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, nbytes)
+            self.arena.copy_out(fd, nbytes)
+            deposit(
+                self._start.store_socket,
+                self._start.model,
+                manifest,
+                fd,
+                deadline_s=self._start.store_deadline_s,
+            )
+        finally:
+            os.close(fd)
+        image = self._take_lease(self._start.layout)
+        checkpoint, self._lease = self._lease, image
+        checkpoint.close()
+
+    def unmap(self) -> None:
+        """Give the weights' memory back. Raises PrismError when there is no image to wake from."""
+        if self._export is not None:
+            self._export.join(self._start.store_deadline_s)
+            if self._export.is_alive():
+                raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
+            self._export = None
+        if not self.imaged:
+            reason = self._export_error.message if self._export_error else "no image was exported"
+            raise PrismError(ErrorCode.STORE_UNAVAILABLE, f"cannot doze without an image: {reason}")
+        assert self.arena is not None
+        self.arena.unmap()
+
+    def restore(self) -> None:
+        """Take memory again and copy the weights back; on failure nothing is held."""
+        assert self.arena is not None
+        assert self._lease is not None
+        self.arena.map()
+        try:
+            self.arena.copy_in(self._lease.fd, _end(self._layout), threads=self._start.copy_threads)
+        except OSError as error:
+            self.arena.unmap()
+            raise PrismError(
+                ErrorCode.STORE_UNAVAILABLE, f"copying the weights back failed: {error}"
+            ) from error
+
+
+def loader_for(weights: ModelWeights) -> type[BaseModelLoader]:
+    """A loader class that builds the model in `weights`' arena; what `ServerArgs.load_format` takes."""
+
+    class ImageLoader(BaseModelLoader):  # type: ignore[misc]
+        """Builds the model without memory behind its weights, then fills it from the leased image."""
+
+        def download_model(self, model_config: ModelConfig) -> None:
+            """The store has it."""
+
+        def load_model(self, *, model_config: ModelConfig, device_config: object) -> nn.Module:
+            """The model, its weights in place."""
+            target = torch.device("cpu")
+            quantization = _get_quantization_config(model_config, self.load_config)
+            with set_default_torch_dtype(model_config.dtype):
+                with target:
+                    model: nn.Module = _initialize_model(model_config, self.load_config, quantization)
+                weights.fill(model, target)
+            return model.eval()
+
+    return ImageLoader
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    parameters: list[tuple[str, torch.Tensor]] = list(model.named_parameters())
+    persistent = set(model.state_dict(keep_vars=True))
+    return parameters + [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+
+
+def _layout(tensors: list[tuple[str, torch.Tensor]]) -> list[TensorEntry]:
+    entries = []
+    offset = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries.append(TensorEntry(name, offset, nbytes, dtype, tuple(tensor.shape)))
+        offset = align(offset + nbytes, TENSOR_ALIGNMENT)
+    return entries
+
+
+def _end(layout: list[TensorEntry]) -> int:
+    return max((entry.offset + entry.nbytes for entry in layout), default=0)
+
+
+def _relocate(tensors: list[tuple[str, torch.Tensor]], layout: list[TensorEntry], arena: MemoryArena) -> None:
+    for (_, tensor), entry in zip(tensors, layout, strict=True):
+        placed = arena.view(entry.offset, entry.shape, tensor.dtype)
+        # Small tensors may carry an initial value that no checkpoint overwrites (a norm's ones); large
+        # ones never do, and reading them would put memory behind what is about to be thrown away.
+        if entry.nbytes <= KEPT_INITIAL_VALUE_BYTES:
+            placed.copy_(tensor.data)
+        tensor.data = placed
+
+
+def _check_in_place(tensors: list[tuple[str, torch.Tensor]], arena: MemoryArena) -> None:
+    for name, tensor in tensors:
+        if not arena.address <= tensor.data_ptr() < arena.address + arena.capacity and tensor.numel():
+            raise PrismError(
+                ErrorCode.UNSUPPORTED,
+                f"loading replaced the tensor {name}, so that its memory can't be given back: this "
+                "quantisation or CPU weight format is not supported on the cpu device",
+            )
+
+
+def _checkpoint_tensors(manifest: ImageManifest, content: mmap.mmap) -> Iterator[tuple[str, torch.Tensor]]:
+    for entry in manifest.tensors:
+        dtype = getattr(torch, entry.dtype)
+        count = entry.nbytes // dtype.itemsize
+        flat = torch.frombuffer(content, dtype=dtype, count=count, offset=entry.offset)
+        yield entry.name, flat.view(entry.shape)

@@ -1,0 +1,218 @@
+"""One engine host as its worker sees it: calls with deadlines, a stream of outputs, one end.
+
+However an engine ends (asked to, killed, crashed), `ended` is set with the reason, every pending call
+fails with engine_lost, and the process is gone for certain.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import TypeVar
+
+from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.gpu_worker.engine_protocol import (
+    Abort,
+    Done,
+    Doze,
+    Failed,
+    FromEngine,
+    Generate,
+    Imaged,
+    MessageBuffer,
+    Outputs,
+    Progress,
+    Ready,
+    StartEngine,
+    ToEngine,
+    Wake,
+    WeightsGranted,
+    WeightsSized,
+    pack,
+    unpack_from_engine,
+)
+from prism.gpu_worker.shells import Shell
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T", Ready, Done)
+
+RECEIVE_BYTES = 1 << 20
+EXIT_DEADLINE_S = 5.0
+
+
+class EngineEvents:
+    """What an engine tells its worker without being asked; made by the model instance."""
+
+    def __init__(
+        self,
+        *,
+        on_outputs: Callable[[Outputs], None],
+        on_weights_sized: Callable[[int], bool],
+        on_progress: Callable[[Progress], None],
+        on_imaged: Callable[[Imaged], None],
+    ) -> None:
+        self.on_outputs = on_outputs
+        self.on_weights_sized = on_weights_sized
+        self.on_progress = on_progress
+        self.on_imaged = on_imaged
+
+
+class EngineProcess:
+    """A shell that becomes an engine by `start`. `close` ends it; `ended` says how it ended."""
+
+    def __init__(self, shell: Shell, events: EngineEvents) -> None:
+        self.pid = shell.pid
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._shell = shell
+        self._events = events
+        self._buffer = MessageBuffer()
+        self._calls: dict[int, asyncio.Future[Ready | Done]] = {}
+        self._next_call = 0
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._weights_fd: int | None = None
+        self._kv_fd: int | None = None
+
+    async def open(self) -> None:
+        """Begin to read what the engine says."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._shell.connection)
+        self._reader_task = asyncio.create_task(self._read(reader), name=f"engine {self.pid}")
+
+    async def start(self, build: Callable[[int], StartEngine], deadline_s: float) -> Ready:
+        """Have the shell become an engine. Raises PrismError when it can't; it is gone then."""
+        ready = await self._call(build, deadline_s)
+        if not isinstance(ready, Ready):
+            raise PrismError(ErrorCode.INTERNAL, f"engine {self.pid} answered a start with {ready}")
+        self._weights_fd, self._kv_fd = ready.weights_fd, ready.kv_fd
+        return ready
+
+    async def doze(self, deadline_s: float) -> Done:
+        """Give back weights and KV memory. Raises PrismError; the engine is then as it was, or gone."""
+        return await self._transition(Doze, deadline_s)
+
+    async def wake(self, deadline_s: float) -> Done:
+        """Take memory and weights again. Raises PrismError; the engine then dozes still, or is gone."""
+        return await self._transition(Wake, deadline_s)
+
+    async def _transition(self, kind: type[Doze] | type[Wake], deadline_s: float) -> Done:
+        done = await self._call(kind, deadline_s)
+        if not isinstance(done, Done):
+            raise PrismError(ErrorCode.INTERNAL, f"engine {self.pid} answered {kind.__name__} with {done}")
+        if done.error is not None:
+            raise PrismError.from_body(done.error)
+        return done
+
+    def generate(self, request: Generate) -> None:
+        """Queue a request in the engine. Its outputs come through `on_outputs`."""
+        self._send(request)
+
+    def abort(self, rid: str) -> None:
+        """Ask the engine to stop `rid`; a final output follows if it was running."""
+        self._send(Abort(rid))
+
+    def resident_bytes(self) -> tuple[int, int]:
+        """Memory that stands behind weights and KV cache now, in bytes, as the kernel counts it."""
+        return self._arena_bytes(self._weights_fd), self._arena_bytes(self._kv_fd)
+
+    def _arena_bytes(self, fd: int | None) -> int:
+        if fd is None or self.ended.done():
+            return 0
+        try:
+            return os.stat(f"/proc/{self.pid}/fd/{fd}").st_blocks * 512
+        except OSError:
+            return 0
+
+    async def close(self) -> None:
+        """End the engine: closing its socket asks for it, a signal enforces it. Returns when it is gone."""
+        if self._writer is not None:
+            self._writer.close()
+        try:
+            async with asyncio.timeout(EXIT_DEADLINE_S):
+                await asyncio.shield(self._shell.exited)
+        except TimeoutError:
+            self._signal(signal.SIGKILL)
+            async with asyncio.timeout(EXIT_DEADLINE_S):
+                await asyncio.shield(self._shell.exited)
+        if self._reader_task is not None:
+            self._reader_task.cancel()
+            await asyncio.gather(self._reader_task, return_exceptions=True)
+        self._end(self._shell.exited.result())
+
+    def kill(self) -> None:
+        """End the engine at once."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, signum: signal.Signals) -> None:
+        # The pid is ours until its exit was reported to us; after that it may be somebody else's.
+        if not self._shell.exited.done():
+            try:
+                os.kill(self.pid, signum)
+            except ProcessLookupError:
+                log.debug("engine %d was gone already", self.pid)
+
+    async def _call(self, build: Callable[[int], ToEngine], deadline_s: float) -> Ready | Done:
+        self._next_call += 1
+        call = self._next_call
+        answer: asyncio.Future[Ready | Done] = asyncio.get_running_loop().create_future()
+        self._calls[call] = answer
+        try:
+            self._send(build(call))
+            async with asyncio.timeout(deadline_s):
+                return await answer
+        except TimeoutError as error:
+            raise PrismError(
+                ErrorCode.DEADLINE_EXCEEDED, f"engine {self.pid} did not answer within {deadline_s:.1f} s"
+            ) from error
+        finally:
+            self._calls.pop(call, None)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is None or self.ended.done() or self._writer.is_closing():
+            raise PrismError(ErrorCode.ENGINE_LOST, f"engine {self.pid} is gone", retry=True)
+        self._writer.write(pack(message))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while data := await reader.read(RECEIVE_BYTES):
+                for body in self._buffer.feed(data):
+                    self._dispatch(unpack_from_engine(body))
+        except OSError as error:
+            log.debug("engine %d: %s", self.pid, error)
+        try:
+            async with asyncio.timeout(EXIT_DEADLINE_S):
+                how = await asyncio.shield(self._shell.exited)
+        except TimeoutError:
+            # It closed its socket and lives on: nobody can talk to it any more.
+            self.kill()
+            how = "closed its socket, was killed"
+        self._end(how)
+
+    def _dispatch(self, message: FromEngine) -> None:
+        match message:
+            case Outputs():
+                self._events.on_outputs(message)
+            case Ready() | Done():
+                answer = self._calls.get(message.call)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case Failed():
+                self._fail(self._calls.get(message.call), message.error)
+            case Progress():
+                self._events.on_progress(message)
+            case WeightsSized():
+                self._send(WeightsGranted(self._events.on_weights_sized(message.nbytes)))
+            case Imaged():
+                self._events.on_imaged(message)
+
+    def _fail(self, answer: "asyncio.Future[Ready | Done] | None", error: ErrorBody) -> None:
+        if answer is not None and not answer.done():
+            answer.set_exception(PrismError.from_body(error))
+
+    def _end(self, how: str) -> None:
+        if self.ended.done():
+            return
+        self.ended.set_result(how)
+        for answer in self._calls.values():
+            self._fail(answer, ErrorBody(ErrorCode.ENGINE_LOST, f"engine {self.pid}: {how}", retry=True))

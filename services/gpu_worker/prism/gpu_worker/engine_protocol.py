@@ -1,0 +1,187 @@
+"""What a worker and its engine hosts say to each other, and how it travels.
+
+One Unix stream socket an engine: length-prefixed msgpack. The socket is inherited, so nothing is left on
+disk, and its end is how each side learns of the other's death.
+"""
+
+import struct
+
+import msgspec
+
+from prism.common.errors import ErrorBody
+from prism.common.messages.generation import SamplingParams, TokenLogprob
+
+HEADER = struct.Struct("<I")
+
+
+class StartEngine(msgspec.Struct, frozen=True, tag="start"):
+    """Become an engine for this model. Answered by `Progress`, one `WeightsSized`, then `Ready` or `Failed`.
+
+    `kv_bytes` bounds the KV cache; `layout` names the engine image to ask the store for and to make.
+    """
+
+    call: int
+    model: str
+    model_path: str
+    store_socket: str
+    layout: str
+    dtype: str
+    kv_bytes: int
+    max_running_requests: int
+    chunked_prefill_tokens: int
+    copy_threads: int
+    store_deadline_s: float
+
+
+class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):
+    """The worker has reserved what `WeightsSized` asked for (or not: `granted` false ends the start)."""
+
+    granted: bool
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Run one request; answered by `TokenOutput`s in `Outputs`."""
+
+    rid: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    top_logprobs: int | None
+    priority: int
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop `rid`; a final output follows if it was still running."""
+
+    rid: str
+
+
+class Doze(msgspec.Struct, frozen=True, tag="doze"):
+    """Give back the memory of weights and KV cache, keep everything else. Answered by `Done`."""
+
+    call: int
+
+
+class Wake(msgspec.Struct, frozen=True, tag="wake"):
+    """Take the memory again and copy the weights back from the store's image. Answered by `Done`."""
+
+    call: int
+
+
+ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """How far staging is."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class WeightsSized(msgspec.Struct, frozen=True, tag="weights_sized"):
+    """The model is built without memory behind its weights; this is what they will take."""
+
+    nbytes: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine serves. File descriptors name its memory arenas, so that the worker can see for itself
+    how much memory stands behind them (`/proc/<pid>/fd/<n>`)."""
+
+    call: int
+    pid: int
+    weights_fd: int
+    kv_fd: int
+    kv_tokens: int
+    kv_bytes_per_token: int
+    max_prompt_tokens: int
+    seconds: dict[str, float]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine cannot start, and ends."""
+
+    call: int
+    error: ErrorBody
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """A doze or wake has happened, or not: then `error` is set and the state is what it was before."""
+
+    call: int
+    seconds: dict[str, float]
+    error: ErrorBody | None = None
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. `finish` is empty until the last: stop, length or abort."""
+
+    rid: str
+    tokens: list[int]
+    finish: str = ""
+    matched_token: int | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    error: ErrorBody | None = None
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """What one scheduler step produced, and the engine's load after it."""
+
+    outputs: list[TokenOutput]
+    running: int
+    waiting: int
+    kv_used_tokens: int
+
+
+class Imaged(msgspec.Struct, frozen=True, tag="imaged"):
+    """The engine-layout image was deposited in the store (or could not be: `error`)."""
+
+    seconds: float
+    error: ErrorBody | None = None
+
+
+FromEngine = Progress | WeightsSized | Ready | Failed | Done | Outputs | Imaged
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def pack(message: ToEngine | FromEngine) -> bytes:
+    """`message` with its length in front."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def unpack_to_engine(body: bytes) -> ToEngine:
+    """A message for an engine, without its length."""
+    return _to_engine.decode(body)
+
+
+def unpack_from_engine(body: bytes) -> FromEngine:
+    """A message of an engine, without its length."""
+    return _from_engine.decode(body)
+
+
+class MessageBuffer:
+    """Cuts a byte stream into message bodies."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take what was received; return the bodies that are complete now."""
+        self._bytes += data
+        bodies: list[bytes] = []
+        position = 0
+        while len(self._bytes) - position >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._bytes, position)
+            if len(self._bytes) - position - HEADER.size < length:
+                break
+            position += HEADER.size
+            bodies.append(bytes(self._bytes[position : position + length]))
+            position += length
+        del self._bytes[:position]
+        return bodies

@@ -1,0 +1,272 @@
+"""One model on this worker: its state, the transitions between states, and what each must leave behind.
+
+A transition has one owner (the lock), a deadline and a rollback: memory is reserved in the ledger before
+it is taken and given back only when the kernel says that it is free; a failed wake dozes on, a failed
+start leaves no process.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.messages.load import ModelLoad
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.gpu_worker.devices.device import Device
+from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
+from prism.gpu_worker.engine_protocol import Imaged, Outputs, Progress, Ready, StartEngine
+from prism.scheduling.ledger import MemoryLedger
+from prism.scheduling.memory import weights_bytes
+
+log = logging.getLogger(__name__)
+
+STORE_DEADLINE_S = 600.0
+
+
+class EngineLimits:
+    """How much an engine may take on at once."""
+
+    def __init__(self, max_running_requests: int, chunked_prefill_tokens: int) -> None:
+        self.max_running_requests = max_running_requests
+        self.chunked_prefill_tokens = chunked_prefill_tokens
+
+
+class ModelInstance:
+    """State and engine of one model. Hooks tell the worker what happens; it owns requests and routes."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        facts: ModelFacts,
+        *,
+        device: Device,
+        ledger: MemoryLedger,
+        store_socket: str,
+        limits: EngineLimits,
+        on_state: Callable[["ModelInstance"], None],
+        on_outputs: Callable[["ModelInstance", Outputs], None],
+        on_engine_lost: Callable[["ModelInstance", str], None],
+        on_progress: Callable[["ModelInstance", Progress], None],
+    ) -> None:
+        self.spec = spec
+        self.facts = facts
+        self.state = ModelState.COLD
+        self.state_since = time.monotonic()
+        self.idle_since = time.monotonic()
+        self.failure: str | None = None
+        self.engine: EngineProcess | None = None
+        self.ready: Ready | None = None
+        self.engine_load = Outputs([], 0, 0, 0)
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.lock = asyncio.Lock()
+        self._weights_bytes = 0
+        self._kv_bytes = 0
+        self._device = device
+        self._ledger = ledger
+        self._store_socket = store_socket
+        self._limits = limits
+        self._on_state = on_state
+        self._on_outputs = on_outputs
+        self._on_engine_lost = on_engine_lost
+        self._on_progress = on_progress
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.model_name
+
+    def set_state(self, state: ModelState, failure: str | None = None) -> None:
+        """Enter `state`, and tell."""
+        self.failure = failure
+        if state is self.state and failure is None:
+            return
+        self.state = state
+        self.state_since = time.monotonic()
+        self._on_state(self)
+
+    async def activate(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
+        """Serve: wake if dozing, else start an engine. Returns the seconds of each phase.
+
+        The caller holds the lock. Raises PrismError; the model is then dozing (a wake that rolled back) or
+        failed, and holds no memory.
+        """
+        began = time.perf_counter()
+        if self.state is ModelState.ACTIVE:
+            return {}
+        if self.state is ModelState.DOZING:
+            seconds = await self._wake(deadline_s)
+        else:
+            seconds = await self._start(kv_bytes, deadline_s)
+        self.idle_since = time.monotonic()
+        self.set_state(ModelState.ACTIVE)
+        return {**seconds, "total": time.perf_counter() - began}
+
+    async def _wake(self, deadline_s: float) -> dict[str, float]:
+        assert self.engine is not None
+        # The engine's KV pool was made for its first quota; it wakes with the same.
+        self._ledger.reserve(
+            self.name, weights=self._weights_bytes, kv=self._kv_bytes, fixed=self._device.fixed_bytes
+        )
+        self.set_state(ModelState.WAKING)
+        try:
+            done = await self.engine.wake(deadline_s)
+        except PrismError as error:
+            if error.code is ErrorCode.STORE_UNAVAILABLE:
+                # The engine itself rolled back: it dozes on, with nothing mapped.
+                await self._confirm_freed()
+                self.set_state(ModelState.DOZING)
+            else:
+                await self.discard_engine(ModelState.FAILED, f"wake failed: {error.message}")
+            raise
+        return done.seconds
+
+    async def _start(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
+        began = time.perf_counter()
+        weights = weights_bytes(self.facts, self._device.element_bytes, self.spec.tp_size)
+        self._ledger.reserve(self.name, weights=weights, kv=kv_bytes, fixed=self._device.fixed_bytes)
+        self.set_state(ModelState.STAGING)
+        try:
+            async with asyncio.timeout(deadline_s):
+                shell = await self._device.shells.take()
+                shelled = time.perf_counter()
+                self.engine = EngineProcess(shell, self._events(kv_bytes))
+                await self.engine.open()
+                self._watch = asyncio.create_task(self._watch_end(self.engine), name=f"watch {self.name}")
+                self.ready = await self.engine.start(
+                    lambda call: self._start_message(call, kv_bytes), deadline_s
+                )
+        except (PrismError, TimeoutError) as error:
+            message = error.message if isinstance(error, PrismError) else f"no engine within {deadline_s} s"
+            await self.discard_engine(ModelState.FAILED, message)
+            if isinstance(error, PrismError):
+                raise
+            raise PrismError(ErrorCode.DEADLINE_EXCEEDED, f"{self.name}: {message}") from error
+        return {**self.ready.seconds, "shell": shelled - began}
+
+    def _start_message(self, call: int, kv_bytes: int) -> StartEngine:
+        return StartEngine(
+            call=call,
+            model=self.name,
+            model_path=self.spec.model_path,
+            store_socket=self._store_socket,
+            layout=self._device.layout(0, self.spec.tp_size),
+            dtype=self._device.dtype,
+            kv_bytes=kv_bytes,
+            max_running_requests=self._limits.max_running_requests,
+            chunked_prefill_tokens=self._limits.chunked_prefill_tokens,
+            copy_threads=self._device.copy_threads,
+            store_deadline_s=STORE_DEADLINE_S,
+        )
+
+    def _events(self, kv_bytes: int) -> EngineEvents:
+        def sized(nbytes: int) -> bool:
+            estimated = self._ledger.held(self.name).weights
+            try:
+                if nbytes > estimated:
+                    self._ledger.reserve(self.name, weights=nbytes - estimated)
+                else:
+                    self._ledger.shrink(self.name, weights=estimated - nbytes)
+            except PrismError as error:
+                log.warning("%s: %s", self.name, error.message)
+                return False
+            self._weights_bytes, self._kv_bytes = nbytes, kv_bytes
+            self.set_state(ModelState.STARTING)
+            return True
+
+        def outputs(message: Outputs) -> None:
+            self.engine_load = message
+            self._on_outputs(self, message)
+
+        def imaged(message: Imaged) -> None:
+            if message.error is not None:
+                log.warning("%s: no image for waking: %s", self.name, message.error.message)
+            else:
+                log.info("%s: image exported in %.2f s", self.name, message.seconds)
+
+        return EngineEvents(
+            on_outputs=outputs,
+            on_weights_sized=sized,
+            on_progress=lambda progress: self._on_progress(self, progress),
+            on_imaged=imaged,
+        )
+
+    async def doze(self, deadline_s: float) -> dict[str, float]:
+        """Give back weights and KV memory, confirmed by the kernel. The caller holds the lock, and drained.
+
+        Raises PrismError: the model is then active still (nothing to wake from), or failed.
+        """
+        assert self.engine is not None
+        began = time.perf_counter()
+        try:
+            done = await self.engine.doze(deadline_s)
+            await self._confirm_freed()
+        except PrismError as error:
+            if error.code is ErrorCode.STORE_UNAVAILABLE:
+                self.set_state(ModelState.ACTIVE)
+            else:
+                await self.discard_engine(ModelState.FAILED, f"doze failed: {error.message}")
+            raise
+        self.engine_load = Outputs([], 0, 0, 0)
+        self.set_state(ModelState.DOZING)
+        return {**done.seconds, "total": time.perf_counter() - began}
+
+    async def _confirm_freed(self) -> None:
+        assert self.engine is not None
+        left = sum(self.engine.resident_bytes())
+        if left:
+            raise PrismError(
+                ErrorCode.INTERNAL, f"{self.name}: {left} bytes are still mapped after the engine freed them"
+            )
+        self._ledger.release(self.name)
+
+    async def discard_engine(self, state: ModelState, failure: str | None = None) -> None:
+        """End the engine, if any; its memory is free when this returns, and the state is `state`."""
+        engine, self.engine = self.engine, None
+        self.ready = None
+        self.engine_load = Outputs([], 0, 0, 0)
+        watch, self._watch = self._watch, None
+        if watch is not None and watch is not asyncio.current_task():
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+        if engine is not None:
+            await engine.close()
+        self._ledger.release(self.name)
+        self.set_state(state, failure)
+
+    async def _watch_end(self, engine: EngineProcess) -> None:
+        how = await engine.ended
+        # A start that fails ends its engine too; whoever holds the lock deals with it.
+        async with self.lock:
+            if self.engine is engine:
+                await self.discard_engine(ModelState.COLD)
+                self._on_engine_lost(self, how)
+
+    def load(self, queued: int) -> ModelLoad:
+        """What there is to report of this model now; bytes are what the kernel says is there."""
+        weights, kv = self.engine.resident_bytes() if self.engine is not None else (0, 0)
+        running = self.engine_load.running + self.engine_load.waiting
+        busy = queued + running > 0
+        now = time.monotonic()
+        return ModelLoad(
+            model=self.name,
+            state=self.state,
+            queued=queued,
+            running=running,
+            weights_bytes=weights,
+            kv_quota_bytes=self._ledger.held(self.name).kv,
+            kv_used_bytes=kv,
+            idle_s=0.0 if busy else now - self.idle_since,
+            state_s=now - self.state_since,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            failure=self.failure,
+        )
+
+    def error_for_clients(self) -> ErrorBody | None:
+        """Why requests for this model can't be taken here, if they can't."""
+        if self.state is ModelState.ACTIVE:
+            return None
+        return ErrorBody(ErrorCode.MOVED, f"{self.name} is {self.state} here", retry=True)

@@ -1,0 +1,197 @@
+"""Warm shells: processes that are started and imported, and become an engine when given a model.
+
+This is the worker's side: `ForkServerShells` keeps the fork server of `fork_server.py` running and takes
+shells from it.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+import msgspec
+
+from prism.common.errors import ErrorCode, PrismError
+
+log = logging.getLogger(__name__)
+
+IMPORT_DEADLINE_S = 180.0
+FORK_DEADLINE_S = 20.0
+EXIT_DEADLINE_S = 10.0
+
+
+class ForkServerReply(msgspec.Struct, frozen=True, array_like=True):
+    """What the fork server says: ready, spawned (pid), exited (pid, how)."""
+
+    kind: str
+    pid: int = 0
+    how: str = ""
+
+
+def encode_reply(reply: ForkServerReply) -> bytes:
+    """A reply as one datagram."""
+    return msgspec.msgpack.encode(reply)
+
+
+def decode_exit(status: int) -> str:
+    """How a process ended, in words, from its wait status."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit status {code}"
+
+
+class Shell:
+    """A process that waits to become an engine: its pid, our end of its socket, and its end."""
+
+    def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid = pid
+        self.connection = connection
+        self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+
+class ShellSource(Protocol):
+    """Where a device's shells come from."""
+
+    async def take(self) -> Shell:
+        """A shell, ready to become an engine. Raises PrismError when none can be had."""
+
+
+class ForkServerShells:
+    """Shells forked from a process that has imported SGLang. Made by `fork_server_shells`."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+        self._spawned: asyncio.Queue[int] = asyncio.Queue()
+        self._shells: dict[int, Shell] = {}
+        self._early_exits: dict[int, str] = {}
+        self._taking = asyncio.Lock()
+
+    def start(self) -> None:
+        """Start importing; returns at once."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        environment["OMP_NUM_THREADS"] = "1"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "prism.gpu_worker.fork_server", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+        self._control = ours
+        self._ready.clear()
+        self._spawned = asyncio.Queue()
+        self._reader = asyncio.create_task(self._read(ours), name="fork server replies")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the fork server runs."""
+        return self._process is not None and self._process.poll() is None
+
+    async def take(self) -> Shell:
+        """Fork a shell. Raises PrismError(internal) when the fork server does not answer."""
+        async with self._taking:
+            if not self.alive:
+                log.warning("the fork server is gone, starting it again")
+                await self.stop()
+                self.start()
+            try:
+                async with asyncio.timeout(IMPORT_DEADLINE_S):
+                    await self._ready.wait()
+                return await self._fork()
+            except TimeoutError as error:
+                raise PrismError(
+                    ErrorCode.INTERNAL, "the fork server did not answer in time", retry=True
+                ) from error
+
+    async def _fork(self) -> Shell:
+        assert self._control is not None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"spawn"], [theirs.fileno()])
+            except OSError as error:
+                ours.close()
+                raise PrismError(ErrorCode.INTERNAL, f"fork server: {error}", retry=True) from error
+        async with asyncio.timeout(FORK_DEADLINE_S):
+            pid = await self._spawned.get()
+        if pid == 0:
+            ours.close()
+            raise PrismError(ErrorCode.INTERNAL, "the fork server ended while forking", retry=True)
+        shell = Shell(pid, ours)
+        if pid in self._early_exits:
+            shell.exited.set_result(self._early_exits.pop(pid))
+        else:
+            self._shells[pid] = shell
+        return shell
+
+    async def _read(self, control: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                data = await loop.sock_recv(control, 4096)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            reply = msgspec.msgpack.decode(data, type=ForkServerReply)
+            if reply.kind == "ready":
+                self._ready.set()
+            elif reply.kind == "spawned":
+                self._spawned.put_nowait(reply.pid)
+            else:
+                self._exited(reply.pid, reply.how)
+        # Shells die with their fork server.
+        for pid in list(self._shells):
+            self._exited(pid, "ended with the fork server")
+        self._spawned.put_nowait(0)
+
+    def _exited(self, pid: int, how: str) -> None:
+        shell = self._shells.pop(pid, None)
+        if shell is None:
+            self._early_exits[pid] = how
+        elif not shell.exited.done():
+            shell.exited.set_result(how)
+
+    async def stop(self) -> None:
+        """End the fork server, and with it whatever it forked."""
+        if self._control is not None:
+            self._control.shutdown(socket.SHUT_RDWR)
+        if self._reader is not None:
+            await self._reader
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        process, self._process = self._process, None
+        if process is not None:
+            await asyncio.to_thread(_end, process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(EXIT_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@asynccontextmanager
+async def fork_server_shells() -> AsyncIterator[ForkServerShells]:
+    """A running fork server (still importing when this returns), ended at the end."""
+    shells = ForkServerShells()
+    shells.start()
+    try:
+        yield shells
+    finally:
+        await shells.stop()
