@@ -1,0 +1,276 @@
+"""Borrowing images from a node's model store, and giving it new ones.
+
+Each call comes twice: blocking, for an engine process, and `_async`, for a worker's event loop. Both walk the
+same `_Conversation`; they differ only in how they wait.
+"""
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.memfd import close_all, memfd_of, read_memfd, recv_with_fds, send_with_fds
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.store import (
+    Deposited,
+    DepositRequest,
+    ImageKind,
+    ImageManifest,
+    LeaseGranted,
+    LeaseRequest,
+    StageProgress,
+    StoreFailure,
+    StoreReply,
+)
+
+T = TypeVar("T")
+OnProgress = Callable[[StageProgress], None]
+
+# A conversation yields the socket whenever it needs a message, and is sent what came.
+_Message = tuple[bytes, list[int]]
+_Conversation = Generator[socket.socket, _Message, T]
+
+
+def default_socket_path() -> Path:
+    """Where a node's store listens unless told otherwise (PRISM_STORE_SOCKET)."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(runtime) / f"prism-store-{os.getuid()}.sock"
+
+
+class Lease:
+    """An image on loan: it stays in the store's memory until `close`, or the end of the `with`.
+
+    `fd` is the image's memfd, to be mapped shared and only read; it is closed with the lease, but mappings
+    made of it stay valid. `seconds` is the time that the store spent staging, 0 if the image was there.
+    """
+
+    def __init__(self, sock: socket.socket, fd: int, manifest: ImageManifest, granted: LeaseGranted) -> None:
+        self._sock = sock
+        self.fd = fd
+        self.manifest = manifest
+        self.kind: ImageKind = granted.kind
+        self.nbytes: int = granted.nbytes
+        self.seconds: float = granted.seconds
+
+    def close(self) -> None:
+        """Give the image back. Closing twice does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self._sock.close()
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def lease(
+    socket_path: Path | str,
+    request: LeaseRequest,
+    deadline_s: float,
+    on_progress: OnProgress | None = None,
+) -> Lease:
+    """Have a model's image staged if need be, and borrow it.
+
+    Raises PrismError: store_unavailable (retry) when the store is not there or goes away meanwhile,
+    deadline_exceeded after `deadline_s` seconds, else what the store reports.
+    """
+    return _talk(_lease(Path(socket_path), request, on_progress), deadline_s)
+
+
+async def lease_async(
+    socket_path: Path | str,
+    request: LeaseRequest,
+    deadline_s: float,
+    on_progress: OnProgress | None = None,
+) -> Lease:
+    """`lease` for an event loop; cancelling it gives up the staging unless others wait for it."""
+    return await _talk_async(_lease(Path(socket_path), request, on_progress), deadline_s)
+
+
+def deposit(
+    socket_path: Path | str, model: str, manifest: ImageManifest, image_fd: int, deadline_s: float
+) -> str:
+    """Give the store an image in an engine's layout to keep; returns its content hash.
+
+    `image_fd` stays the caller's, its bytes must not change any more. Make it with
+    `prism.common.memfd.create_memfd`, so that the store can fix its size. Raises as `lease` does.
+    """
+    return _talk(_deposit(Path(socket_path), model, manifest, image_fd), deadline_s)
+
+
+async def deposit_async(
+    socket_path: Path | str, model: str, manifest: ImageManifest, image_fd: int, deadline_s: float
+) -> str:
+    """`deposit` for an event loop."""
+    return await _talk_async(_deposit(Path(socket_path), model, manifest, image_fd), deadline_s)
+
+
+def _lease(socket_path: Path, request: LeaseRequest, on_progress: OnProgress | None) -> _Conversation[Lease]:
+    with contextlib.ExitStack() as on_error:
+        sock = on_error.enter_context(_connected(socket_path))
+        _send(sock, socket_path, encode(request), [])
+        while True:
+            payload, fds = yield sock
+            with contextlib.ExitStack() as unused:
+                unused.callback(close_all, fds)
+                reply = _reply(payload, socket_path)
+                if isinstance(reply, StageProgress):
+                    if on_progress:
+                        on_progress(reply)
+                    continue
+                if not isinstance(reply, LeaseGranted) or len(fds) != 2:
+                    raise _unexpected(reply, socket_path)
+                image_fd, manifest_fd = fds
+                manifest = decode(read_memfd(manifest_fd, reply.manifest_bytes), ImageManifest)
+                os.close(manifest_fd)
+                unused.pop_all()
+                on_error.pop_all()
+                return Lease(sock, image_fd, manifest, reply)
+
+
+def _deposit(socket_path: Path, model: str, manifest: ImageManifest, image_fd: int) -> _Conversation[str]:
+    written = encode(manifest)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(_connected(socket_path))
+        manifest_fd = memfd_of("prism-manifest", written)
+        stack.callback(os.close, manifest_fd)
+        _send(sock, socket_path, encode(DepositRequest(model, len(written))), [image_fd, manifest_fd])
+        payload, fds = yield sock
+        close_all(fds)
+        reply = _reply(payload, socket_path)
+        if not isinstance(reply, Deposited):
+            raise _unexpected(reply, socket_path)
+        return reply.content_hash
+
+
+def _connected(socket_path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        # Never waits: the kernel connects at once, or refuses when the store's backlog is full.
+        sock.setblocking(False)
+        sock.connect(str(socket_path))
+    except OSError as error:
+        sock.close()
+        raise _unavailable(socket_path, str(error)) from error
+    return sock
+
+
+def _send(sock: socket.socket, socket_path: Path, payload: bytes, fds: list[int]) -> None:
+    try:
+        send_with_fds(sock, payload, fds)
+    except OSError as error:
+        raise _unavailable(socket_path, str(error)) from error
+
+
+def _receive(sock: socket.socket) -> _Message | None:
+    """What has come, or None when nothing has."""
+    try:
+        return recv_with_fds(sock)
+    except BlockingIOError:
+        return None
+    except ConnectionError:
+        return b"", []
+
+
+def _reply(payload: bytes, socket_path: Path) -> StoreReply:
+    if not payload:
+        raise _unavailable(socket_path, "it closed the connection")
+    reply: StoreReply = decode(payload, StoreReply)  # type: ignore[arg-type]
+    if isinstance(reply, StoreFailure):
+        raise PrismError.from_body(reply.error)
+    return reply
+
+
+def _talk(conversation: _Conversation[T], deadline_s: float) -> T:
+    deadline = time.monotonic() + deadline_s
+    with contextlib.closing(conversation):
+        try:
+            sock = next(conversation)
+            while True:
+                message = _receive(sock)
+                if message is not None:
+                    sock = conversation.send(message)
+                    continue
+                _wait_readable(sock, deadline, deadline_s)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+
+def _wait_readable(sock: socket.socket, deadline: float, deadline_s: float) -> None:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    left = deadline - time.monotonic()
+    if left <= 0 or not poll.poll(left * 1000):
+        raise _too_late(deadline_s)
+
+
+async def _talk_async(conversation: _Conversation[T], deadline_s: float) -> T:
+    with contextlib.closing(conversation):
+        try:
+            async with asyncio.timeout(deadline_s):
+                sock = next(conversation)
+                while True:
+                    message = _receive(sock)
+                    if message is not None:
+                        sock = conversation.send(message)
+                        continue
+                    await wait_readable(sock)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        except TimeoutError as error:
+            raise _too_late(deadline_s) from error
+
+
+async def wait_readable(sock: socket.socket) -> None:
+    """Wait until `sock` has something to receive, or its peer has gone. One waiter a socket."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+
+    def on_readable() -> None:
+        if not readable.done():
+            readable.set_result(None)
+
+    loop.add_reader(sock.fileno(), on_readable)
+    try:
+        await readable
+    finally:
+        loop.remove_reader(sock.fileno())
+
+
+def _unavailable(socket_path: Path, why: str) -> PrismError:
+    return PrismError(
+        ErrorCode.STORE_UNAVAILABLE,
+        f"no model store at {socket_path}: {why}; is prism.model_store running on this node?",
+        retry=True,
+    )
+
+
+def _too_late(deadline_s: float) -> PrismError:
+    return PrismError(
+        ErrorCode.DEADLINE_EXCEEDED, f"the model store did not finish within {deadline_s:.1f} s", retry=True
+    )
+
+
+def _unexpected(reply: StoreReply, socket_path: Path) -> PrismError:
+    return PrismError(
+        ErrorCode.BAD_MESSAGE,
+        f"the model store at {socket_path} answered with {type(reply).__name__}: is it of the same version?",
+    )
