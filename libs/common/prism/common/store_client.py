@@ -32,7 +32,8 @@ from prism.common.messages.store import (
 )
 
 T = TypeVar("T")
-OnProgress = Callable[[StageProgress], None]
+# Called with the bytes staged so far, and in all.
+OnProgress = Callable[[int, int], None]
 
 # A conversation yields the socket whenever it needs a message, and is sent what came.
 _Message = tuple[bytes, list[int]]
@@ -132,7 +133,7 @@ def _lease(socket_path: Path, request: LeaseRequest, on_progress: OnProgress | N
                 reply = _reply(payload, socket_path)
                 if isinstance(reply, StageProgress):
                     if on_progress:
-                        on_progress(reply)
+                        on_progress(reply.done_bytes, reply.total_bytes)
                     continue
                 if not isinstance(reply, LeaseGranted) or len(fds) != 2:
                     raise _unexpected(reply, socket_path)
