@@ -17,7 +17,6 @@ from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
 from prism.scheduling.admission import (
     AdmissionPolicy,
-    AdmissionSnapshot,
     EngineCapacity,
     QueuedRequest,
 )
@@ -127,8 +126,7 @@ class GenerationRequests:
         """Release every queued request that admission lets start now."""
         if not self._entries:
             return
-        snapshot = AdmissionSnapshot(list(self._entries.values()), self._capacities())
-        chosen = self._admission.select(snapshot, time.monotonic())
+        chosen = self._admission.select(list(self._entries.values()), self._capacities(), time.monotonic())
         for rid in chosen:
             entry = self._queued.pop(rid)
             del self._entries[rid]

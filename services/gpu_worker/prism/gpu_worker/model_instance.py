@@ -163,12 +163,8 @@ class ModelInstance:
 
     def _events(self, kv_bytes: int) -> EngineEvents:
         def sized(nbytes: int) -> bool:
-            estimated = self._ledger.held(self.name).weights
             try:
-                if nbytes > estimated:
-                    self._ledger.reserve(self.name, weights=nbytes - estimated)
-                else:
-                    self._ledger.shrink(self.name, weights=estimated - nbytes)
+                self._ledger.resize(self.name, weights=nbytes, kv=kv_bytes, fixed=self._device.fixed_bytes)
             except PrismError as error:
                 log.warning("%s: %s", self.name, error.message)
                 return False

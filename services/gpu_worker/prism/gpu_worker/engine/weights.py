@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from prism.common.store_client import Lease, deposit, lease
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import (
     BaseModelLoader,
@@ -22,7 +21,9 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.memfd import create_memfd
 from prism.common.messages.store import ImageKind, ImageManifest, LeaseRequest, TensorEntry
+from prism.common.store_client import Lease, deposit, lease
 from prism.gpu_worker.engine.arena import TENSOR_ALIGNMENT, MemoryArena, align
 from prism.gpu_worker.engine_protocol import Progress, StartEngine
 
@@ -60,7 +61,7 @@ class ModelWeights:
             self._start.store_socket,
             LeaseRequest(self._start.model, self._start.model_path, layout),
             deadline_s=self._start.store_deadline_s,
-            on_progress=lambda done, total: self._on_progress(Progress(done, total)),
+            on_progress=lambda staged: self._on_progress(Progress(staged.done_bytes, staged.total_bytes)),
         )
 
     def fill(self, model: nn.Module, target: torch.device) -> None:
@@ -130,9 +131,8 @@ class ModelWeights:
             tensors=self._layout,
             layout=self._start.layout,
         )
-        fd = os.memfd_create("prism-image", os.MFD_CLOEXEC)
+        fd = create_memfd("prism-image", nbytes)
         try:
-            os.ftruncate(fd, nbytes)
             self.arena.copy_out(fd, nbytes)
             deposit(
                 self._start.store_socket,
