@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 0.25
 EXPIRY_INTERVAL_S = 0.25
+COMMAND_DONE = {
+    CommandKind.ACTIVATE: "activated",
+    CommandKind.DOZE: "dozed",
+    CommandKind.RELEASE: "released",
+}
 PROGRESS_EVENT_INTERVAL_S = 0.25
 
 
@@ -149,6 +154,7 @@ class Worker:
             raise PrismError(ErrorCode.OVERLOADED, f"{self.identity.worker} is draining", retry=True)
         instance = self._instance(command)
         async with instance.lock:
+            before = instance.state
             match command.kind:
                 case CommandKind.ACTIVATE:
                     seconds = await instance.activate(command.kv_bytes, command.deadline_s)
@@ -163,7 +169,25 @@ class Worker:
                     )
             if command.kind is CommandKind.ACTIVATE:
                 await self._open_route(instance)
+        self._tell_done(command, instance, before, seconds)
         return self._outcome(command, seconds)
+
+    def _tell_done(
+        self, command: Command, instance: ModelInstance, before: ModelState, seconds: dict[str, float]
+    ) -> None:
+        if not seconds:
+            return
+        weights, kv = instance.engine.resident_bytes() if instance.engine is not None else (0, 0)
+        event = Event(
+            kind=COMMAND_DONE[command.kind],
+            model=instance.name,
+            source=self.identity.worker,
+            worker=self.identity.worker,
+            detail=f"from {before}",
+            seconds=seconds,
+            bytes={"weights": weights, "kv": kv},
+        )
+        self._spawn(self._bus.tell(event), name=f"event {instance.name}")
 
     def _instance(self, command: Command) -> ModelInstance:
         name = command.spec.model_name
