@@ -10,7 +10,8 @@ from prism.common.messages.placement import CommandKind
 
 class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
     """A model on a worker as the worker reports it. Bytes are held on the device now, times in seconds:
-    `idle_s` since a request was last queued or running, `state_s` since it came into its state."""
+    `idle_s` since a request was last queued or running, `state_s` since it came into its state.
+    `active_bytes` is what it held when it was last seen active there, 0 if it never was."""
 
     state: ModelState
     queued: int = 0
@@ -19,6 +20,7 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_quota_bytes: int = 0
     idle_s: float = 0.0
     state_s: float = 0.0
+    active_bytes: int = 0
     failure: str | None = None
 
     @property
@@ -47,11 +49,13 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A registered model. `started` says that a worker which is still there has had it running once."""
+    """A registered model. `started`: a worker which is still there has had it running once. `removed`: it
+    is not registered any more, but may still be resident somewhere."""
 
     spec: ModelSpec
     facts: ModelFacts | None = None
     started: bool = False
+    removed: bool = False
 
 
 class Demand(msgspec.Struct, frozen=True, omit_defaults=True):
