@@ -5,8 +5,8 @@ import msgspec
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """`prism.v1.event.<kind>.<model>`. `kind` is a word: a state entered (staging, starting, active, draining,
-    dozing, waking, failed, cold), a command done with its seconds (activated, dozed, released), or staged,
-    evicted, leader. `source` is the instance that says so."""
+    dozing, waking, failed, cold), a command done with its seconds (activated, dozed, released), or
+    staged, evicted, leader. `source` is the instance that says so."""
 
     kind: str
     model: str

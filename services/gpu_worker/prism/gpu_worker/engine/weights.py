@@ -61,7 +61,7 @@ class ModelWeights:
             self._start.store_socket,
             LeaseRequest(self._start.model, self._start.model_path, layout),
             deadline_s=self._start.store_deadline_s,
-            on_progress=lambda staged: self._on_progress(Progress(staged.done_bytes, staged.total_bytes)),
+            on_progress=lambda done, total: self._on_progress(Progress(done, total)),
         )
 
     def fill(self, model: nn.Module, target: torch.device) -> None:
