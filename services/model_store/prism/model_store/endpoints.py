@@ -1,0 +1,113 @@
+"""The store on the bus: stage, evict and list, as a NATS micro service."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+import nats.errors
+import nats.micro
+from nats.micro.request import Request
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.models import ModelSpec
+from prism.common.messages.store import StoreModelOutcome, StoreModelRequest
+from prism.model_store.store import ModelStore
+
+log = logging.getLogger(__name__)
+
+NAME, VERSION = "prism-model-store", "0.1.0"
+
+
+@contextlib.asynccontextmanager
+async def serve_endpoints(
+    bus: Bus, store: ModelStore, specs: Mapping[str, ModelSpec], instance: str
+) -> AsyncIterator[None]:
+    """Answer on the subjects of the store's node until the end of the `async with`. A request without a
+    path is for a model in `specs` (by their keys in `prism_models`)."""
+
+    async def stage(request: StoreModelRequest) -> StoreModelOutcome:
+        began = asyncio.get_running_loop().time()
+        nbytes = await store.prefetch(request.model, request.model_path or _path(specs, request.model))
+        seconds = asyncio.get_running_loop().time() - began
+        return StoreModelOutcome(request.model, nbytes, seconds)
+
+    async def evict(request: StoreModelRequest) -> StoreModelOutcome:
+        return StoreModelOutcome(request.model, store.evict(request.model))
+
+    tasks: set[asyncio.Task[None]] = set()
+
+    def tracked(act: Callable[[Request], Awaitable[None]]) -> Callable[[Request], Awaitable[None]]:
+        # Handlers of one subscription run one after the other, and staging takes long.
+        async def start(request: Request) -> None:
+            task = asyncio.ensure_future(act(request))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        return start
+
+    def on_model(
+        act: Callable[[StoreModelRequest], Awaitable[StoreModelOutcome]],
+    ) -> Callable[[Request], Awaitable[None]]:
+        async def handle(request: Request) -> None:
+            await _respond(request, await _outcome(request, act))
+
+        return tracked(handle)
+
+    async def listing(request: Request) -> None:
+        await _respond(request, store.report())
+
+    service = await nats.micro.add_service(
+        bus.client,
+        name=NAME,
+        version=VERSION,
+        description="stages weights in shared memory",
+        metadata={"instance": instance, "node": store.node},
+    )
+    try:
+        for verb, handler in (("stage", on_model(stage)), ("evict", on_model(evict)), ("list", listing)):
+            await service.add_endpoint(name=verb, subject=subjects.store(store.node, verb), handler=handler)
+        await bus.flush()
+        yield
+    finally:
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await service.stop()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _outcome(
+    request: Request, act: Callable[[StoreModelRequest], Awaitable[StoreModelOutcome]]
+) -> StoreModelOutcome:
+    model = ""
+    try:
+        message = decode(request.data, StoreModelRequest)
+        model = message.model
+        return await act(message)
+    except PrismError as error:
+        log.warning("%s of %s: %s", request.subject, model, error)
+        return StoreModelOutcome(model, error=error.body)
+    except Exception as error:
+        log.exception("%s of %s failed", request.subject, model)
+        return StoreModelOutcome(model, error=ErrorBody(ErrorCode.INTERNAL, repr(error)))
+
+
+async def _respond(request: Request, answer: object) -> None:
+    try:
+        await request.respond(encode(answer))
+    except (nats.errors.Error, OSError) as error:
+        log.warning("answer on %s not sent: %s", request.subject, error)
+
+
+def _path(specs: Mapping[str, ModelSpec], model: str) -> str:
+    spec = specs.get(subjects.spec_key(model))
+    if spec is None:
+        raise PrismError(
+            ErrorCode.MODEL_NOT_FOUND,
+            f"{model} is not registered; register it, or name its folder in model_path",
+        )
+    return spec.model_path

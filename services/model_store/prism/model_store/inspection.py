@@ -1,0 +1,158 @@
+"""Keeping the facts of all registered models current: specs in, facts and tokenizers out."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import nats.errors
+import nats.js.errors
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.models import ModelFacts, ModelSpec
+from prism.common.mirror import BucketMirror
+from prism.model_store.checkpoint import read_checkpoint
+from prism.model_store.facts import facts_of
+from prism.model_store.model_folder import is_hub_id, resolve_folder
+from prism.model_store.store import ModelStore
+from prism.model_store.tokenizer_bundle import bundle_key, read_bundle
+
+log = logging.getLogger(__name__)
+
+RECHECK_S = 15.0
+HUB_RETRY_S = 300.0
+AT_ONCE = 4
+BUS_ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError)
+
+
+class Inspector:
+    """Writes the facts of each model whose spec changes, and looks again every RECHECK_S seconds: folders
+    appear and change without telling. An error of this node replaces nothing that another node found."""
+
+    def __init__(self, bus: Bus, store: ModelStore) -> None:
+        self._bus = bus
+        self._store = store
+        self._written: dict[str, ModelFacts] = {}
+        self._changed = asyncio.Event()
+        self._pending: set[str] = set()
+        self._hub_retry_at: dict[str, float] = {}
+        self._bundles: dict[tuple[str, str], str] = {}
+
+    def on_change(self, key: str, spec: ModelSpec | None) -> None:
+        """To be called with each change of a spec in `prism_models`."""
+        self._pending.add(key)
+        if spec is not None:
+            self._hub_retry_at.pop(spec.model_name, None)
+        self._changed.set()
+
+    async def run(self, specs: BucketMirror[ModelSpec]) -> None:
+        """Inspect until cancelled."""
+        self._pending.update(specs.values)
+        while True:
+            pending, self._pending = self._pending, set()
+            self._changed.clear()
+            slots = asyncio.Semaphore(AT_ONCE)
+            async with asyncio.TaskGroup() as tasks:
+                for key in sorted(pending):
+                    tasks.create_task(self._look(key, specs.values.get(key), slots))
+            try:
+                async with asyncio.timeout(RECHECK_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._pending.update(specs.values)
+
+    async def _look(self, key: str, spec: ModelSpec | None, slots: asyncio.Semaphore) -> None:
+        facts_key = f"facts.{key.partition('.')[2]}"
+        async with slots:
+            try:
+                if spec is None:
+                    await self._forget(facts_key)
+                elif (facts := await self.inspect(spec)) is not None:
+                    await self._write(facts_key, facts)
+            except BUS_ERRORS as error:
+                log.warning("facts of %s not written, the bus is away: %s", key, error)
+
+    async def inspect(self, spec: ModelSpec) -> ModelFacts | None:
+        """The facts of a model, its tokenizer in the object store; None if it is not time to look again.
+
+        Raises only errors of the bus.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._hub_retry_at.get(spec.model_name, now) > now:
+            return None
+        try:
+            fingerprint = await self._store.fingerprint(spec.model_path)
+            folder = await resolve_folder(spec.model_path)
+            tokenizer_folder = await resolve_folder(spec.tokenizer_path or spec.model_path)
+            tokenizer = await self._store_tokenizer(tokenizer_folder)
+            known = self._written.get(subjects.facts_key(spec.model_name))
+            if known and (known.fingerprint, known.tokenizer) == (fingerprint, tokenizer):
+                return known
+            return await asyncio.to_thread(
+                lambda: facts_of(spec.model_name, read_checkpoint(folder), fingerprint, tokenizer)
+            )
+        except PrismError as error:
+            if is_hub_id(spec.model_path) or is_hub_id(spec.tokenizer_path or "."):
+                self._hub_retry_at[spec.model_name] = now + HUB_RETRY_S
+            return ModelFacts(model=spec.model_name, error=error.message)
+        except BUS_ERRORS:
+            raise
+        except Exception as error:
+            log.exception("inspection of %s failed", spec.model_name)
+            return ModelFacts(
+                model=spec.model_name, error=f"{spec.model_path} could not be inspected: {error!r}"
+            )
+
+    async def _store_tokenizer(self, folder: Path) -> str:
+        signature = await asyncio.to_thread(_tokenizer_signature, folder)
+        known = self._bundles.get((str(folder), signature))
+        if known is not None:
+            return known
+        bundle = await asyncio.to_thread(read_bundle, folder)
+        key, payload = bundle_key(bundle)
+        objects = await self._bus.objects(subjects.OBJECTS_TOKENIZERS)
+        try:
+            await objects.get_info(key)
+        except nats.js.errors.NotFoundError:
+            await objects.put(key, payload)
+        self._bundles[str(folder), signature] = key
+        return key
+
+    async def _write(self, key: str, facts: ModelFacts) -> None:
+        if self._written.get(key) == facts:
+            return
+        bucket = await self._bus.bucket(subjects.BUCKET_MODELS)
+        try:
+            entry = await bucket.get(key)
+            present = decode(entry.value or b"", ModelFacts)
+        except (nats.js.errors.KeyNotFoundError, PrismError):
+            present = None
+        if facts.error and present and not present.error and self._written.get(key) != present:
+            log.warning("%s: %s; the facts that another store found stay", facts.model, facts.error)
+        elif present != facts:
+            await bucket.put(key, encode(facts))
+            if facts.error:
+                log.error("%s: %s", facts.model, facts.error)
+            else:
+                log.info("%s: %s, %d parameters", facts.model, facts.architecture, facts.parameters)
+        self._written[key] = facts
+
+    async def _forget(self, key: str) -> None:
+        self._written.pop(key, None)
+        bucket = await self._bus.bucket(subjects.BUCKET_MODELS)
+        await bucket.delete(key)
+
+
+def _tokenizer_signature(folder: Path) -> str:
+    try:
+        return repr(
+            sorted(
+                (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+                for path in folder.iterdir()
+                if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges"))
+            )
+        )
+    except OSError as error:
+        raise PrismError(ErrorCode.MODEL_FAILED, f"{folder} cannot be read: {error.strerror}") from error

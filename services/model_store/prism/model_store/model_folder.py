@@ -1,0 +1,71 @@
+"""From a `model_path` to a folder on this node: a local folder, or a model of the Hugging Face hub."""
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+from prism.common.errors import ErrorCode, PrismError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DOWNLOAD = """
+import sys, huggingface_hub
+wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+print(huggingface_hub.snapshot_download(sys.argv[1], allow_patterns=wanted))
+"""
+
+
+async def resolve_folder(path: str) -> Path:
+    """The folder of the model at `path`; a model of the hub is downloaded first, or only looked up when this
+    node has it, which can take long. Cancelling stops a download; the next one goes on from there.
+
+    Raises PrismError(model_failed).
+    """
+    folder = _local_folder(path)
+    if folder is not None:
+        return folder
+    if not is_hub_id(path):
+        raise PrismError(
+            ErrorCode.MODEL_FAILED,
+            f"model folder {path} does not exist on this node; download the model there or "
+            "correct model_path in the placement file",
+        )
+    return await _download(path)
+
+
+async def _download(hub_id: str) -> Path:
+    # In a process rather than a thread: a process can be stopped when nobody wants its result any more.
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        _DOWNLOAD,
+        hub_id,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        printed, complaints = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode == 0:
+        return Path(printed.decode().strip().splitlines()[-1])
+    lines = [line.strip() for line in complaints.decode(errors="replace").splitlines() if line.strip()]
+    raise PrismError(
+        ErrorCode.MODEL_FAILED,
+        f"{hub_id} is neither a folder on this node nor could it be fetched from the Hugging Face hub: "
+        f"{(lines or ['no reason given'])[-1][:300]}",
+        retry=True,
+    )
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` would be looked for on the hub."""
+    return _local_folder(path) is None and bool(HUB_ID.fullmatch(path))
+
+
+def _local_folder(path: str) -> Path | None:
+    folder = Path(path).expanduser()
+    return folder if folder.is_dir() else None

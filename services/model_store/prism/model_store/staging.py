@@ -1,0 +1,157 @@
+"""Filling an image: what is read from where, and the parallel reading of it.
+
+Threads read chunks straight into the image's mapping (`preadv` lets go of the GIL), and the content hash
+follows close behind, over bytes that are still in the processor's cache.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.memfd import mapped
+from prism.common.messages.store import TensorEntry
+from prism.model_store.checkpoint import Checkpoint
+
+CHUNK_BYTES = 8 * 1024 * 1024
+REGION_ALIGNMENT = 2 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`nbytes` bytes of a file from `file_offset` on, which go to `image_offset`."""
+
+    path: Path
+    file_offset: int
+    image_offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """Where it ends in the image."""
+        return self.image_offset + self.nbytes
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """How to make an image of `nbytes` bytes. Segments go by offset; bytes between them stay zero."""
+
+    nbytes: int
+    segments: tuple[Segment, ...]
+    tensors: list[TensorEntry]
+
+
+class ReadProgress:
+    """How far a reading is, for others to look at, and a way to stop it."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.done_bytes = 0
+        self.cancelled = threading.Event()
+
+
+def plan_checkpoint_image(checkpoint: Checkpoint) -> ImagePlan:
+    """Each file's data region as it is, aligned to REGION_ALIGNMENT; a tensor that this would leave
+    unaligned to its element size is read once more, to a place of its own at the end."""
+    segments: list[Segment] = []
+    tensors: list[TensorEntry] = []
+    unaligned: list[tuple[Segment, TensorEntry]] = []
+    end = 0
+    for file in checkpoint.files:
+        start = _aligned(end, REGION_ALIGNMENT)
+        if file.data_bytes:
+            segments.append(Segment(file.path, file.data_offset, start, file.data_bytes))
+        end = start + file.data_bytes
+        for tensor in file.tensors:
+            entry = TensorEntry(tensor.name, start + tensor.offset, tensor.nbytes, tensor.dtype, tensor.shape)
+            if entry.offset % tensor.itemsize:
+                source = Segment(file.path, file.data_offset + tensor.offset, 0, tensor.nbytes)
+                unaligned.append((source, entry))
+            else:
+                tensors.append(entry)
+    for source, entry in unaligned:
+        # A cache line is a multiple of every element size.
+        start = _aligned(end, 64)
+        segments.append(Segment(source.path, source.file_offset, start, source.nbytes))
+        tensors.append(TensorEntry(entry.name, start, entry.nbytes, entry.dtype, entry.shape))
+        end = start + source.nbytes
+    return ImagePlan(end, tuple(segments), tensors)
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def read_image(plan: ImagePlan, fd: int, threads: int, progress: ReadProgress) -> str:
+    """Fill the memfd `fd` as `plan` says and return the content hash of the whole image. Blocks.
+
+    Raises PrismError: model_failed when a file can't be read or ends early, cancelled once
+    `progress.cancelled` is set. Threads, mappings and files are gone when it returns or raises.
+    """
+    chunks = list(_chunks(plan.segments))
+    digest = xxhash.xxh3_128()
+    hashed = 0
+    with contextlib.ExitStack() as stack:
+        view = stack.enter_context(mapped(fd, plan.nbytes, write=True))
+        files = {segment.path: _opened(segment.path, stack) for segment in plan.segments}
+        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="read"))
+        futures = [pool.submit(_read_chunk, files[chunk.path], chunk, view, progress) for chunk in chunks]
+        try:
+            for chunk, future in zip(chunks, futures, strict=True):
+                future.result()
+                digest.update(view[hashed : chunk.end])
+                hashed = chunk.end
+                progress.done_bytes = hashed
+        except BaseException:
+            progress.cancelled.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        digest.update(view[hashed:])
+        progress.done_bytes = plan.nbytes
+    return digest.hexdigest()
+
+
+def _chunks(segments: tuple[Segment, ...]) -> Iterator[Segment]:
+    for segment in segments:
+        for offset in range(0, segment.nbytes, CHUNK_BYTES):
+            yield Segment(
+                segment.path,
+                segment.file_offset + offset,
+                segment.image_offset + offset,
+                min(CHUNK_BYTES, segment.nbytes - offset),
+            )
+
+
+def _opened(path: Path, stack: contextlib.ExitStack) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PrismError(ErrorCode.MODEL_FAILED, f"{path} cannot be read: {error.strerror}") from error
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _read_chunk(fd: int, chunk: Segment, view: memoryview, progress: ReadProgress) -> None:
+    done = 0
+    with view[chunk.image_offset : chunk.end] as target:
+        while done < chunk.nbytes:
+            if progress.cancelled.is_set():
+                raise PrismError(ErrorCode.CANCELLED, "staging was cancelled", retry=True)
+            try:
+                with target[done:] as rest:
+                    count = os.preadv(fd, [rest], chunk.file_offset + done)
+            except OSError as error:
+                raise PrismError(
+                    ErrorCode.MODEL_FAILED, f"reading {chunk.path} failed: {error.strerror}"
+                ) from error
+            if count == 0:
+                raise PrismError(
+                    ErrorCode.MODEL_FAILED, f"{chunk.path} ended early: it was cut while it was read"
+                )
+            done += count
