@@ -1,0 +1,55 @@
+"""Text out of tokens, as they come: what is given out joins to exactly what one decode of all would give."""
+
+from collections.abc import Callable, Container, Sequence
+
+REPLACEMENT = "\ufffd"
+LONGEST_INCOMPLETE = 3
+"""A UTF-8 character has at most 4 bytes, so at most 3 of them stand there unfinished. A byte-level decoder
+shows those as one replacement character, a byte-fallback decoder as one each."""
+
+
+class Detokenizer:
+    """Decodes a stream of token ids.
+
+    `decode` must be that of the tokenizer, without special tokens; `skipped` holds the ids that it leaves
+    out. Characters whose bytes are not complete yet are held back until they are, or until `finish`.
+
+    Only a window of tokens is decoded each time: those since the last place where the text stood on a
+    character boundary, behind those of one such stretch before as context, because some decoders treat the
+    first token of a text in another way (they strip its leading space).
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], skipped: Container[int] = ()) -> None:
+        self._decode = decode
+        self._skipped = skipped
+        self._window: list[int] = []
+        self._context = 0
+        self._given = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take `tokens`; the text that is settled now and was not before."""
+        self._window += [token for token in tokens if token not in self._skipped]
+        text = self._decode(self._window)
+        settled = _settled_length(text)
+        if settled <= self._given:
+            return ""
+        new = text[self._given : settled]
+        self._given = settled
+        if settled == len(text):
+            del self._window[: self._context]
+            self._context = len(self._window)
+            self._given = len(self._decode(self._window))
+        return new
+
+    def finish(self) -> str:
+        """No more tokens follow: the text that was held back."""
+        text = self._decode(self._window)[self._given :]
+        self._given += len(text)
+        return text
+
+
+def _settled_length(text: str) -> int:
+    length = len(text)
+    while length > len(text) - LONGEST_INCOMPLETE and text.endswith(REPLACEMENT, 0, length):
+        length -= 1
+    return length

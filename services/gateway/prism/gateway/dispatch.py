@@ -1,0 +1,307 @@
+"""One generation on the bus: tries workers until one has finished it, and loses or doubles no token."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import nats.errors
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.generation import (
+    CancelRequest,
+    Finish,
+    GenerateRequest,
+    SamplingParams,
+    TokenFrame,
+    TokenLogprob,
+)
+from prism.gateway.fleet import Fleet
+from prism.gateway.metrics import Metrics
+from prism.gateway.parking import Parking
+from prism.gateway.registry import Registry
+from prism.gateway.replies import Inbox, Replies
+from prism.gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.1
+LONGEST_BACKOFF_S = 2.0
+NOT_STARTED = (ErrorCode.MOVED, ErrorCode.OVERLOADED)
+"""Refusals: the worker never began, so trying again elsewhere is no loss of a worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One generation to be done. `deadline` is on the event loop's clock, in seconds."""
+
+    model: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    deadline: float
+    eos_token_ids: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of one frame; the last one carries `finish`."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[TokenLogprob] | None = None
+    finish: Finish | None = None
+
+
+@dataclass(slots=True)
+class Shunned:
+    """Workers that a job stays away from for a while, each time longer."""
+
+    until: dict[str, float] = field(default_factory=dict)
+    times: dict[str, int] = field(default_factory=dict)
+
+    def add(self, worker: str, now: float) -> None:
+        """`worker` has just refused or lost the job."""
+        count = self.times.get(worker, 0)
+        self.times[worker] = count + 1
+        self.until[worker] = now + min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**count)
+
+    def at(self, now: float) -> set[str]:
+        """Workers to avoid at `now`."""
+        return {worker for worker, until in self.until.items() if until > now}
+
+    def next_change(self, now: float) -> float | None:
+        """When the first of them may be asked again."""
+        return min((until for until in self.until.values() if until > now), default=None)
+
+
+def replay(job: Job, done: Sequence[int]) -> Job:
+    """What is left of `job` after the tokens `done`."""
+    if not done:
+        return job
+    sampling = msgspec.structs.replace(
+        job.sampling,
+        max_new_tokens=job.sampling.max_new_tokens - len(done),
+        min_new_tokens=max(0, job.sampling.min_new_tokens - len(done)),
+    )
+    return replace(job, input_ids=[*job.input_ids, *done], sampling=sampling)
+
+
+def already_over(job: Job, done: Sequence[int]) -> Finish | None:
+    """The ending of a generation whose tokens all came and whose last frame did not."""
+    if not done:
+        return None
+    last, sampling = done[-1], job.sampling
+    ends = last in sampling.stop_token_ids or (last in job.eos_token_ids and not sampling.ignore_eos)
+    if ends and len(done) >= sampling.min_new_tokens:
+        return Finish("stop", len(job.input_ids), len(done), matched_token=last)
+    if len(done) >= sampling.max_new_tokens:
+        return Finish("length", len(job.input_ids), len(done))
+    return None
+
+
+class Dispatcher:
+    """Sends jobs to workers. `clock` must be the event loop's."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        gateway: str,
+        settings: Settings,
+        fleet: Fleet,
+        registry: Registry,
+        parking: Parking,
+        replies: Replies,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._bus = bus
+        self._gateway = gateway
+        self._settings = settings
+        self._fleet = fleet
+        self._registry = registry
+        self._parking = parking
+        self._replies = replies
+        self._metrics = metrics
+        self._clock = clock
+
+    async def run(self, job: Job) -> AsyncGenerator[Tokens, None]:
+        """The tokens of `job`, each exactly once. Closing the generator cancels the work.
+
+        Raises PrismError: what the worker said, overloaded when too many are parked already,
+        deadline_exceeded, or engine_lost after too many lost workers.
+        """
+        done: list[int] = []
+        shunned = Shunned()
+        losses = 0
+        self._refuse_oversized(job)
+        while True:
+            if (finish := already_over(job, done)) is not None:
+                yield Tokens((), None, finish)
+                return
+            worker = await self._find_worker(job, shunned)
+            try:
+                async with aclosing(self._attempt(replay(job, done), len(done), worker)) as parts:
+                    async for part in parts:
+                        done += part.tokens
+                        yield part
+                        if part.finish is not None:
+                            return
+            except PrismError as error:
+                if not error.retry:
+                    raise
+                if error.code not in NOT_STARTED:
+                    losses += 1
+                if losses > self._settings.max_losses:
+                    raise PrismError(
+                        ErrorCode.ENGINE_LOST,
+                        f"gave up after losing {losses} workers, the last one: {error.message}",
+                        retry=True,
+                    ) from error
+                log.info("%s: %s after %d tokens, routing again", job.model, error.message, len(done))
+                self._metrics.replayed(job.model, error.code)
+                shunned.add(worker, self._clock())
+
+    async def _find_worker(self, job: Job, shunned: Shunned) -> str:
+        """A worker for `job`, waiting for one if need be."""
+        worker = self._fleet.choose(job.model, shunned.at(self._clock()))
+        if worker is not None:
+            return worker
+        self._registry.refuse_failed(job.model)
+        with self._parking.place(job.model) as place:
+            limit = min(self._clock() + self._settings.park_s, job.deadline)
+            while True:
+                now = self._clock()
+                worker = self._fleet.choose(job.model, shunned.at(now))
+                if worker is not None:
+                    return worker
+                self._registry.refuse_failed(job.model)
+                if now >= limit:
+                    raise PrismError(
+                        ErrorCode.DEADLINE_EXCEEDED,
+                        f"model {job.model!r} was not ready after {now - place.since:.0f} s; try again later",
+                        retry=True,
+                    )
+                until = min(limit, shunned.next_change(now) or limit)
+                await place.woken(until - now)
+
+    async def _attempt(self, job: Job, replayed: int, worker: str) -> AsyncGenerator[Tokens, None]:
+        rid = secrets.token_hex(16)
+        settled = False
+        with self._replies.open(rid, worker) as inbox:
+            try:
+                await self._send(job, replayed, worker, rid)
+                expected = 0
+                while True:
+                    try:
+                        frame = await self._next_frame(inbox, job, begun=expected > 0)
+                    except PrismError as error:
+                        # Nobody there to be told to stop.
+                        settled = error.code is ErrorCode.MOVED
+                        raise
+                    if frame.seq < expected:
+                        continue
+                    if frame.seq > expected:
+                        raise PrismError(
+                            ErrorCode.ENGINE_LOST,
+                            f"frames {expected} to {frame.seq - 1} from {worker} were lost",
+                            retry=True,
+                        )
+                    expected += 1
+                    settled = frame.error is not None or frame.finish is not None
+                    part = _content(frame, worker)
+                    if part is not None:
+                        yield part
+                    if settled:
+                        return
+            finally:
+                if not settled:
+                    await self._cancel(worker, rid)
+
+    async def _send(self, job: Job, replayed: int, worker: str, rid: str) -> None:
+        request = GenerateRequest(
+            rid=rid,
+            model=job.model,
+            input_ids=job.input_ids,
+            sampling=job.sampling,
+            deadline_s=max(0.0, job.deadline - self._clock()),
+            gateway=self._gateway,
+            top_logprobs=job.top_logprobs,
+            ttft_slo_ms=job.ttft_slo_ms,
+            tpot_slo_ms=job.tpot_slo_ms,
+            priority=job.priority,
+            replayed_tokens=replayed,
+        )
+        try:
+            await self._bus.publish(
+                subjects.request(job.model, worker), request, reply=subjects.reply(self._gateway, rid)
+            )
+        except (nats.errors.Error, OSError) as error:
+            raise PrismError(
+                ErrorCode.MOVED, f"the bus did not take the request for {worker}: {error}", retry=True
+            ) from error
+        self._fleet.sent(worker)
+
+    async def _next_frame(self, inbox: Inbox, job: Job, *, begun: bool) -> TokenFrame:
+        """The next frame. Raises PrismError(engine_lost) when the worker stalls.
+
+        A request without a frame may be waiting its turn: as long as its model makes progress on that
+        worker, the worker is busy, not stalled.
+        """
+        while True:
+            progress = self._fleet.tokens_done(job.model, inbox.worker)
+            stall_at = self._clock() + self._settings.stall_s
+            try:
+                async with asyncio.timeout_at(min(stall_at, job.deadline)):
+                    return await inbox.get()
+            except TimeoutError:
+                if self._clock() >= job.deadline:
+                    raise PrismError(
+                        ErrorCode.DEADLINE_EXCEEDED, "the request's deadline passed before it was finished"
+                    ) from None
+                if not begun and self._fleet.tokens_done(job.model, inbox.worker) != progress:
+                    continue
+                raise PrismError(
+                    ErrorCode.ENGINE_LOST,
+                    f"{inbox.worker} sent nothing for {self._settings.stall_s:g} s",
+                    retry=True,
+                ) from None
+
+    async def _cancel(self, worker: str, rid: str) -> None:
+        try:
+            await self._bus.publish(subjects.cancel(worker), CancelRequest(rid))
+        except (nats.errors.Error, OSError) as error:
+            log.warning("%s was not told to cancel %s: %s", worker, rid, error or type(error).__name__)
+
+    def _refuse_oversized(self, job: Job) -> None:
+        """Raises PrismError(payload_too_large) now rather than after a wait for the model."""
+        longest_id = 8
+        if len(job.input_ids) * longest_id < self._bus.max_payload // 2:
+            return
+        size = len(msgspec.json.encode(job.input_ids)) + 4096
+        if size > self._bus.max_payload:
+            raise PrismError(
+                ErrorCode.PAYLOAD_TOO_LARGE,
+                f"the prompt's {len(job.input_ids)} tokens make a message of {size} bytes; "
+                f"the bus takes {self._bus.max_payload}",
+            )
+
+
+def _content(frame: TokenFrame, worker: str) -> Tokens | None:
+    """What a frame brings, None if it only says that the worker lives. Raises the error that it carries."""
+    if frame.error is not None:
+        raise PrismError.from_body(frame.error)
+    if frame.finish is not None and frame.finish.reason not in ("stop", "length"):
+        raise PrismError(
+            ErrorCode.ENGINE_LOST, f"{worker} ended the generation with {frame.finish.reason!r}", retry=True
+        )
+    if not frame.tokens and frame.finish is None:
+        return None
+    return Tokens(frame.tokens, frame.logprobs, frame.finish)

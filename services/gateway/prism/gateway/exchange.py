@@ -1,0 +1,216 @@
+"""One HTTP exchange of a generation endpoint: body in, answer or event stream out, an eye on the client.
+
+Starlette notices a client that has left only at the next send. Here a listener waits for the disconnect
+beside the work, so that a parked or queued request ends at once as well.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from prism.common.errors import ErrorCode, PrismError
+from prism.gateway.errors_http import error_object, error_response, status_of
+from prism.gateway.http_body import read_body
+from prism.gateway.metrics import Metrics
+from prism.gateway.plan import Choice, Plan, Planner
+from prism.gateway.progress import ChoiceRunner
+from prism.gateway.settings import Settings
+from prism.gateway.text_assembler import Piece
+
+log = logging.getLogger(__name__)
+
+Planned = Callable[[bytes, Headers, Planner], Awaitable[Plan]]
+
+CLIENT_LEFT = 499
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Exchanges:
+    """The exchanges in progress: to be waited for, and to be ended when waiting is over."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def track(self, work: asyncio.Task[None]) -> Iterator[None]:
+        """`work` is in progress while the block runs."""
+        self._running.add(work)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running.discard(work)
+            if not self._running:
+                self._idle.set()
+
+    async def finished(self, timeout_s: float) -> int:
+        """Wait until none is in progress, at most `timeout_s`; how many are left."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return len(self._running)
+        return 0
+
+    def end_all(self) -> None:
+        """End those in progress; their clients are told."""
+        for work in self._running:
+            work.cancel()
+
+
+class GenerationEndpoint:
+    """An ASGI application: one POST endpoint. `plan` reads a body; the rest is the same for all."""
+
+    def __init__(
+        self,
+        name: str,
+        plan: Planned,
+        planner: Planner,
+        runner: ChoiceRunner,
+        metrics: Metrics,
+        exchanges: Exchanges,
+        settings: Settings,
+    ) -> None:
+        self._name = name
+        self._plan = plan
+        self._planner = planner
+        self._runner = runner
+        self._metrics = metrics
+        self._exchanges = exchanges
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        sender = _Sender(scope, receive, send)
+        self._metrics.request_began()
+        outcome = _Outcome()
+        try:
+            await self._answer(Request(scope, receive), sender, outcome)
+        except ClientDisconnect:
+            outcome.status = CLIENT_LEFT
+        except PrismError as error:
+            outcome.status = status_of(error)
+            await sender.fail(error)
+        except Exception as error:
+            log.exception("%s failed", self._name)
+            outcome.status = 500
+            await sender.fail(PrismError(ErrorCode.INTERNAL, f"internal error ({type(error).__name__})"))
+        finally:
+            self._metrics.request_ended(self._name, outcome.model, outcome.status)
+
+    async def _answer(self, request: Request, sender: "_Sender", outcome: "_Outcome") -> None:
+        arrived = self._planner.clock()
+        body = await read_body(request, self._settings.max_body_bytes, self._settings.body_s)
+        work = asyncio.create_task(self._work(body, request.headers, arrived, sender, outcome))
+        listener = asyncio.create_task(_disconnected(request.receive))
+        try:
+            with self._exchanges.track(work):
+                await asyncio.wait({work, listener}, return_when=asyncio.FIRST_COMPLETED)
+                left = listener.done() and not work.done()
+                if left:
+                    work.cancel()
+                    await asyncio.wait({work})
+            if left:
+                raise ClientDisconnect
+            if work.cancelled():
+                raise PrismError(ErrorCode.CANCELLED, "the gateway is shutting down; try again", retry=True)
+            work.result()
+        finally:
+            for task in (work, listener):
+                task.cancel()
+            await asyncio.gather(work, listener, return_exceptions=True)
+
+    async def _work(
+        self, body: bytes, headers: Headers, arrived: float, sender: "_Sender", outcome: "_Outcome"
+    ) -> None:
+        plan = await self._plan(body, headers, self._planner)
+        outcome.model = plan.model.spec.model_name
+        if plan.stream:
+            await self._stream(plan, arrived, sender)
+        else:
+            await self._runner.run(plan, arrived, _nothing)
+            await sender.whole(plan.answer.whole(plan.choices))
+
+    async def _stream(self, plan: Plan, arrived: float, sender: "_Sender") -> None:
+        answer = plan.answer
+
+        async def on_piece(index: int, choice: Choice, piece: Piece) -> None:
+            if not sender.started:
+                await sender.events(answer.opening(plan.choices))
+            await sender.events(answer.events(index, choice, piece))
+
+        await self._runner.run(plan, arrived, on_piece)
+        await sender.events(answer.closing(plan.choices))
+        await sender.done()
+
+
+class _Outcome:
+    def __init__(self) -> None:
+        self.model: str | None = None
+        self.status = 200
+
+
+class _Sender:
+    """Sends one answer. A stream begins with its first events: what goes wrong before has a status."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._lock = asyncio.Lock()
+        self._whole = False
+        self.started = False
+
+    async def whole(self, content: object) -> None:
+        await self._respond(Response(msgspec.json.encode(content), media_type="application/json"))
+
+    async def events(self, events: list[object]) -> None:
+        """Send server-sent events; with none at all, only begin the stream."""
+        data = b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
+        await self._write(data, more=True)
+
+    async def done(self) -> None:
+        await self._write(b"data: [DONE]\n\n", more=False)
+
+    async def fail(self, error: PrismError) -> None:
+        """Tell of `error`: as the answer, or within the stream, which then ends without [DONE]."""
+        if self._whole:
+            return
+        if self.started:
+            await self._write(b"data: " + msgspec.json.encode(error_object(error)) + b"\n\n", more=False)
+        else:
+            await self._respond(error_response(error))
+
+    async def _respond(self, response: Response) -> None:
+        self._whole = True
+        await response(self._scope, self._receive, self._send)
+
+    async def _write(self, data: bytes, *, more: bool) -> None:
+        async with self._lock:
+            if not self.started:
+                self.started = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+            if data or not more:
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _nothing(index: int, choice: Choice, piece: Piece) -> None:
+    return

@@ -1,0 +1,103 @@
+"""Requests that wait for their model to be served somewhere."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prism.common.errors import ErrorCode, PrismError
+
+
+class Place:
+    """One parked request's place."""
+
+    def __init__(self, lot: "_ModelLot", since: float) -> None:
+        self._lot = lot
+        self.since = since
+
+    async def woken(self, timeout_s: float) -> None:
+        """Wait for the next wake of the model, at most `timeout_s` seconds."""
+        wake = self._lot.wake
+        try:
+            async with asyncio.timeout(timeout_s):
+                await wake.wait()
+        except TimeoutError:
+            return
+
+
+class _ModelLot:
+    def __init__(self) -> None:
+        self.places: dict[Place, None] = {}
+        self.wake = asyncio.Event()
+
+
+class Parking:
+    """Parked requests by model, with caps per model and in all.
+
+    `clock` gives seconds; `on_change(model)` is called after each arrival and departure.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        per_model: int,
+        total: int,
+        on_change: Callable[[str], None] = lambda model: None,
+    ) -> None:
+        self._clock = clock
+        self._per_model = per_model
+        self._total = total
+        self._on_change = on_change
+        self._lots: dict[str, _ModelLot] = {}
+        self._parked = 0
+
+    @contextmanager
+    def place(self, model: str) -> Iterator[Place]:
+        """Park a request of `model` until the block ends. Raises PrismError(overloaded) beyond a cap."""
+        if self._parked >= self._total:
+            raise PrismError(
+                ErrorCode.OVERLOADED,
+                f"{self._parked} requests wait for models to wake, the most that this gateway holds",
+                retry=True,
+            )
+        if self.count(model) >= self._per_model:
+            raise PrismError(
+                ErrorCode.OVERLOADED,
+                f"{self._per_model} requests wait for {model!r} to wake, the most that this gateway holds",
+                retry=True,
+                param="model",
+            )
+        lot = self._lots.setdefault(model, _ModelLot())
+        place = Place(lot, self._clock())
+        lot.places[place] = None
+        self._parked += 1
+        self._on_change(model)
+        try:
+            yield place
+        finally:
+            del lot.places[place]
+            self._parked -= 1
+            if not lot.places:
+                del self._lots[model]
+            self._on_change(model)
+
+    def models(self) -> list[str]:
+        """Models with parked requests."""
+        return list(self._lots)
+
+    def count(self, model: str) -> int:
+        """Requests parked for `model`."""
+        lot = self._lots.get(model)
+        return len(lot.places) if lot else 0
+
+    def oldest_s(self, model: str) -> float:
+        """How long the first of them has waited."""
+        lot = self._lots.get(model)
+        return self._clock() - next(iter(lot.places)).since if lot else 0.0
+
+    def wake(self, model: str) -> None:
+        """One event for all who wait for `model`: they look again whether they can go."""
+        lot = self._lots.get(model)
+        if lot is not None:
+            lot.wake.set()
+            lot.wake = asyncio.Event()

@@ -1,0 +1,101 @@
+"""The models that this gateway offers: what their operators asked for and what their folders say."""
+
+from dataclasses import dataclass
+
+from prism.common import subjects
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.models import ModelFacts, ModelSpec
+from prism.common.mirror import BucketMirror
+from prism.gateway.fleet import Fleet
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """`state` is ready, sleeping (a request wakes it) or failed; `reason` says why it is not ready."""
+
+    name: str
+    state: str
+    reason: str | None
+    context_length: int | None
+
+
+class Registry:
+    """Reads the two mirrors of the bucket `prism_models` together with the fleet."""
+
+    def __init__(self, specs: BucketMirror[ModelSpec], facts: BucketMirror[ModelFacts], fleet: Fleet) -> None:
+        self._specs = specs
+        self._facts = facts
+        self._fleet = fleet
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that the registry held at the start has been read."""
+        return self._specs.ready.is_set() and self._facts.ready.is_set()
+
+    def names(self) -> list[str]:
+        """All models, sorted."""
+        return sorted(spec.model_name for spec in self._specs.values.values())
+
+    def only_model(self) -> str:
+        """The one model there is. Raises PrismError(invalid_request) when there are more, or none."""
+        names = self.names()
+        if len(names) != 1:
+            known = ", ".join(names) or "none"
+            raise PrismError(
+                ErrorCode.INVALID_REQUEST,
+                f"model may be left out only where one model is registered; here: {known}",
+                param="model",
+            )
+        return names[0]
+
+    def spec(self, name: str) -> ModelSpec:
+        """The spec of `name`. Raises PrismError(model_not_found)."""
+        spec = self._specs.values.get(subjects.spec_key(name))
+        if spec is None or spec.model_name != name:
+            known = ", ".join(self.names()[:20]) or "none"
+            raise PrismError(
+                ErrorCode.MODEL_NOT_FOUND,
+                f"no model {name!r} is registered; registered: {known}",
+                param="model",
+            )
+        return spec
+
+    def facts(self, name: str) -> ModelFacts:
+        """What is known of `name`. Raises PrismError: model_failed when its folder cannot be used, or
+        store_unavailable when no model store has read it yet."""
+        facts = self._facts.values.get(subjects.facts_key(name))
+        if facts is not None and facts.error is not None:
+            raise PrismError(
+                ErrorCode.MODEL_FAILED, f"model {name!r} cannot be served: {facts.error}", param="model"
+            )
+        if facts is None or not facts.tokenizer or facts.context_length <= 0:
+            raise PrismError(
+                ErrorCode.STORE_UNAVAILABLE,
+                f"model {name!r} is registered, but no model store has read its folder yet; try again soon",
+                retry=True,
+                param="model",
+            )
+        return facts
+
+    def refuse_failed(self, name: str) -> None:
+        """Raises PrismError(model_failed) when every worker reports `name` as failed and none serves it."""
+        failure = self._fleet.failure(name)
+        if failure is not None:
+            raise PrismError(
+                ErrorCode.MODEL_FAILED, f"model {name!r} failed on every worker: {failure}", param="model"
+            )
+
+    def status(self, name: str) -> ModelStatus:
+        """How `name` stands. Raises PrismError(model_not_found)."""
+        self.spec(name)
+        facts = self._facts.values.get(subjects.facts_key(name))
+        length = facts.context_length if facts is not None and facts.context_length > 0 else None
+        try:
+            self.facts(name)
+            self.refuse_failed(name)
+        except PrismError as error:
+            state = "failed" if error.code is ErrorCode.MODEL_FAILED else "sleeping"
+            return ModelStatus(name, state, error.message, length)
+        if self._fleet.choose(name) is not None:
+            return ModelStatus(name, "ready", None, length)
+        return ModelStatus(name, "sleeping", "the next request wakes it", length)

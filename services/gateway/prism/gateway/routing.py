@@ -1,0 +1,62 @@
+"""Which worker takes a request: a pure choice from what routes and load reports say."""
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from prism.common.messages.load import LoadReport, ModelLoad
+from prism.common.messages.models import ModelState
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """What a gateway knows of one worker: its last report, when that came (seconds on the gateway's clock),
+    and how many requests this gateway has sent it since."""
+
+    report: LoadReport
+    heard_at: float
+    sent: int = 0
+
+    def alive(self, now: float, silence_s: float) -> bool:
+        """Whether it has been heard of lately enough."""
+        return now - self.heard_at <= silence_s
+
+    @property
+    def load(self) -> int:
+        """Requests queued and running there, as far as known."""
+        return sum(model.queued + model.running for model in self.report.models) + self.sent
+
+    def of(self, model: str) -> ModelLoad | None:
+        """What it reports of `model`."""
+        return next((entry for entry in self.report.models if entry.model == model), None)
+
+
+def choose_worker(
+    serving: Iterable[str],
+    workers: Mapping[str, WorkerView],
+    now: float,
+    *,
+    silence_s: float,
+    avoid: Container[str] = (),
+) -> str | None:
+    """The least loaded of the workers that serve the model, None when none can be used now.
+
+    Silent and draining workers and those in `avoid` cannot; equal loads go by name.
+    """
+    usable = [
+        (view.load, worker)
+        for worker in serving
+        if worker not in avoid
+        and (view := workers.get(worker)) is not None
+        and view.alive(now, silence_s)
+        and not view.report.draining
+    ]
+    return min(usable)[1] if usable else None
+
+
+def common_failure(model: str, workers: Sequence[WorkerView]) -> str | None:
+    """Why `model` cannot be served, if every one of these (living) workers reports it as failed."""
+    entries = [view.of(model) for view in workers]
+    if not entries or any(entry is None or entry.state is not ModelState.FAILED for entry in entries):
+        return None
+    reasons = {entry.failure or "no reason given" for entry in entries if entry is not None}
+    return "; ".join(sorted(reasons))

@@ -1,0 +1,177 @@
+"""One gateway, put together: its mirrors, its subscriptions, its tasks, its HTTP server."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import nats.micro
+from nats.aio.msg import Msg
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.identity import instance_id
+from prism.common.messages.codec import decode
+from prism.common.messages.load import LoadReport
+from prism.common.messages.models import ModelFacts, ModelSpec
+from prism.common.messages.placement import Route
+from prism.common.mirror import mirror_bucket
+from prism.gateway.app import build_app
+from prism.gateway.demand import Demand
+from prism.gateway.dispatch import Dispatcher
+from prism.gateway.exchange import Exchanges, GenerationEndpoint, Planned
+from prism.gateway.fleet import Fleet
+from prism.gateway.http_server import HttpServer, http_server
+from prism.gateway.metrics import Metrics
+from prism.gateway.parking import Parking
+from prism.gateway.plan import Planner
+from prism.gateway.progress import ChoiceRunner
+from prism.gateway.registry import Registry
+from prism.gateway.replies import Replies
+from prism.gateway.settings import Settings
+from prism.gateway.tokenizer_cache import TokenizerCache
+
+log = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+WATCH_INTERVAL_S = 0.25
+END_DEADLINE_S = 2.0
+
+
+class Gateway:
+    """A running gateway."""
+
+    def __init__(self, name: str, bus: Bus, registry: Registry, fleet: Fleet, exchanges: Exchanges) -> None:
+        self.name = name
+        self.server: HttpServer
+        self._bus = bus
+        self._registry = registry
+        self._fleet = fleet
+        self._exchanges = exchanges
+        self._draining = False
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self.server.url
+
+    def unready(self) -> str | None:
+        """Why it cannot serve now, None when it can."""
+        if self._draining:
+            return "draining: this gateway is about to end"
+        if not self._bus.client.is_connected:
+            return "not connected to the bus"
+        if not self._registry.ready:
+            return "the model registry has not been read yet"
+        if self._registry.names() and not self._fleet.heard_anyone:
+            return "no worker has reported lately"
+        return None
+
+    async def drain(self, timeout_s: float) -> None:
+        """Stop accepting, let exchanges in progress finish for `timeout_s`, then end them with an error."""
+        self._draining = True
+        self.server.stop_accepting()
+        left = await self._exchanges.finished(timeout_s)
+        if left:
+            log.warning("ending %d requests that did not finish within %.0f s", left, timeout_s)
+            self._exchanges.end_all()
+            await self._exchanges.finished(END_DEADLINE_S)
+
+
+@asynccontextmanager
+async def running_gateway(
+    bus: Bus, host: str = "127.0.0.1", port: int = 0, settings: Settings | None = None
+) -> AsyncIterator[Gateway]:
+    """A gateway on `bus`, listening and with its registry mirrored; ended with the block.
+
+    Raises PrismError(internal) when the address is taken.
+    """
+    settings = settings or Settings()
+    name = instance_id("gateway")
+    clock = asyncio.get_running_loop().time
+    metrics = Metrics()
+    demand = Demand(name, clock)
+
+    def parked_changed(model: str) -> None:
+        count = parking.count(model)
+        metrics.parked(model, count)
+        demand.parked_changed(model, count)
+
+    def fleet_changed() -> None:
+        for model in parking.models():
+            if fleet.choose(model) is not None or fleet.failure(model) is not None:
+                parking.wake(model)
+
+    parking = Parking(
+        clock, per_model=settings.park_per_model, total=settings.park_total, on_change=parked_changed
+    )
+    fleet = Fleet(clock, settings.silence_s, fleet_changed)
+    replies = Replies()
+    exchanges = Exchanges()
+
+    async def on_load(message: Msg) -> None:
+        fleet.on_load(decode(message.data, LoadReport))
+
+    async with AsyncExitStack() as stack:
+        specs = await stack.enter_async_context(
+            mirror_bucket(bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*")
+        )
+        facts = await stack.enter_async_context(
+            mirror_bucket(bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*")
+        )
+        await stack.enter_async_context(
+            mirror_bucket(bus, subjects.BUCKET_ROUTES, Route, on_change=fleet.on_route)
+        )
+        for subject, handler in ((subjects.load("*"), on_load), (subjects.replies(name), replies.take)):
+            subscription = await bus.subscribe(subject, handler, inline=True)
+            stack.push_async_callback(subscription.unsubscribe)
+        service = await nats.micro.add_service(
+            bus.client,
+            name="prism-gateway",
+            version=VERSION,
+            description="OpenAI-compatible HTTP in front of the bus",
+            metadata={"instance": name},
+        )
+        stack.push_async_callback(service.stop)
+
+        registry = Registry(specs, facts, fleet)
+        dispatcher = Dispatcher(bus, name, settings, fleet, registry, parking, replies, metrics, clock)
+        planner = Planner(registry, TokenizerCache(bus), settings, clock)
+        runner = ChoiceRunner(dispatcher, demand, metrics, clock)
+        gateway = Gateway(name, bus, registry, fleet, exchanges)
+
+        def endpoint(path: str, plan: Planned) -> GenerationEndpoint:
+            return GenerationEndpoint(path, plan, planner, runner, metrics, exchanges, settings)
+
+        app = build_app(
+            registry=registry,
+            metrics=metrics,
+            endpoint=endpoint,
+            unready=gateway.unready,
+            created=int(time.time()),
+        )
+        await bus.flush()
+        for work in (demand.run(bus, parking), _watch(bus, fleet, replies)):
+            task = asyncio.create_task(work)
+            stack.push_async_callback(_ended, task)
+        gateway.server = await stack.enter_async_context(http_server(app, host, port))
+        stack.push_async_callback(gateway.drain, 0)
+        yield gateway
+
+
+async def _watch(bus: Bus, fleet: Fleet, replies: Replies) -> None:
+    """Notice workers that have gone silent."""
+    while True:
+        await asyncio.sleep(WATCH_INTERVAL_S)
+        if not bus.client.is_connected:
+            fleet.excuse_silence()
+            continue
+        for worker in fleet.drop_silent():
+            log.warning("%s has gone silent", worker)
+            replies.worker_lost(worker)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
