@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from prism.cli.nats_server import NatsServer, nats_server
+from prism.cli.tiny_models import make_tiny_models
 from prism.common.bus import Bus, connect_bus
+
+# Kept between runs; writing it is atomic, so two runs at once may share it.
+MODELS_FOLDER = Path(__file__).parents[1] / "build" / "tiny-models"
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, Path]:
+    """Folders of the tiny models, by name."""
+    return {folder.name: folder for folder in make_tiny_models(MODELS_FOLDER, report=print)}
 
 
 @pytest.fixture(scope="session")

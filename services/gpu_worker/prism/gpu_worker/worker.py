@@ -118,7 +118,12 @@ class Worker:
     # Commands
 
     async def _on_command(self, message: Msg) -> None:
-        command = decode(message.data, Command)
+        try:
+            command = decode(message.data, Command)
+        except PrismError as error:
+            refused = CommandOutcome(self.identity.worker, "", ModelState.COLD, error.body)
+            await message.respond(encode(refused))
+            return
         try:
             outcome = await self._execute(command)
         except PrismError as error:

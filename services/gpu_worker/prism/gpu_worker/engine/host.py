@@ -8,6 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
+from setproctitle import setproctitle
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import PortArgs, ServerArgs
 
@@ -32,6 +33,7 @@ def serve(connection: socket.socket) -> int:
         start = link.receive()
         if not isinstance(start, StartEngine):
             raise TypeError(f"the first message must be StartEngine, not {type(start).__name__}")
+        setproctitle(f"prism-engine {start.model}")
         try:
             scheduler = _build(link, start)
         except WorkerGone:

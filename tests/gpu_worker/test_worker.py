@@ -1,0 +1,344 @@
+"""A worker with real engines, a real model store and a real NATS server, told what a scheduler would."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from nats.aio.msg import Msg
+
+from prism.cli.nats_server import NatsServer
+from prism.common import subjects
+from prism.common.bus import Bus, connect_bus
+from prism.common.errors import ErrorCode
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.generation import CancelRequest, GenerateRequest, SamplingParams, TokenFrame
+from prism.common.messages.load import LoadReport, ModelLoad
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.common.messages.placement import Command, CommandKind, CommandOutcome, Route
+from prism.gpu_worker.devices.cpu import CpuDevice
+from prism.gpu_worker.frames import frame_publisher
+from prism.gpu_worker.model_instance import EngineLimits
+from prism.gpu_worker.shells import ForkServerShells
+from prism.gpu_worker.worker import Worker, WorkerIdentity, run_worker
+from prism.scheduling.admission import FirstComeAdmission
+
+pytestmark = pytest.mark.engine
+
+DEADLINE_S = 60.0
+SMALL = "tiny-llama"
+KV_BYTES = 20_000_000
+LIMIT_BYTES = 60_000_000
+
+
+class Rig:
+    """A worker, and the bus to talk to it."""
+
+    def __init__(self, bus: Bus, worker: Worker, models: dict[str, Path]) -> None:
+        self.bus = bus
+        self.worker = worker
+        self.models = models
+        self.id = worker.identity.worker
+
+    def facts(self, model: str) -> ModelFacts:
+        size = sum(file.stat().st_size for file in self.models[model].glob("*.safetensors"))
+        return ModelFacts(
+            model, fingerprint="f", parameters=size // 4, checkpoint_bytes=size, context_length=2048
+        )
+
+    async def command(
+        self,
+        kind: CommandKind,
+        model: str = SMALL,
+        *,
+        epoch: int = 1,
+        path: Path | None = None,
+        kv_bytes: int = KV_BYTES,
+        drain_s: float = 20.0,
+    ) -> CommandOutcome:
+        command = Command(
+            kind=kind,
+            epoch=epoch,
+            spec=ModelSpec(model, str(path or self.models[model])),
+            facts=self.facts(model),
+            deadline_s=DEADLINE_S,
+            drain_s=drain_s,
+            kv_bytes=kv_bytes,
+        )
+        return await self.bus.request(
+            subjects.command(self.id), command, CommandOutcome, timeout_s=DEADLINE_S
+        )
+
+    def load(self, model: str = SMALL) -> ModelLoad:
+        return next(load for load in self.worker.load_report().models if load.model == model)
+
+    async def until_state(self, state: ModelState, model: str = SMALL) -> LoadReport:
+        """Wait for a load report in which `model` is in `state`."""
+        found: asyncio.Future[LoadReport] = asyncio.get_running_loop().create_future()
+
+        async def look(message: Msg) -> None:
+            report = decode(message.data, LoadReport)
+            if (
+                any(load.model == model and load.state is state for load in report.models)
+                and not found.done()
+            ):
+                found.set_result(report)
+
+        subscription = await self.bus.subscribe(subjects.load(self.id), look, inline=True)
+        try:
+            return await asyncio.wait_for(found, DEADLINE_S)
+        finally:
+            await subscription.unsubscribe()
+
+
+class Frames:
+    """The frames of one request, in order."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[TokenFrame | None] = asyncio.Queue()
+
+    async def next(self) -> TokenFrame | None:
+        """The next frame; None when nobody took the request."""
+        return await asyncio.wait_for(self.queue.get(), DEADLINE_S)
+
+    async def all(self) -> list[TokenFrame]:
+        """Frames up to and with the last."""
+        frames: list[TokenFrame] = []
+        while not frames or (frames[-1].finish is None and frames[-1].error is None):
+            frame = await self.next()
+            assert frame is not None
+            frames.append(frame)
+        assert [frame.seq for frame in frames] == list(range(len(frames)))
+        return frames
+
+
+async def send(rig: Rig, rid: str, ids: list[int], tokens: int, **options: object) -> Frames:
+    frames = Frames()
+
+    async def on_frame(message: Msg) -> None:
+        frames.queue.put_nowait(decode(message.data, TokenFrame) if message.data else None)
+
+    request = GenerateRequest(
+        rid=rid.ljust(32, "0"),
+        model=SMALL,
+        input_ids=ids,
+        sampling=SamplingParams(tokens, temperature=0, ignore_eos=True),
+        deadline_s=DEADLINE_S,
+    )
+    request = msgspec.structs.replace(request, **options)
+    reply = subjects.reply("test", request.rid)
+    await rig.bus.subscribe(reply, on_frame, inline=True)
+    await rig.bus.publish(subjects.request(SMALL, rig.id), request, reply=reply)
+    return frames
+
+
+def tokens_of(frames: list[TokenFrame]) -> list[int]:
+    return [token for frame in frames for token in frame.tokens]
+
+
+@asynccontextmanager
+async def store_process(nats: NatsServer, folder: Path) -> AsyncIterator[Path]:
+    """A real model store; yields its socket once it listens."""
+    socket = folder / "store.sock"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "prism.model_store", "--nats", nats.url, "--socket", str(socket),
+        "--image-dir", str(folder / "images"), "--memory-gb", "1",
+        env={**os.environ, "PRISM_PARENT_PID": str(os.getpid())},
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while not socket.exists():
+                assert process.returncode is None
+                await asyncio.sleep(0.02)
+        yield socket
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), DEADLINE_S)
+
+
+@pytest.fixture(scope="module")
+async def store(session_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    async with store_process(session_nats, tmp_path_factory.mktemp("store")) as socket:
+        yield socket
+
+
+@pytest.fixture
+async def rig(
+    session_nats: NatsServer, store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
+) -> AsyncIterator[Rig]:
+    identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
+    async with (
+        connect_bus(session_nats.url, name="worker test") as bus,
+        frame_publisher(bus) as publisher,
+        run_worker(
+            identity,
+            bus,
+            CpuDevice(shells),
+            publisher,
+            drain_s=5.0,
+            admission=FirstComeAdmission(),
+            memory_limit_bytes=LIMIT_BYTES,
+            store_socket=str(store),
+            limits=EngineLimits(4, 256),
+        ) as worker,
+    ):
+        yield Rig(bus, worker, tiny_models)
+
+
+async def test_a_model_is_started_serves_dozes_wakes_and_is_released(rig: Rig) -> None:
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.error is None
+    assert outcome.state is ModelState.ACTIVE
+    weights = rig.load().weights_bytes
+    assert weights >= 24_000_000
+    routes = await rig.bus.bucket(subjects.BUCKET_ROUTES)
+    entry = await routes.get(subjects.route_key(SMALL, rig.id))
+    assert decode(entry.value or b"", Route) == Route(SMALL, rig.id, "node")
+
+    first = await (await send(rig, "a", [5, 6, 7], 12)).all()
+    assert len(tokens_of(first)) == 12
+    assert first[-1].finish is not None
+    assert first[-1].finish.reason == "length"
+    assert (first[-1].finish.prompt_tokens, first[-1].finish.completion_tokens) == (3, 12)
+    assert rig.load().kv_used_bytes > 0
+
+    outcome = await rig.command(CommandKind.DOZE)
+    assert outcome.error is None
+    assert outcome.state is ModelState.DOZING
+    assert (rig.load().weights_bytes, rig.load().kv_used_bytes) == (0, 0)
+    assert rig.worker.ledger.reserved_bytes == 0
+    assert await (await send(rig, "b", [5, 6, 7], 12)).next() is None
+
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.state is ModelState.ACTIVE
+    assert rig.load().weights_bytes == weights
+    assert tokens_of(await (await send(rig, "c", [5, 6, 7], 12)).all()) == tokens_of(first)
+
+    outcome = await rig.command(CommandKind.RELEASE)
+    assert outcome.state is ModelState.COLD
+    assert rig.worker.ledger.reserved_bytes == 0
+
+
+async def test_the_second_start_takes_the_engine_image(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    first = tokens_of(await (await send(rig, "a", [9, 8, 7], 8)).all())
+    await rig.command(CommandKind.DOZE)
+    await rig.command(CommandKind.RELEASE)
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.error is None
+    assert tokens_of(await (await send(rig, "b", [9, 8, 7], 8)).all()) == first
+
+
+async def test_an_older_epoch_is_refused(rig: Rig) -> None:
+    await rig.command(CommandKind.RELEASE, epoch=7)
+    outcome = await rig.command(CommandKind.ACTIVATE, epoch=6)
+    assert outcome.error is not None
+    assert outcome.error.code is ErrorCode.STALE_EPOCH
+    assert outcome.state is ModelState.COLD
+
+
+async def test_what_does_not_fit_is_refused_and_takes_nothing(rig: Rig) -> None:
+    outcome = await rig.command(CommandKind.ACTIVATE, "tiny-llama-big")
+    assert outcome.error is not None
+    assert outcome.error.code is ErrorCode.OUT_OF_MEMORY
+    assert rig.worker.ledger.reserved_bytes == 0
+
+
+async def test_a_model_that_cannot_start_fails_with_its_reason_and_can_be_tried_again(
+    rig: Rig, tmp_path: Path
+) -> None:
+    outcome = await rig.command(CommandKind.ACTIVATE, path=tmp_path / "nothing here")
+    assert outcome.error is not None
+    assert outcome.state is ModelState.FAILED
+    assert "nothing here" in (rig.load().failure or "")
+    assert rig.worker.ledger.reserved_bytes == 0
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.state is ModelState.ACTIVE
+
+
+async def test_two_activations_at_once_make_one_engine(rig: Rig) -> None:
+    outcomes = await asyncio.gather(*(rig.command(CommandKind.ACTIVATE) for _ in range(2)))
+    assert [outcome.state for outcome in outcomes] == [ModelState.ACTIVE] * 2
+    assert sorted(bool(outcome.seconds) for outcome in outcomes) == [False, True]
+
+
+async def test_a_cancelled_request_ends_and_leaves_the_engine(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    frames = await send(rig, "a", [5, 6, 7], 1500)
+    first = await frames.next()
+    assert first is not None
+    await rig.bus.publish(subjects.cancel(rig.id), CancelRequest("a".ljust(32, "0")))
+    last = first
+    while last.error is None:
+        frame = await frames.next()
+        assert frame is not None
+        last = frame
+    assert last.error.code is ErrorCode.CANCELLED
+    assert last.seq < 1000
+
+
+async def test_more_requests_than_fit_at_once_wait_their_turn(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    sent = [await send(rig, f"{index}", [index + 3] * 5, 10) for index in range(12)]
+    for frames in sent:
+        assert len(tokens_of(await frames.all())) == 10
+
+
+async def test_a_killed_engine_tells_its_requests_and_the_model_can_be_started_again(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    frames = await send(rig, "a", [5, 6, 7], 1500)
+    assert await frames.next() is not None
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+    engine.kill()
+    last = await frames.next()
+    while last is not None and last.error is None:
+        last = await frames.next()
+    assert last is not None
+    assert last.error is not None
+    assert last.error.code is ErrorCode.ENGINE_LOST
+    assert last.error.retry
+    await rig.until_state(ModelState.COLD)
+    assert rig.worker.ledger.reserved_bytes == 0
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.state is ModelState.ACTIVE
+
+
+async def test_dozing_lets_requests_finish_and_sends_those_that_take_too_long_elsewhere(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    short = await send(rig, "a", [5, 6, 7], 30)
+    long = await send(rig, "b", [5, 6, 8], 1800)
+    assert await short.next() is not None
+    assert await long.next() is not None
+    outcome = await rig.command(CommandKind.DOZE, drain_s=0.5)
+    assert outcome.state is ModelState.DOZING
+    last = await long.next()
+    while last is not None and last.error is None and last.finish is None:
+        last = await long.next()
+    assert last is not None
+    assert last.error is not None
+    assert last.error.code is ErrorCode.MOVED
+
+
+async def test_log_probabilities_come_with_the_tokens(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    frames = await (await send(rig, "a", [5, 6, 7], 4, top_logprobs=3)).all()
+    logprobs = [entry for frame in frames for entry in frame.logprobs or []]
+    assert len(logprobs) == 4
+    for token, entry in zip(tokens_of(frames), logprobs, strict=True):
+        assert len(entry.top) == 3
+        assert entry.top[0][0] == token
+        assert entry.top[0][1] == pytest.approx(entry.logprob)
+
+
+async def test_a_malformed_command_is_answered(rig: Rig) -> None:
+    answer = await rig.bus.client.request(
+        subjects.command(rig.id), encode({"kind": "activate"}), timeout=DEADLINE_S
+    )
+    outcome = decode(answer.data, CommandOutcome)
+    assert outcome.error is not None
+    assert outcome.error.code is ErrorCode.BAD_MESSAGE
