@@ -60,6 +60,11 @@ def command(worker: str) -> str:
     return f"{PREFIX}.command.{worker}"
 
 
+def scheduler_plan(instance: str = "") -> str:
+    """Where the leading global scheduler explains its plan; with `instance`, where that one does."""
+    return f"{PREFIX}.scheduler.plan.{instance}" if instance else f"{PREFIX}.scheduler.plan"
+
+
 def store(node: str, verb: str) -> str:
     """Where the store of `node` answers `verb` (stage, evict, list)."""
     return f"{PREFIX}.store.{node}.{verb}"

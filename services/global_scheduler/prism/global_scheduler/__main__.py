@@ -1,0 +1,144 @@
+"""`python -m prism.global_scheduler`: places models on workers; several instances elect a leader."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from prism.common.bus import connect_bus
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.identity import instance_id
+from prism.common.placement_file import read_placement_file
+from prism.common.process import run_service
+from prism.common.telemetry import configure_logging
+from prism.global_scheduler.scheduler import Deadlines
+from prism.global_scheduler.service import run_global_scheduler
+from prism.scheduling.placement import policies
+from prism.scheduling.placement.lru import LruPlacement
+
+log = logging.getLogger(__name__)
+
+
+@click.command()
+@click.option(
+    "--nats",
+    "nats_url",
+    envvar="PRISM_NATS_URL",
+    show_envvar=True,
+    default="nats://127.0.0.1:4222",
+    show_default=True,
+)
+@click.option(
+    "--placement",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="PRISM_PLACEMENT_FILE",
+    show_envvar=True,
+    help="Placement file whose models to register. Without one, those that are registered already.",
+)
+@click.option(
+    "--prune",
+    is_flag=True,
+    envvar="PRISM_PRUNE",
+    show_envvar=True,
+    help="Remove registered models that the placement file does not name.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(sorted(policies)),
+    envvar="PRISM_PLACEMENT_POLICY",
+    show_envvar=True,
+    default="lru",
+    show_default=True,
+    help="Decides which model is where.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["static", "elastic", "full"]),
+    envvar="PRISM_MODE",
+    show_envvar=True,
+    default="full",
+    show_default=True,
+)
+@click.option(
+    "--patience-s",
+    type=click.FloatRange(min=0),
+    envvar="PRISM_PATIENCE_S",
+    show_envvar=True,
+    default=LruPlacement.patience_s,
+    show_default=True,
+    help="How long a request waits before models that are busy must make room.",
+)
+@click.option(
+    "--min-active-s",
+    type=click.FloatRange(min=0),
+    envvar="PRISM_MIN_ACTIVE_S",
+    show_envvar=True,
+    default=LruPlacement.min_active_s,
+    show_default=True,
+    help="How long a busy model stays at least.",
+)
+@click.option(
+    "--drain-s",
+    type=click.FloatRange(min=0),
+    envvar="PRISM_DRAIN_S",
+    show_envvar=True,
+    default=LruPlacement.drain_s,
+    show_default=True,
+    help="How long requests in flight may take to finish before their model sleeps.",
+)
+@click.option(
+    "--activate-deadline-s",
+    type=click.FloatRange(min=0, min_open=True),
+    envvar="PRISM_ACTIVATE_DEADLINE_S",
+    show_envvar=True,
+    default=Deadlines().activate_s,
+    show_default=True,
+    help="How long an activation may take, the first build of a model included.",
+)
+@click.option("--log-level", envvar="PRISM_LOG_LEVEL", show_envvar=True, default="INFO", show_default=True)
+def main(
+    nats_url: str,
+    placement: Path | None,
+    prune: bool,
+    policy: str,
+    mode: str,
+    patience_s: float,
+    min_active_s: float,
+    drain_s: float,
+    activate_deadline_s: float,
+    log_level: str,
+) -> None:
+    """Decide which model is where, and have the workers do it."""
+    configure_logging("global_scheduler", log_level)
+    instance = instance_id("scheduler")
+
+    async def serve(stop: asyncio.Event) -> None:
+        if mode != "full":
+            raise PrismError(
+                ErrorCode.UNSUPPORTED, f"--mode {mode} is not there yet; it arrives later. Use --mode full"
+            )
+        specs = read_placement_file(placement) if placement is not None else []
+        if prune and placement is None:
+            raise PrismError(ErrorCode.INVALID_REQUEST, "--prune needs a --placement file")
+        async with (
+            connect_bus(nats_url, name=instance) as bus,
+            run_global_scheduler(
+                bus,
+                instance,
+                policies[policy](patience_s=patience_s, min_active_s=min_active_s, drain_s=drain_s),
+                policy_name=policy,
+                specs=specs,
+                prune=prune,
+                deadlines=Deadlines(activate_s=activate_deadline_s),
+            ),
+        ):
+            log.info("%s ready: policy %s, %d models in the placement file", instance, policy, len(specs))
+            await stop.wait()
+
+    sys.exit(run_service("global_scheduler", serve))
+
+
+if __name__ == "__main__":
+    main()

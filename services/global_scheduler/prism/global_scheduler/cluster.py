@@ -1,0 +1,183 @@
+"""What the global scheduler knows, from reports alone: a new leader knows as much after one round of them."""
+
+from collections import defaultdict
+
+import msgspec
+
+from prism.common.messages.load import DemandReport, LoadReport, ModelLoad
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.scheduling.placement.backoff import LONGEST_S, BackoffTable
+from prism.scheduling.placement.snapshot import (
+    ClusterSnapshot,
+    Demand,
+    InFlight,
+    ModelView,
+    ResidentModel,
+    WorkerView,
+)
+
+WORKER_SILENT_S = 2.5
+GATEWAY_SILENT_S = 3.5
+
+_RAN = frozenset(
+    {ModelState.ACTIVE, ModelState.DRAINING, ModelState.DOZING, ModelState.WAKING, ModelState.FROZEN}
+)
+_NOT_RESIDENT = frozenset({ModelState.COLD, ModelState.STAGED})
+
+
+class SeenWorker(msgspec.Struct):
+    """A worker's latest report, when it came, and what is remembered of its models while it is there."""
+
+    report: LoadReport
+    seen_at: float
+    started: set[str] = msgspec.field(default_factory=set)
+    active_bytes: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+class ClusterState:
+    """Latest reports, registered models and failures. `now` is a monotonic time in seconds throughout."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, SeenWorker] = {}
+        self.backoff = BackoffTable()
+        self._gateways: dict[str, tuple[DemandReport, float]] = {}
+        self._specs: dict[str, ModelSpec] = {}
+        self._facts: dict[str, ModelFacts] = {}
+        self._removed: dict[str, ModelSpec] = {}
+
+    def set_spec(self, key: str, spec: ModelSpec | None) -> None:
+        """The registry's entry `key` is `spec` now, None for gone."""
+        if spec is not None:
+            self._specs[key] = spec
+            self._removed.pop(spec.model_name, None)
+        elif (gone := self._specs.pop(key, None)) is not None:
+            self._removed[gone.model_name] = gone
+
+    def set_facts(self, key: str, facts: ModelFacts | None) -> None:
+        """What a model store found in a model's folder, None for gone."""
+        if facts is not None:
+            self._facts[key] = facts
+        elif key in self._facts:
+            del self._facts[key]
+
+    def load(self, report: LoadReport, now: float) -> bool:
+        """Take a worker's report. Whether it tells anything that could change a plan."""
+        seen = self.workers.get(report.worker)
+        before = {model.model: model for model in seen.report.models} if seen else {}
+        changed = seen is None or _gist(seen.report) != _gist(report)
+        if seen is None:
+            seen = self.workers[report.worker] = SeenWorker(report, now)
+        seen.report, seen.seen_at = report, now
+        for model in report.models:
+            self._learn(seen, model, before.get(model.model), now)
+        return changed
+
+    def _learn(self, seen: SeenWorker, model: ModelLoad, before: ModelLoad | None, now: float) -> None:
+        worker, name = seen.report.worker, model.model
+        if model.state in _RAN:
+            seen.started.add(name)
+        if model.state is ModelState.ACTIVE:
+            seen.active_bytes[name] = model.weights_bytes + model.kv_quota_bytes
+            if model.state_s >= LONGEST_S:
+                self.backoff.works(worker, name)
+        elif model.state is ModelState.FAILED and before is not None and before.state is ModelState.ACTIVE:
+            # Failures on the way up are told by the outcome of the command.
+            self.backoff.failed(worker, name, model.failure or "its engine ended", now)
+
+    def demand(self, report: DemandReport, now: float) -> None:
+        """Take a gateway's report, which replaces its last one."""
+        self._gateways[report.gateway] = (report, now)
+
+    def forget_silent(self, now: float) -> list[str]:
+        """Drop workers and gateways not heard of for too long; returns the workers dropped."""
+        lost = [name for name, seen in self.workers.items() if now - seen.seen_at > WORKER_SILENT_S]
+        for name in lost:
+            del self.workers[name]
+            self.backoff.forget_worker(name)
+        for name, (_, seen_at) in list(self._gateways.items()):
+            if now - seen_at > GATEWAY_SILENT_S:
+                del self._gateways[name]
+        return lost
+
+    def snapshot(self, in_flight: tuple[InFlight, ...], now: float) -> ClusterSnapshot:
+        """All of it as of `now`: times in reports are aged by how long ago they came."""
+        workers = tuple(_view(seen, now) for _, seen in sorted(self.workers.items()))
+        self._forget_released(workers)
+        started = {name for seen in self.workers.values() for name in seen.started}
+        facts = {found.model: found for found in self._facts.values()}
+        models = {
+            spec.model_name: ModelView(
+                spec, facts.get(spec.model_name), spec.model_name in started, removed=removed
+            )
+            for removed, specs in ((True, self._removed), (False, self._specs))
+            for spec in specs.values()
+        }
+        return ClusterSnapshot(workers, models, self._demand(now), in_flight, self.backoff.failures())
+
+    def _forget_released(self, workers: tuple[WorkerView, ...]) -> None:
+        if not self._removed:
+            return
+        resident = {
+            name
+            for worker in workers
+            for name, model in worker.models.items()
+            if model.state not in _NOT_RESIDENT
+        }
+        self._removed = {name: spec for name, spec in self._removed.items() if name in resident}
+
+    def _demand(self, now: float) -> dict[str, Demand]:
+        by_model: dict[str, list[Demand]] = defaultdict(list)
+        for report, seen_at in self._gateways.values():
+            for model in report.models:
+                waited = model.oldest_parked_s + (now - seen_at) if model.parked else 0.0
+                by_model[model.model].append(Demand(model.parked, waited, model.arrivals_per_s))
+        return {
+            name: Demand(
+                sum(demand.parked for demand in demands),
+                max(demand.oldest_parked_s for demand in demands),
+                sum(demand.arrivals_per_s for demand in demands),
+            )
+            for name, demands in by_model.items()
+        }
+
+
+def _gist(report: LoadReport) -> object:
+    """What of a report matters at once: everything but counters and the passing of time."""
+    models = {
+        model.model: (
+            model.state,
+            model.queued + model.running > 0,
+            model.weights_bytes,
+            model.kv_quota_bytes,
+        )
+        for model in report.models
+    }
+    return report.memory_limit_bytes, report.memory_reserved_bytes, report.draining, report.gpu_ids, models
+
+
+def _view(seen: SeenWorker, now: float) -> WorkerView:
+    report, age = seen.report, now - seen.seen_at
+    return WorkerView(
+        id=report.worker,
+        node=report.node,
+        device=report.device,
+        gpu_ids=tuple(report.gpu_ids),
+        limit_bytes=report.memory_limit_bytes,
+        reserved_bytes=report.memory_reserved_bytes,
+        element_bytes=report.element_bytes,
+        draining=report.draining,
+        models={
+            model.model: ResidentModel(
+                state=model.state,
+                queued=model.queued,
+                running=model.running,
+                weights_bytes=model.weights_bytes,
+                kv_quota_bytes=model.kv_quota_bytes,
+                idle_s=0.0 if model.queued + model.running else model.idle_s + age,
+                state_s=model.state_s + age,
+                active_bytes=seen.active_bytes.get(model.model, 0),
+                failure=model.failure,
+            )
+            for model in report.models
+        },
+    )

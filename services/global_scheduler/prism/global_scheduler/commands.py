@@ -1,0 +1,169 @@
+"""Commands in flight: sent once, followed until their outcome shows."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+
+import msgspec
+import nats.errors
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.messages.explain import ExplainedAction
+from prism.common.messages.load import LoadReport
+from prism.common.messages.models import ModelState
+from prism.common.messages.placement import Command, CommandKind, CommandOutcome
+from prism.scheduling.placement.snapshot import InFlight
+
+log = logging.getLogger(__name__)
+
+ANSWER_SLACK_S = 5.0
+REPORT_GRACE_S = 1.0
+REMEMBERED = 32
+
+_REACHED = {
+    CommandKind.ACTIVATE: ModelState.ACTIVE,
+    CommandKind.DOZE: ModelState.DOZING,
+    CommandKind.FREEZE: ModelState.FROZEN,
+    CommandKind.STAGE: ModelState.STAGED,
+    CommandKind.RELEASE: ModelState.COLD,
+}
+
+OnOutcome = Callable[[Command, CommandOutcome], None]
+
+
+class _Pending(msgspec.Struct):
+    command: Command
+    worker: str
+    reason: str
+    footprint_bytes: int
+    sent_at: float
+    task: asyncio.Task[None] | None = None
+    seen_reached_at: float | None = None
+    outcome: CommandOutcome | None = None
+    ended_at: float = 0.0
+
+
+class CommandRunner:
+    """Sends commands and keeps each in flight until its outcome is known and visible in load reports.
+
+    An answer that got lost (the bus was away) is made up for by reports: a model seen in the state asked for,
+    REPORT_GRACE_S long, has reached it. A worker that is gone ends its commands.
+    """
+
+    def __init__(self, bus: Bus, tasks: asyncio.TaskGroup, on_outcome: OnOutcome) -> None:
+        self._bus = bus
+        self._tasks = tasks
+        self._on_outcome = on_outcome
+        self._pending: dict[tuple[str, str], _Pending] = {}
+        self._recent: deque[_Pending] = deque(maxlen=REMEMBERED)
+
+    def in_flight(self) -> tuple[InFlight, ...]:
+        """All that is under way, as placement policies see it."""
+        return tuple(
+            InFlight(worker, model, pending.command.kind, pending.footprint_bytes)
+            for (worker, model), pending in self._pending.items()
+        )
+
+    def start(self, worker: str, command: Command, *, footprint_bytes: int, reason: str) -> None:
+        """Send `command`; there must be none in flight for this model on this worker."""
+        model = command.spec.model_name
+        pending = _Pending(command, worker, reason, footprint_bytes, monotonic())
+        self._pending[worker, model] = pending
+        self._recent.append(pending)
+        log.info("%s %s on %s: %s", command.kind, model, worker, reason)
+        pending.task = self._tasks.create_task(self._follow(pending), name=f"{command.kind} {model}")
+
+    def report(self, report: LoadReport, now: float) -> bool:
+        """Compare a worker's report with what was asked of it. Whether a command ended by that."""
+        states = {model.model: model.state for model in report.models}
+        changed = False
+        for (worker, model), pending in list(self._pending.items()):
+            if worker != report.worker:
+                continue
+            state = states.get(model, ModelState.COLD)
+            if pending.outcome is not None:
+                # The report that was on its way when the answer came still tells of the state before.
+                if state is pending.outcome.state or now - pending.ended_at >= REPORT_GRACE_S:
+                    del self._pending[worker, model]
+                    changed = True
+            elif state is not _REACHED[pending.command.kind]:
+                pending.seen_reached_at = None
+            elif pending.seen_reached_at is None:
+                pending.seen_reached_at = now
+            elif now - pending.seen_reached_at >= REPORT_GRACE_S:
+                self._end(pending, CommandOutcome(worker, model, state))
+                changed = True
+        return changed
+
+    def worker_lost(self, worker: str) -> None:
+        """Give up what was asked of a worker that is gone."""
+        for key, pending in list(self._pending.items()):
+            if key[0] == worker:
+                del self._pending[key]
+                if pending.outcome is None:
+                    pending.outcome = CommandOutcome(worker, key[1], ModelState.COLD)
+                    log.warning("%s %s: %s is gone", pending.command.kind, key[1], worker)
+                if pending.task is not None:
+                    pending.task.cancel()
+
+    def recent(self, now: float) -> list[ExplainedAction]:
+        """The latest commands, newest last."""
+        return [
+            ExplainedAction(
+                pending.command.kind,
+                pending.command.spec.model_name,
+                pending.worker,
+                pending.reason,
+                round(now - pending.sent_at, 3),
+                _told(pending.outcome) if pending.outcome else "",
+            )
+            for pending in self._recent
+        ]
+
+    def close(self) -> None:
+        """Follow no command any longer; what was sent goes on at the workers."""
+        for pending in self._pending.values():
+            if pending.task is not None:
+                pending.task.cancel()
+
+    async def _follow(self, pending: _Pending) -> None:
+        command, model = pending.command, pending.command.spec.model_name
+        timeout_s = command.deadline_s + command.drain_s + ANSWER_SLACK_S
+        try:
+            outcome = await self._bus.request(
+                subjects.command(pending.worker), command, CommandOutcome, timeout_s=timeout_s
+            )
+        except PrismError as error:
+            outcome = CommandOutcome(pending.worker, model, ModelState.FAILED, error.body)
+        except (nats.errors.Error, OSError) as error:
+            body = ErrorBody(ErrorCode.INTERNAL, f"not sent: {error or type(error).__name__}", retry=True)
+            outcome = CommandOutcome(pending.worker, model, ModelState.FAILED, body)
+        if pending.outcome is None:
+            self._end(pending, outcome)
+
+    def _end(self, pending: _Pending, outcome: CommandOutcome) -> None:
+        pending.outcome = outcome
+        pending.ended_at = monotonic()
+        took = pending.ended_at - pending.sent_at
+        level = logging.WARNING if outcome.error else logging.INFO
+        log.log(
+            level,
+            "%s %s on %s: %s after %.2f s",
+            pending.command.kind,
+            outcome.model,
+            pending.worker,
+            _told(outcome),
+            took,
+        )
+        self._on_outcome(pending.command, outcome)
+
+
+def _told(outcome: CommandOutcome) -> str:
+    if outcome.error is not None:
+        return f"{outcome.error.code}: {outcome.error.message}"
+    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in outcome.seconds.items())
+    return f"{outcome.state} ({phases})" if phases else str(outcome.state)

@@ -1,0 +1,61 @@
+"""The micro service that shows the scheduler on the bus, and answers why things are as they are."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import nats.errors
+from nats.micro import add_service
+from nats.micro.request import Request
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.errors import PrismError
+from prism.common.messages.codec import encode
+from prism.common.messages.explain import PlanReport
+from prism.global_scheduler.election import Election
+from prism.global_scheduler.scheduler import GlobalScheduler
+
+log = logging.getLogger(__name__)
+
+FORWARD_DEADLINE_S = 2.0
+STOP_DEADLINE_S = 2.0
+
+
+@asynccontextmanager
+async def explain_service(bus: Bus, scheduler: GlobalScheduler, election: Election) -> AsyncIterator[None]:
+    """Answer `PlanReport`s: the leader's on the common subject, whoever is asked, and each one's own."""
+
+    async def own(request: Request) -> None:
+        await request.respond(encode(scheduler.explain()))
+
+    async def leaders(request: Request) -> None:
+        report = scheduler.explain()
+        if report.leader not in ("", election.instance):
+            try:
+                subject = subjects.scheduler_plan(report.leader)
+                report = await bus.request(subject, None, PlanReport, timeout_s=FORWARD_DEADLINE_S)
+            except PrismError as error:
+                log.debug("the leader does not explain itself: %s", error.message)
+        await request.respond(encode(report))
+
+    service = await add_service(
+        bus.client,
+        name="prism-global-scheduler",
+        version="0.1.0",
+        description="Places models on workers",
+        metadata={"instance": election.instance},
+    )
+    try:
+        await service.add_endpoint(name="plan", subject=subjects.scheduler_plan(), handler=leaders)
+        await service.add_endpoint(
+            name="plan-of", subject=subjects.scheduler_plan(election.instance), handler=own
+        )
+        yield
+    finally:
+        # A bus that is away holds up neither the end of this service nor anyone who would ask it.
+        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+            async with asyncio.timeout(STOP_DEADLINE_S):
+                await service.stop()

@@ -1,0 +1,209 @@
+"""The shell around a placement policy: reports in, commands out, while leading."""
+
+import asyncio
+import contextlib
+import logging
+from time import monotonic
+
+import msgspec
+from nats.aio.msg import Msg
+
+from prism.common.bus import Bus
+from prism.common.errors import ErrorCode
+from prism.common.messages.codec import decode
+from prism.common.messages.events import Event
+from prism.common.messages.explain import (
+    ExplainedDemand,
+    ExplainedNote,
+    ExplainedWorker,
+    PlanReport,
+)
+from prism.common.messages.load import DemandReport, LoadReport
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.common.messages.placement import Command, CommandKind, CommandOutcome, Route
+from prism.common.mirror import BucketMirror
+from prism.global_scheduler.cluster import ClusterState
+from prism.global_scheduler.commands import CommandRunner
+from prism.global_scheduler.election import Election
+from prism.global_scheduler.routes import DeadRoutes
+from prism.scheduling.placement import PlacementPolicy
+from prism.scheduling.placement.actions import Action, Activate, Doze, Note, Plan, Release, Stage
+from prism.scheduling.placement.snapshot import ClusterSnapshot
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 0.5
+TICK_S = 1.0
+
+
+class Deadlines(msgspec.Struct, frozen=True):
+    """How long the transitions of a model may take, in seconds; a drain comes on top."""
+
+    activate_s: float = 180.0
+    doze_s: float = 30.0
+    stage_s: float = 300.0
+    release_s: float = 30.0
+
+
+class GlobalScheduler:
+    """Plans on every event that matters and once a second, and commands what the plan says.
+
+    Only the leader does, from SETTLE_S after it came to lead: by then every worker has reported.
+    """
+
+    def __init__(
+        self, bus: Bus, tasks: asyncio.TaskGroup, policy: PlacementPolicy, name: str, deadlines: Deadlines
+    ) -> None:
+        self.cluster = ClusterState()
+        self._bus = bus
+        self._tasks = tasks
+        self._policy = policy
+        self._policy_name = name
+        self._deadlines = deadlines
+        self._commands = CommandRunner(bus, tasks, self._on_outcome)
+        self._election: Election | None = None
+        self._wake = asyncio.Event()
+        self._settled_at = 0.0
+        self._notes: tuple[Note, ...] = ()
+
+    def on_spec(self, key: str, spec: ModelSpec | None) -> None:
+        """A model was registered, changed or removed."""
+        self.cluster.set_spec(key, spec)
+        self._wake.set()
+
+    def on_facts(self, key: str, facts: ModelFacts | None) -> None:
+        """A model store has read a model's folder."""
+        self.cluster.set_facts(key, facts)
+        self._wake.set()
+
+    async def on_load(self, message: Msg) -> None:
+        """A worker reports."""
+        report, now = decode(message.data, LoadReport), monotonic()
+        ended = self._commands.report(report, now)
+        # While something waits, even an unchanged report may mean that its patience is over.
+        if self.cluster.load(report, now) or ended or self._notes:
+            self._wake.set()
+
+    async def on_demand(self, message: Msg) -> None:
+        """A gateway reports."""
+        self.cluster.demand(decode(message.data, DemandReport), monotonic())
+        self._wake.set()
+
+    def on_leadership(self, epoch: int) -> None:
+        """This instance came to lead in `epoch`, or, with 0, leads no more."""
+        if epoch and self._election is not None:
+            self._settled_at = monotonic() + SETTLE_S
+            asyncio.get_running_loop().call_later(SETTLE_S, self._wake.set)
+            event = Event("leader", "", self._election.instance, detail=f"epoch {epoch}")
+            self._tasks.create_task(self._bus.tell(event))
+        else:
+            self._notes = ()
+
+    async def run(self, election: Election, routes: BucketMirror[Route]) -> None:
+        """Plan until cancelled."""
+        self._election = election
+        dead_routes = DeadRoutes(self._bus, routes)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_S)
+            self._wake.clear()
+            try:
+                await self._step(election, dead_routes)
+            except Exception:
+                # One snapshot that a policy chokes on must not end the placement of all models.
+                log.exception("planning failed; trying again in %.0f s", TICK_S)
+                await asyncio.sleep(TICK_S)
+
+    async def _step(self, election: Election, dead_routes: DeadRoutes) -> None:
+        now = monotonic()
+        for worker in self.cluster.forget_silent(now):
+            log.warning("%s has not been heard of for too long and counts as gone", worker)
+            self._commands.worker_lost(worker)
+        gone = dead_routes.find(set(self.cluster.workers), now)
+        if not election.leading or now < self._settled_at:
+            return
+        if gone:
+            await dead_routes.take_down(gone)
+            now = monotonic()
+        snapshot = self.cluster.snapshot(self._commands.in_flight(), now)
+        self._carry_out(self._policy.plan(snapshot, now), snapshot, election)
+
+    def close(self) -> None:
+        """Follow no command any longer."""
+        self._commands.close()
+
+    def explain(self) -> PlanReport:
+        """What is known and was decided, for people."""
+        now = monotonic()
+        snapshot = self.cluster.snapshot(self._commands.in_flight(), now)
+        election = self._election
+        return PlanReport(
+            instance=election.instance if election else "",
+            leader=election.leader if election else "",
+            epoch=election.epoch if election else 0,
+            policy=self._policy_name,
+            models=len(snapshot.models),
+            actions=self._commands.recent(now),
+            notes=[ExplainedNote(note.model, note.text) for note in self._notes],
+            workers=[
+                ExplainedWorker(
+                    worker.id,
+                    worker.node,
+                    list(worker.gpu_ids),
+                    worker.limit_bytes,
+                    worker.reserved_bytes,
+                    {name: model.state for name, model in worker.models.items()},
+                    worker.draining,
+                )
+                for worker in snapshot.workers
+            ],
+            demand=[
+                ExplainedDemand(name, demand.parked, round(demand.oldest_parked_s, 3))
+                for name, demand in sorted(snapshot.demand.items())
+            ],
+        )
+
+    def _carry_out(self, plan: Plan, snapshot: ClusterSnapshot, election: Election) -> None:
+        for note in plan.notes:
+            if note not in self._notes:
+                log.warning("%s %s", note.model, note.text)
+        self._notes = plan.notes
+        for action in plan.actions:
+            if not (election.leading and self._bus.client.is_connected):
+                return
+            view = snapshot.models[action.model]
+            if view.facts is None:
+                continue
+            self._commands.start(
+                action.worker,
+                self._command(action, election.epoch, view.spec, view.facts),
+                footprint_bytes=action.footprint_bytes if isinstance(action, Activate) else 0,
+                reason=action.reason,
+            )
+
+    def _command(self, action: Action, epoch: int, spec: ModelSpec, facts: ModelFacts) -> Command:
+        limits = self._deadlines
+        match action:
+            case Activate():
+                kind, deadline_s = CommandKind.ACTIVATE, limits.activate_s
+                return Command(kind, epoch, spec, facts, deadline_s, kv_bytes=action.kv_bytes)
+            case Doze():
+                return Command(CommandKind.DOZE, epoch, spec, facts, limits.doze_s, drain_s=action.drain_s)
+            case Stage():
+                return Command(CommandKind.STAGE, epoch, spec, facts, limits.stage_s)
+            case Release():
+                return Command(CommandKind.RELEASE, epoch, spec, facts, limits.release_s)
+
+    def _on_outcome(self, command: Command, outcome: CommandOutcome) -> None:
+        self._wake.set()
+        error, election = outcome.error, self._election
+        if error is None or election is None:
+            return
+        if error.code is ErrorCode.STALE_EPOCH:
+            # Says nothing about the model, all about this instance.
+            election.renounce(command.epoch, error.message)
+            return
+        self.cluster.backoff.failed(outcome.worker, outcome.model, error.message, monotonic())
+        if outcome.state is ModelState.FAILED or command.kind is CommandKind.ACTIVATE:
+            event = Event("failed", outcome.model, election.instance, outcome.worker, error.message)
+            self._tasks.create_task(self._bus.tell(event))

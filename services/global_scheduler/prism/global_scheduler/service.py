@@ -1,0 +1,66 @@
+"""One instance of the global scheduler: its parts, joined for as long as it runs."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import nats.errors
+
+from prism.common import subjects
+from prism.common.bus import Bus, Handler
+from prism.common.messages.models import ModelFacts, ModelSpec
+from prism.common.messages.placement import Route
+from prism.common.mirror import mirror_bucket
+from prism.global_scheduler.election import stand_for_election
+from prism.global_scheduler.explain import explain_service
+from prism.global_scheduler.registration import register
+from prism.global_scheduler.scheduler import Deadlines, GlobalScheduler
+from prism.scheduling.placement import PlacementPolicy
+
+
+@asynccontextmanager
+async def run_global_scheduler(
+    bus: Bus,
+    instance: str,
+    policy: PlacementPolicy,
+    *,
+    policy_name: str,
+    specs: Sequence[ModelSpec] = (),
+    prune: bool = False,
+    deadlines: Deadlines | None = None,
+) -> AsyncIterator[GlobalScheduler]:
+    """Register `specs`, stand for election, and schedule until the end of the `async with`.
+
+    Raises PrismError when the registry can't be read or written.
+    """
+    async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
+        scheduler = GlobalScheduler(bus, tasks, policy, policy_name, deadlines or Deadlines())
+        stack.callback(scheduler.close)
+        await register(bus, specs, prune=prune)
+        models = subjects.BUCKET_MODELS
+        await stack.enter_async_context(
+            mirror_bucket(bus, models, ModelSpec, pattern="spec.*", on_change=scheduler.on_spec)
+        )
+        await stack.enter_async_context(
+            mirror_bucket(bus, models, ModelFacts, pattern="facts.*", on_change=scheduler.on_facts)
+        )
+        routes = await stack.enter_async_context(mirror_bucket(bus, subjects.BUCKET_ROUTES, Route))
+        await stack.enter_async_context(_subscribed(bus, subjects.load("*"), scheduler.on_load))
+        await stack.enter_async_context(_subscribed(bus, subjects.demand("*"), scheduler.on_demand))
+        election = await stack.enter_async_context(stand_for_election(bus, instance, scheduler.on_leadership))
+        planning = tasks.create_task(scheduler.run(election, routes), name="planning")
+        stack.callback(planning.cancel)
+        await stack.enter_async_context(explain_service(bus, scheduler, election))
+        yield scheduler
+
+
+@asynccontextmanager
+async def _subscribed(bus: Bus, subject: str, handler: Handler) -> AsyncIterator[None]:
+    subscription = await bus.subscribe(subject, handler, inline=True)
+    try:
+        yield
+    finally:
+        # A connection that is gone has taken its subscriptions along.
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await subscription.unsubscribe()
