@@ -51,10 +51,10 @@ class ImageTable:
     """All images of a store. Belongs to one event loop: nothing here waits.
 
     The memory of leased images that lost their entries counts until the last lease ends. `on_evicted` is
-    called with each image that leaves to make room.
+    called with each image that leaves, and the models that asked for it.
     """
 
-    def __init__(self, budget_bytes: int, on_evicted: Callable[[Image], None]) -> None:
+    def __init__(self, budget_bytes: int, on_evicted: Callable[[Image, set[str]], None]) -> None:
         self.budget_bytes = budget_bytes
         self._on_evicted = on_evicted
         self._images: dict[int, Image] = {}
@@ -168,7 +168,7 @@ class ImageTable:
                     self._drop_key(key)
             if not image.entries:
                 freed += image.nbytes
-                self._on_evicted(image)
+                self._on_evicted(image, {model})
         return freed, held
 
     def close(self) -> None:
@@ -193,7 +193,7 @@ class ImageTable:
         ]
 
     def _evict(self, image: Image) -> None:
-        self._on_evicted(image)
+        self._on_evicted(image, image.models)
         for key in list(image.entries):
             self._drop_key(key)
 

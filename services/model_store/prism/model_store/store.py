@@ -318,8 +318,8 @@ class ModelStore:
             else:
                 self._on_disk.add(ImageKey(manifest.fingerprint, manifest.layout))
 
-    def _on_evicted(self, image: Image) -> None:
-        for model in sorted(image.models):
+    def _on_evicted(self, image: Image, models: set[str]) -> None:
+        for model in sorted(models):
             self._tell(
                 Event(
                     "evicted",

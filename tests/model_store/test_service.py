@@ -1,0 +1,250 @@
+"""The store as a process on the bus: facts, tokenizers, endpoints, its socket's life."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.model_store.conftest import engine_manifest
+from tests.model_store.model_folders import write_model
+
+from prism.cli.nats_server import NatsServer
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.memfd import memfd_of, read_memfd
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.events import Event
+from prism.common.messages.models import ModelFacts, ModelSpec, TokenizerBundle
+from prism.common.messages.store import (
+    ImageKind,
+    LeaseRequest,
+    StoreModelOutcome,
+    StoreModelRequest,
+    StoreReport,
+)
+from prism.common.mirror import BucketMirror, mirror_bucket
+from prism.common.store_client import deposit, lease, lease_async
+
+LAYOUT = "test-engine 1"
+
+
+@contextlib.contextmanager
+def store_process(
+    nats_server: NatsServer, directory: Path, *, socket: str = "store.sock"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A store of its own process, killed at the end if it still runs."""
+    command = [sys.executable, "-m", "prism.model_store", "--nats", nats_server.url, "--node", "here"]
+    command += ["--socket", str(directory / socket), "--image-dir", str(directory / "images")]
+    command += ["--memory-gb", "1", "--threads", "2"]
+    # Hub ids in these tests lead to a port where nobody listens.
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(directory / "hf")}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+async def until_ready(bus: Bus) -> StoreReport:
+    """Wait until the store answers on the bus."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await bus.request(
+                    subjects.store("here", "list"), StoreModelRequest(""), StoreReport, timeout_s=2
+                )
+            except PrismError:
+                await asyncio.sleep(0.02)
+
+
+async def register(bus: Bus, *specs: ModelSpec) -> None:
+    bucket = await bus.bucket(subjects.BUCKET_MODELS)
+    for spec in specs:
+        await bucket.put(subjects.spec_key(spec.model_name), encode(spec))
+
+
+class FactsWatch:
+    """The facts in the bucket, with waiting."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.mirror: BucketMirror[ModelFacts] | None = None
+
+    async def of(self, model: str) -> ModelFacts:
+        assert self.mirror is not None
+        async with asyncio.timeout(30):
+            while (facts := self.mirror.values.get(subjects.facts_key(model))) is None:
+                self.changed.clear()
+                await self.changed.wait()
+        return facts
+
+    async def gone(self, model: str) -> None:
+        assert self.mirror is not None
+        async with asyncio.timeout(30):
+            while subjects.facts_key(model) in self.mirror.values:
+                self.changed.clear()
+                await self.changed.wait()
+
+
+@contextlib.asynccontextmanager
+async def watch_facts(bus: Bus):  # type: ignore[no-untyped-def]
+    watch = FactsWatch()
+    async with mirror_bucket(
+        bus,
+        subjects.BUCKET_MODELS,
+        ModelFacts,
+        pattern="facts.*",
+        on_change=lambda *_: watch.changed.set(),
+    ) as watch.mirror:
+        yield watch
+
+
+async def test_registered_models_get_facts_and_their_tokenizers_are_on_the_bus(
+    fresh_nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    other = write_model(tmp_path / "other")
+    (other / "tokenizer.json").unlink()
+    cut = write_model(tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-4])
+    await register(
+        bus,
+        ModelSpec("Org/Model-1.5", str(folder)),
+        ModelSpec("borrower", str(other), tokenizer_path=str(folder)),
+        ModelSpec("no-tokenizer", str(other)),
+        ModelSpec("absent", str(tmp_path / "absent")),
+        ModelSpec("cut", str(cut)),
+        ModelSpec("hub", "nobody/nothing"),
+    )
+    with store_process(fresh_nats, tmp_path) as process:
+        async with watch_facts(bus) as facts:
+            good = await facts.of("Org/Model-1.5")
+            assert good.error is None
+            assert good.parameters == 2 * 100 * 64 + 256 * 64 + 64
+            objects = await bus.objects(subjects.OBJECTS_TOKENIZERS)
+            stored = await objects.get(good.tokenizer)
+            bundle = decode(stored.data or b"", TokenizerBundle)
+            assert bundle.tokenizer_json == (folder / "tokenizer.json").read_text()
+            assert (await facts.of("borrower")).tokenizer == good.tokenizer
+            for model, what in [
+                ("no-tokenizer", "has no tokenizer.json"),
+                ("absent", f"model folder {tmp_path / 'absent'} does not exist on this node"),
+                ("cut", "it is cut off"),
+                ("hub", "nobody/nothing is neither a folder on this node nor could it be fetched"),
+            ]:
+                error = (await facts.of(model)).error
+                assert error is not None
+                assert what in error
+                assert "\n" not in error
+            # Told again only when something changed.
+            bucket = await bus.bucket(subjects.BUCKET_MODELS)
+            revision = (await bucket.get(subjects.facts_key("borrower"))).revision
+            await register(bus, ModelSpec("borrower", str(other), tokenizer_path=str(folder), priority=1))
+            await register(bus, ModelSpec("last", str(folder)))
+            await facts.of("last")
+            assert (await bucket.get(subjects.facts_key("borrower"))).revision == revision
+            await bucket.delete(subjects.spec_key("last"))
+            await facts.gone("last")
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 20) == 0
+    assert not (tmp_path / "store.sock").exists()
+
+
+async def test_stage_evict_and_list_answer_with_the_outcome_and_events_tell_of_it(
+    fresh_nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    await register(bus, ModelSpec("m", str(folder)))
+    events: asyncio.Queue[Event] = asyncio.Queue()
+
+    async def on_event(message: object) -> None:
+        events.put_nowait(decode(message.data, Event))  # type: ignore[attr-defined]
+
+    await bus.subscribe(subjects.events(), on_event, inline=True)
+    with store_process(fresh_nats, tmp_path):
+        await until_ready(bus)
+
+        async def ask(verb: str, request: StoreModelRequest) -> StoreModelOutcome:
+            return await bus.request(subjects.store("here", verb), request, StoreModelOutcome, timeout_s=20)
+
+        staged = await ask("stage", StoreModelRequest("m"))
+        assert staged.error is None
+        assert staged.nbytes > 0
+        with lease(tmp_path / "store.sock", LeaseRequest("m", str(folder)), 10) as held:
+            assert held.nbytes == staged.nbytes
+            assert held.seconds == 0
+            report = await until_ready(bus)
+            assert [(image.models, image.leases) for image in report.images] == [(["m"], 1)]
+            refused = await ask("evict", StoreModelRequest("m"))
+            assert refused.error is not None
+            assert refused.error.code is ErrorCode.OVERLOADED
+        async with asyncio.timeout(10):
+            while (await until_ready(bus)).images[0].leases:
+                pass
+        assert (await ask("evict", StoreModelRequest("m"))).nbytes == staged.nbytes
+        assert (await until_ready(bus)).used_bytes == 0
+        unknown = await ask("stage", StoreModelRequest("unknown"))
+        assert unknown.error is not None
+        assert unknown.error.code is ErrorCode.MODEL_NOT_FOUND
+        kinds: list[str] = []
+        async with asyncio.timeout(10):
+            while "evicted" not in kinds:
+                kinds.append((await events.get()).kind)
+        assert kinds[0] == "staging"
+        assert "staged" in kinds
+        services = await bus.client.request("$SRV.INFO.prism-model-store", timeout=5)
+        assert b'"node": "here"' in services.data or b'"node":"here"' in services.data
+
+
+async def test_a_killed_store_is_replaced_and_its_successor_serves_from_disk(
+    fresh_nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    content = os.urandom(2_000_000)
+    socket = tmp_path / "store.sock"
+    with store_process(fresh_nats, tmp_path) as process:
+        await until_ready(bus)
+        with lease(socket, LeaseRequest("m", str(folder)), 10) as checkpoint:
+            before = read_memfd(checkpoint.fd, checkpoint.nbytes)
+            fd = memfd_of("image", content)
+            manifest = engine_manifest(checkpoint.manifest.fingerprint, len(content))
+            deposit(socket, "m", manifest, fd, 10)
+            os.close(fd)
+            async with asyncio.timeout(10):
+                while not any(image.on_disk for image in (await until_ready(bus)).images):
+                    pass
+            process.kill()
+            await asyncio.to_thread(process.wait, 10)
+            assert socket.exists()
+            # A lease's memory is the borrower's too: the store's death takes nothing away.
+            assert read_memfd(checkpoint.fd, checkpoint.nbytes) == before
+    with pytest.raises(PrismError) as caught:
+        lease(socket, LeaseRequest("m", str(folder)), 10)
+    assert caught.value.code is ErrorCode.STORE_UNAVAILABLE
+    assert caught.value.retry
+    with store_process(fresh_nats, tmp_path):
+        await until_ready(bus)
+        with await lease_async(socket, LeaseRequest("m", str(folder), LAYOUT), 10) as again:
+            assert again.kind is ImageKind.ENGINE
+            assert read_memfd(again.fd, again.nbytes) == content
+
+
+async def test_a_second_store_on_the_same_socket_is_refused_with_a_reason(
+    fresh_nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    with store_process(fresh_nats, tmp_path) as first:
+        await until_ready(bus)
+        with store_process(fresh_nats, tmp_path) as second:
+            _, told = await asyncio.to_thread(second.communicate, None, 30)
+            assert second.returncode == 1
+            assert "another model store answers there" in told.decode()
+            assert "Traceback" not in told.decode()
+        assert first.poll() is None
+        assert (tmp_path / "store.sock").exists()
+        await until_ready(bus)

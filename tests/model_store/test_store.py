@@ -1,0 +1,305 @@
+"""The store as its clients see it: leases, deposits, eviction, over a real socket."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+import xxhash
+from tests.model_store.conftest import Running, StartStore, engine_manifest, eventually
+from tests.model_store.model_folders import big_model, tensor_bytes, write_model
+
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.memfd import create_memfd, memfd_of, read_memfd
+from prism.common.messages.store import ImageKind, LeaseRequest
+from prism.common.store_client import Lease, deposit_async, lease_async
+
+pytestmark = pytest.mark.core
+
+LAYOUT = "test-engine 1"
+DEADLINE_S = 20.0
+
+
+async def borrow(running: Running, model: str, folder: Path, layout: str = "") -> Lease:
+    return await lease_async(running.socket, LeaseRequest(model, str(folder), layout), DEADLINE_S)
+
+
+async def give(running: Running, model: str, fingerprint: str, content: bytes) -> str:
+    fd = memfd_of("engine-image", content)
+    try:
+        manifest = engine_manifest(fingerprint, len(content))
+        return await deposit_async(running.socket, model, manifest, fd, DEADLINE_S)
+    finally:
+        os.close(fd)
+
+
+async def until_unleased(running: Running) -> None:
+    """Wait until the store has noticed that all leases ended."""
+    await eventually(lambda: not any(image.leases for image in running.store.report().images))
+
+
+async def until_written(running: Running) -> None:
+    """Wait until all that is in memory in an engine's layout is on disk too."""
+    await eventually(
+        lambda: all(i.on_disk for i in running.store.report().images if i.kind is ImageKind.ENGINE)
+    )
+
+
+async def test_a_lease_brings_the_bytes_of_the_files(running: Running, tmp_path: Path) -> None:
+    with await borrow(running, "m", write_model(tmp_path / "m")) as lease:
+        assert lease.kind is ImageKind.CHECKPOINT
+        assert lease.seconds > 0
+        content = read_memfd(lease.fd, lease.nbytes)
+        for tensor in lease.manifest.tensors:
+            expected = tensor_bytes(tensor.name, tensor.nbytes)
+            assert content[tensor.offset : tensor.offset + tensor.nbytes] == expected
+        assert lease.manifest.content_hash == xxhash.xxh3_128_hexdigest(content)
+        with pytest.raises(OSError, match="not permitted"):
+            os.ftruncate(lease.fd, 1)
+
+
+async def test_a_second_lease_finds_the_image_there(running: Running, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    with await borrow(running, "m", folder) as first, await borrow(running, "m", folder) as second:
+        assert second.seconds == 0
+        assert os.fstat(first.fd).st_ino == os.fstat(second.fd).st_ino
+        assert [image.leases for image in running.store.report().images] == [2]
+    await until_unleased(running)
+    assert running.told("staged") == ["m"]
+
+
+async def test_many_who_ask_at_once_are_served_by_one_staging_and_all_see_progress(
+    running: Running, tmp_path: Path
+) -> None:
+    folder = big_model(tmp_path / "m", 20)
+    progress: list[list[tuple[int, int]]] = [[] for _ in range(8)]
+    leases = await asyncio.gather(
+        *(
+            lease_async(
+                running.socket,
+                LeaseRequest("m", str(folder)),
+                DEADLINE_S,
+                lambda done, total, seen=seen: seen.append((done, total)),  # type: ignore[misc]
+            )
+            for seen in progress
+        )
+    )
+    assert len({os.fstat(lease.fd).st_ino for lease in leases}) == 1
+    assert running.told("staged") == ["m"]
+    for seen in progress:
+        assert seen[-1] == (20_000_000, 20_000_000)
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    for lease in leases:
+        lease.close()
+
+
+async def test_equal_content_is_held_once(running: Running, tmp_path: Path) -> None:
+    one, two = write_model(tmp_path / "one"), write_model(tmp_path / "two")
+    with await borrow(running, "one", one) as first, await borrow(running, "two", two) as second:
+        assert os.fstat(first.fd).st_ino == os.fstat(second.fd).st_ino
+        assert first.manifest.fingerprint != second.manifest.fingerprint
+        (image,) = running.store.report().images
+        assert image.models == ["one", "two"]
+        assert running.store.report().used_bytes == first.nbytes
+
+
+async def test_an_engine_image_is_preferred_by_who_can_use_it(running: Running, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    with await borrow(running, "m", folder) as checkpoint:
+        fingerprint = checkpoint.manifest.fingerprint
+    content = os.urandom(50_000)
+    assert await give(running, "m", fingerprint, content) == xxhash.xxh3_128_hexdigest(content)
+    with await borrow(running, "m", folder, LAYOUT) as lease:
+        assert (lease.kind, lease.manifest.layout, lease.seconds) == (ImageKind.ENGINE, LAYOUT, 0)
+        assert read_memfd(lease.fd, lease.nbytes) == content
+    with await borrow(running, "m", folder, "another engine") as lease:
+        assert lease.kind is ImageKind.CHECKPOINT
+
+
+async def test_an_engine_image_outlives_the_store(start_store: StartStore, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    content = os.urandom(3_000_000)
+    async with start_store() as first:
+        with await borrow(first, "m", folder) as checkpoint:
+            fingerprint = checkpoint.manifest.fingerprint
+        # No waiting here: the end of a store finishes what is being written.
+        await give(first, "m", fingerprint, content)
+    async with start_store() as second:
+        with await borrow(second, "m", folder, LAYOUT) as lease:
+            assert lease.kind is ImageKind.ENGINE
+            assert lease.seconds > 0
+            assert read_memfd(lease.fd, lease.nbytes) == content
+        assert [image.on_disk for image in second.store.report().images] == [True]
+
+
+async def test_a_corrupt_image_on_disk_is_deleted_and_the_checkpoint_lent(
+    start_store: StartStore, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    async with start_store() as first:
+        with await borrow(first, "m", folder) as checkpoint:
+            fingerprint = checkpoint.manifest.fingerprint
+        await give(first, "m", fingerprint, os.urandom(100_000))
+    (on_disk,) = (tmp_path / "images").glob("*/*/image.bin")
+    damaged = bytearray(on_disk.read_bytes())
+    damaged[50_000] ^= 1
+    on_disk.write_bytes(damaged)
+    async with start_store() as second:
+        with await borrow(second, "m", folder, LAYOUT) as lease:
+            assert lease.kind is ImageKind.CHECKPOINT
+        assert not on_disk.exists()
+        assert any("corrupt" in event.detail for event in second.events)
+
+
+async def test_what_a_killed_store_left_half_written_is_removed(
+    start_store: StartStore, tmp_path: Path
+) -> None:
+    left_over = tmp_path / "images" / ("0" * 32) / ".writing-abc"
+    left_over.mkdir(parents=True)
+    async with start_store():
+        assert not left_over.exists()
+
+
+async def test_a_lease_protects_and_its_end_allows_eviction(start_store: StartStore, tmp_path: Path) -> None:
+    one, two = big_model(tmp_path / "one", 6, seed=1), big_model(tmp_path / "two", 6, seed=2)
+    async with start_store(budget_bytes=10_000_000) as running:
+        lease = await borrow(running, "one", one)
+        with pytest.raises(PrismError) as caught:
+            await borrow(running, "two", two)
+        assert caught.value.code is ErrorCode.OUT_OF_MEMORY
+        assert caught.value.retry
+        assert "leases hold 0.01 GB" in caught.value.message
+        assert running.told("evicted") == []
+        lease.close()
+        await until_unleased(running)
+        with await borrow(running, "two", two):
+            assert running.told("evicted") == ["one"]
+            assert running.store.report().used_bytes == 6_000_000
+
+
+async def test_the_model_unused_for_longest_is_evicted(start_store: StartStore, tmp_path: Path) -> None:
+    folders = {name: big_model(tmp_path / name, 3, seed) for seed, name in enumerate(["a", "b", "c"])}
+    async with start_store(budget_bytes=8_000_000) as running:
+        for name in ["a", "b", "a", "c"]:
+            (await borrow(running, name, folders[name])).close()
+            await until_unleased(running)
+        assert running.told("evicted") == ["b"]
+
+
+async def test_a_checkpoint_goes_first_once_its_engine_image_is_here(
+    start_store: StartStore, tmp_path: Path
+) -> None:
+    old, new = big_model(tmp_path / "old", 3, 1), big_model(tmp_path / "new", 3, 2)
+    other = big_model(tmp_path / "other", 3, 3)
+    async with start_store(budget_bytes=10_000_000) as running:
+        (await borrow(running, "old", old)).close()
+        with await borrow(running, "new", new) as lease:
+            await give(running, "new", lease.manifest.fingerprint, os.urandom(3_000_000))
+        await until_unleased(running)
+        await until_written(running)
+        (await borrow(running, "other", other)).close()
+        kinds = {(tuple(image.models), image.kind) for image in running.store.report().images}
+        assert kinds == {
+            (("old",), ImageKind.CHECKPOINT),
+            (("new",), ImageKind.ENGINE),
+            (("other",), ImageKind.CHECKPOINT),
+        }
+
+
+async def test_an_image_without_room_in_memory_is_kept_on_disk(
+    start_store: StartStore, tmp_path: Path
+) -> None:
+    folder = big_model(tmp_path / "m", 6)
+    content = os.urandom(6_000_000)
+    async with start_store(budget_bytes=10_000_000) as running:
+        with await borrow(running, "m", folder) as lease:
+            await give(running, "m", lease.manifest.fingerprint, content)
+            assert running.store.report().used_bytes == 6_000_000
+        await until_unleased(running)
+        with await borrow(running, "m", folder, LAYOUT) as lease:
+            assert lease.kind is ImageKind.ENGINE
+            assert read_memfd(lease.fd, lease.nbytes) == content
+
+
+async def test_staging_that_nobody_waits_for_any_more_is_given_up(running: Running, tmp_path: Path) -> None:
+    folder = big_model(tmp_path / "m", 60)
+    started = asyncio.Event()
+    asking = asyncio.create_task(
+        lease_async(running.socket, LeaseRequest("m", str(folder)), DEADLINE_S, lambda *_: started.set())
+    )
+    await asyncio.wait_for(started.wait(), 10)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await eventually(lambda: not running.store.report().used_bytes)
+    assert running.told("staged") == []
+    with await borrow(running, "m", folder) as lease:
+        assert lease.nbytes == 60_000_000
+
+
+async def test_a_broken_model_is_refused_and_leaves_nothing(running: Running, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(PrismError, match="it is cut off") as caught:
+            await borrow(running, "m", folder)
+        assert caught.value.code is ErrorCode.MODEL_FAILED
+    assert running.store.report().used_bytes == 0
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
+
+
+async def test_a_changed_model_is_staged_anew(running: Running, tmp_path: Path) -> None:
+    with await borrow(running, "m", write_model(tmp_path / "m", seed=1)) as before:
+        (tmp_path / "m").rename(tmp_path / "old")
+        with await borrow(running, "m", write_model(tmp_path / "m", seed=2)) as after:
+            assert after.manifest.fingerprint != before.manifest.fingerprint
+            assert read_memfd(after.fd, after.nbytes) != read_memfd(before.fd, before.nbytes)
+
+
+async def test_deposits_that_can_not_be_used_are_refused(running: Running) -> None:
+    fingerprint = "0" * 32
+    for nbytes, manifest, what in [
+        (5, engine_manifest(fingerprint, 10), "its memory holds 5 bytes"),
+        (10, engine_manifest(fingerprint, 10, layout=""), "has a name"),
+        (10, engine_manifest("../../../tmp/x", 10), "32 hex digits"),
+    ]:
+        fd = create_memfd("image", nbytes)
+        with pytest.raises(PrismError, match=what):
+            await deposit_async(running.socket, "m", manifest, fd, DEADLINE_S)
+        os.close(fd)
+    assert running.store.report().images == []
+
+
+async def test_evict_frees_what_is_not_on_lease(running: Running, tmp_path: Path) -> None:
+    lease = await borrow(running, "m", write_model(tmp_path / "m"))
+    with pytest.raises(PrismError, match="on lease"):
+        running.store.evict("m")
+    lease.close()
+    await until_unleased(running)
+    assert running.store.evict("m") == lease.nbytes
+    assert running.store.evict("m") == 0
+    assert running.told("evicted") == ["m"]
+    assert running.store.report().used_bytes == 0
+
+
+async def test_evicting_one_of_two_who_share_keeps_the_image(running: Running, tmp_path: Path) -> None:
+    (await borrow(running, "one", write_model(tmp_path / "one"))).close()
+    (await borrow(running, "two", write_model(tmp_path / "two"))).close()
+    await until_unleased(running)
+    assert running.store.evict("one") == 0
+    assert [image.models for image in running.store.report().images] == [["two"]]
+
+
+async def test_prefetch_brings_the_engine_image_when_there_is_one(
+    start_store: StartStore, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    async with start_store() as first:
+        assert await first.store.prefetch("m", str(folder)) > 0
+        (image,) = first.store.report().images
+        assert (image.kind, image.leases) == (ImageKind.CHECKPOINT, 0)
+        await give(first, "m", image.fingerprint, os.urandom(1000))
+    async with start_store() as second:
+        assert await second.store.prefetch("m", str(folder)) == 1000
+        assert [image.kind for image in second.store.report().images] == [ImageKind.ENGINE]

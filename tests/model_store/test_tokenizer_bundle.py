@@ -1,0 +1,52 @@
+"""What a gateway is given of a model's tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.model_store.model_folders import write_model
+from tokenizers import Tokenizer
+
+from prism.common.errors import PrismError
+from prism.common.messages.codec import decode
+from prism.common.messages.models import TokenizerBundle
+from prism.model_store.tokenizer_bundle import bundle_key, read_bundle
+
+
+@pytest.mark.core
+def test_a_bundle_survives_its_way_and_encodes_as_the_file_does(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    key, payload = bundle_key(read_bundle(folder))
+    bundle = decode(payload, TokenizerBundle)
+    assert bundle == read_bundle(folder)
+    assert len(bytes.fromhex(key)) == 16
+    assert Tokenizer.from_str(bundle.tokenizer_json).encode("hello world").ids == [3, 4]
+    assert bundle.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert bundle.chat_template == "{{ messages }}"
+
+
+@pytest.mark.core
+def test_a_template_file_comes_before_the_config_and_named_ones_give_their_default(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert read_bundle(folder).chat_template == "d"
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert read_bundle(folder).chat_template == "from the file"
+
+
+def test_a_folder_without_any_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(PrismError, match=r"has no tokenizer\.json, and .* set tokenizer_path"):
+        read_bundle(tmp_path)
+
+
+def test_a_tokenizer_in_an_older_format_is_converted(tmp_path: Path) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+
+    old = ByteLevelBPETokenizer()
+    old.train_from_iterator(["hello hello world"], vocab_size=270, show_progress=False)
+    old.save_model(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    converted = Tokenizer.from_str(read_bundle(tmp_path).tokenizer_json)
+    assert converted.encode("hello world").ids == old.encode("hello world").ids
