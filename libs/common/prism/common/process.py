@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from prism.common.errors import PrismError
 
@@ -51,13 +51,21 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Awaitable[None]]) ->
         try:
             await serve(stop)
         except* PrismError as errors:
-            for error in errors.exceptions:
+            for error in _leaves(errors):
                 log.error("%s", error)
             status = 1
         return status
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main())
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
