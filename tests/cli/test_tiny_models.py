@@ -9,7 +9,15 @@ from tokenizers import Tokenizer
 
 from prism.cli.tiny_check import PROMPT_TOKENS, check_conversations, check_prompts
 from prism.cli.tiny_models import MARKER, TINY_MODELS, make_tiny_models, make_tiny_models_command
-from prism.cli.tiny_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
+from prism.cli.tiny_tokenizer import (
+    CHAT_TEMPLATE,
+    CONTEXT_LENGTH,
+    SPECIAL_TOKENS,
+    VOCAB_SIZE,
+    train_tokenizer,
+)
+from prism.model_store.checkpoint import read_checkpoint
+from prism.model_store.facts import facts_of
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +85,20 @@ def test_tokenizer_is_the_same_in_transformers_and_in_tokenizers(models_dir: Pat
         assert rendered in check_prompts(ours)
     assert theirs.chat_template == CHAT_TEMPLATE
     assert (theirs.bos_token, theirs.eos_token) == ("<|bos|>", "<|eos|>")
+
+
+def test_the_store_reads_off_the_folders_what_transformers_makes_of_them(models_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for tiny in TINY_MODELS:
+        facts = facts_of("m", read_checkpoint(models_dir / tiny.name), "", "")
+        model = AutoModelForCausalLM.from_pretrained(models_dir / tiny.name)
+        assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert facts.kv_elements_per_token == 2 * tiny.layers * tiny.kv_heads * tiny.head_dim
+        assert facts.context_length == CONTEXT_LENGTH
+        assert facts.architecture == type(model).__name__
+        assert facts.checkpoint_dtype == "float32"
+        assert facts.eos_token_ids == [1, 5]
 
 
 @pytest.mark.core

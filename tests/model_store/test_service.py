@@ -121,7 +121,12 @@ async def test_registered_models_get_facts_and_their_tokenizers_are_on_the_bus(
         ModelSpec("absent", str(tmp_path / "absent")),
         ModelSpec("cut", str(cut)),
         ModelSpec("hub", "nobody/nothing"),
+        ModelSpec("cached", "somebody/something"),
     )
+    cache = tmp_path / "hf" / "hub" / "models--somebody--something"
+    write_model(cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
     with store_process(fresh_nats, tmp_path) as process:
         async with watch_facts(bus) as facts:
             good = await facts.of("Org/Model-1.5")
@@ -132,6 +137,7 @@ async def test_registered_models_get_facts_and_their_tokenizers_are_on_the_bus(
             bundle = decode(stored.data or b"", TokenizerBundle)
             assert bundle.tokenizer_json == (folder / "tokenizer.json").read_text()
             assert (await facts.of("borrower")).tokenizer == good.tokenizer
+            assert (await facts.of("cached")).parameters == good.parameters
             for model, what in [
                 ("no-tokenizer", "has no tokenizer.json"),
                 ("absent", f"model folder {tmp_path / 'absent'} does not exist on this node"),

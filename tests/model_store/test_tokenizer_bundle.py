@@ -36,7 +36,13 @@ def test_a_template_file_comes_before_the_config_and_named_ones_give_their_defau
 
 
 def test_a_folder_without_any_tokenizer_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(PrismError, match=r"has no tokenizer\.json, and .* set tokenizer_path"):
+    with pytest.raises(PrismError, match=r"has no tokenizer\.json .* set tokenizer_path"):
+        read_bundle(tmp_path)
+
+
+def test_one_that_transformers_can_not_convert_says_why(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"not a tokenizer")
+    with pytest.raises(PrismError, match=r"could not be converted: .*Error"):
         read_bundle(tmp_path)
 
 

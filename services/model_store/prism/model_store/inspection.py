@@ -15,7 +15,7 @@ from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.mirror import BucketMirror
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.facts import facts_of
-from prism.model_store.model_folder import is_hub_id, resolve_folder
+from prism.model_store.model_folder import is_hub_id
 from prism.model_store.store import ModelStore
 from prism.model_store.tokenizer_bundle import bundle_key, read_bundle
 
@@ -84,8 +84,8 @@ class Inspector:
             return None
         try:
             fingerprint = await self._store.fingerprint(spec.model_path)
-            folder = await resolve_folder(spec.model_path)
-            tokenizer_folder = await resolve_folder(spec.tokenizer_path or spec.model_path)
+            folder = await self._store.folder(spec.model_path)
+            tokenizer_folder = await self._store.folder(spec.tokenizer_path or spec.model_path)
             tokenizer = await self._store_tokenizer(tokenizer_folder)
             known = self._written.get(subjects.facts_key(spec.model_name))
             if known and (known.fingerprint, known.tokenizer) == (fingerprint, tokenizer):

@@ -25,7 +25,7 @@ from prism.common.messages.store import ImageKind, ImageManifest, StagedImage, S
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.fingerprint import Signature, fingerprint_of, signature_of
 from prism.model_store.flights import Flight, Flights, OnProgress
-from prism.model_store.image_disk import ImageDisk
+from prism.model_store.image_disk import FINGERPRINT, ImageDisk
 from prism.model_store.images import Image, ImageKey, ImageTable
 from prism.model_store.model_folder import resolve_folder
 from prism.model_store.staging import ImagePlan, ReadProgress, plan_checkpoint_image, read_image
@@ -67,6 +67,7 @@ class ModelStore:
         self._threads = threads
         self._tell = tell
         self._flights = Flights()
+        self._folders: dict[str, Path] = {}
         self._fingerprints: dict[Path, tuple[Signature, str]] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._on_disk: set[ImageKey] = set()
@@ -167,8 +168,8 @@ class ModelStore:
         if held and not freed:
             raise PrismError(
                 ErrorCode.OVERLOADED,
-                f"{held / 1e9:.2f} GB of {model} are on lease to engines on {self.node}; "
-                "release the model first",
+                f"{held / 1e9:.2f} GB of {model} are on lease to engines on {self.node}, "
+                "or being written to disk; release the model first",
                 retry=True,
             )
         return freed
@@ -196,9 +197,16 @@ class ModelStore:
             ],
         )
 
+    async def folder(self, model_path: str) -> Path:
+        """The folder that `resolve_folder` finds for `model_path`, remembered while it is there."""
+        folder = self._folders.get(model_path)
+        if folder is None or not await asyncio.to_thread(folder.is_dir):
+            folder = self._folders[model_path] = await resolve_folder(model_path)
+        return folder
+
     async def fingerprint(self, model_path: str) -> str:
         """The fingerprint of the model at `model_path`, remembered while its files stay as they are."""
-        folder = await resolve_folder(model_path)
+        folder = await self.folder(model_path)
         signature = await _in_thread(lambda: signature_of(folder))
         known = self._fingerprints.get(folder)
         if known is None or known[0] != signature:
@@ -246,7 +254,7 @@ class ModelStore:
         self, key: ImageKey, model: str, model_path: str, on_progress: OnProgress
     ) -> None:
         async def make(flight: Flight) -> None:
-            folder = await resolve_folder(model_path)
+            folder = await self.folder(model_path)
             checkpoint = await _in_thread(lambda: read_checkpoint(folder))
             plan = plan_checkpoint_image(checkpoint)
             fd, content_hash, reserved = await self._read(model, plan, flight)
@@ -336,6 +344,8 @@ def _check_deposit(manifest: ImageManifest, fd: int) -> None:
     problem = None
     if manifest.kind is not ImageKind.ENGINE or not manifest.layout:
         problem = "only images in an engine's layout, which has a name, are taken in"
+    elif not FINGERPRINT.fullmatch(manifest.fingerprint):
+        problem = f"its fingerprint {manifest.fingerprint!r} is not 32 hex digits"
     elif os.fstat(fd).st_size < manifest.nbytes:
         problem = f"its memory holds {os.fstat(fd).st_size} bytes, its manifest says {manifest.nbytes}"
     elif any(

@@ -14,6 +14,7 @@ from prism.common.messages.models import TokenizerBundle
 from prism.model_store.checkpoint import read_json
 
 CONVERT_DEADLINE_S = 120.0
+_OLDER_FORMATS = ["*.model", "*.tiktoken", "vocab.*", "merges.txt"]
 _CONVERT = (
     "import sys; from transformers import AutoTokenizer; "
     "AutoTokenizer.from_pretrained(sys.argv[1]).backend_tokenizer.save(sys.argv[2])"
@@ -72,6 +73,8 @@ def _text(path: Path) -> str:
 
 
 def _converted(folder: Path) -> str:
+    if not any(path for name in _OLDER_FORMATS for path in folder.glob(name)):
+        raise _no_tokenizer(folder, "it holds no tokenizer in an older format either")
     # In a process of its own: transformers takes seconds and hundreds of megabytes that the store
     # needs for nothing else.
     with tempfile.TemporaryDirectory(prefix="prism-tokenizer-") as scratch:
@@ -89,8 +92,12 @@ def _converted(folder: Path) -> str:
             reason = f"not done after {CONVERT_DEADLINE_S:.0f} s"
         if target.exists():
             return _text(target)
-    raise PrismError(
+    raise _no_tokenizer(folder, f"its tokenizer could not be converted: {reason[:300]}")
+
+
+def _no_tokenizer(folder: Path, why: str) -> PrismError:
+    return PrismError(
         ErrorCode.MODEL_FAILED,
-        f"{folder} has no tokenizer.json, and its tokenizer could not be converted ({reason[:300]}); "
-        "save it with transformers' PreTrainedTokenizerFast.save_pretrained, or set tokenizer_path",
+        f"{folder} has no tokenizer.json ({why}); save one with transformers' "
+        "PreTrainedTokenizerFast.save_pretrained, or set tokenizer_path",
     )
