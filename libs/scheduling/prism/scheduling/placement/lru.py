@@ -82,7 +82,10 @@ class _Planning:
                 self._await_ripe,
             ]
         if rooms and not any(step(wanted, rooms) for step in steps):
-            self._note(wanted.name, "waits for memory that busy or pinned models hold")
+            evicts = "waits for memory that busy or pinned models hold"
+            self._note(
+                wanted.name, evicts if wanted.may_evict else "its initial placement waits for free memory"
+            )
 
     def _use_free_memory(self, wanted: Wanted, rooms: list[WorkerRoom]) -> bool:
         room = self._best(wanted, rooms, lambda room: room.missing(self._need(wanted, room)))
