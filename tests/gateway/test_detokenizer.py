@@ -1,0 +1,78 @@
+"""Incremental detokenisation gives exactly what decoding all at once gives."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from prism.gateway.detokenizer import Detokenizer
+from prism.gateway.text_tokenizer import TextTokenizer
+from tests.gateway.cutting import cut, cuts
+
+pytestmark = pytest.mark.core
+
+VOCABULARY = 402
+"""Two ids more than there are tokens: models pad their vocabulary."""
+
+
+@given(tokens=st.lists(st.integers(0, VOCABULARY), max_size=60), sizes=cuts())
+def test_pieces_join_to_the_whole_decode(
+    tokenizer: TextTokenizer, tokens: list[int], sizes: list[int]
+) -> None:
+    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    text = "".join(detokenizer.push(piece) for piece in cut(tokens, sizes)) + detokenizer.finish()
+    assert text == tokenizer.decode(tokens)
+
+
+@given(text=st.text(max_size=40), sizes=cuts())
+def test_well_formed_text_never_shows_a_half_character(
+    tokenizer: TextTokenizer, text: str, sizes: list[int]
+) -> None:
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    so_far = ""
+    for piece in cut(tokens, sizes):
+        so_far += detokenizer.push(piece)
+        assert text.startswith(so_far)
+    assert so_far + detokenizer.finish() == text
+
+
+def test_character_appears_with_its_last_byte(tokenizer: TextTokenizer) -> None:
+    tokens = tokenizer.encode("𐍈", add_special_tokens=False)
+    assert len(tokens) == 4
+    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    assert [detokenizer.push([token]) for token in tokens] == ["", "", "", "𐍈"]
+    assert detokenizer.finish() == ""
+
+
+def test_half_a_character_at_the_end_is_shown_as_a_whole_decode_shows_it(tokenizer: TextTokenizer) -> None:
+    tokens = tokenizer.encode("a𐍈", add_special_tokens=False)[:-1]
+    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    assert detokenizer.push(tokens) == "a"
+    assert detokenizer.finish() == "\ufffd"
+
+
+def test_sentencepiece_style_spaces_survive_between_pieces() -> None:
+    words = ["▁the", "▁dog", "s", "<0xE2>", "<0x82>", "<0xAC>"]
+    tokenizer = Tokenizer(models.BPE(vocab={word: at for at, word in enumerate(words)}, merges=[]))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    detokenizer = Detokenizer(lambda tokens: tokenizer.decode(list(tokens)))
+    pieces = [detokenizer.push([token]) for token in (0, 1, 2, 3, 4, 5, 1)]
+    assert pieces == ["the", " dog", "s", "", "", "€", " dog"]
+
+
+def test_work_per_token_does_not_grow_with_the_text(tokenizer: TextTokenizer) -> None:
+    longest = 0
+
+    def decode(tokens: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(tokens))
+        return tokenizer.decode(tokens)
+
+    detokenizer = Detokenizer(decode, tokenizer.special_ids)  # type: ignore[arg-type]
+    words = tokenizer.encode("quick brown fox </s>" * 50, add_special_tokens=False)
+    for token in words:
+        detokenizer.push([token])
+    assert longest < 10

@@ -1,0 +1,51 @@
+"""How single tokens look, and what a bundle without usable parts leads to."""
+
+import pytest
+from tokenizers import Tokenizer
+
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.models import TokenizerBundle
+from prism.gateway.text_tokenizer import TextTokenizer
+
+pytestmark = pytest.mark.core
+
+
+def test_token_bytes_join_to_the_text(tokenizer: TextTokenizer) -> None:
+    text = "naïve 模型 🦩\n"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, tokens)).decode() == text
+
+
+def test_special_tokens_look_as_they_are_written(tokenizer: TextTokenizer) -> None:
+    assert tokenizer.token_text(1) == "</s>"
+    assert tokenizer.decode([1]) == ""
+    assert tokenizer.special_ids == {0, 1}
+
+
+def test_id_beyond_the_vocabulary_stands_for_nothing(tokenizer: TextTokenizer) -> None:
+    assert tokenizer.token_bytes(10_000) == b""
+
+
+def test_truncation_of_the_file_is_switched_off(bundle: TokenizerBundle) -> None:
+    truncating = Tokenizer.from_str(bundle.tokenizer_json)
+    truncating.enable_truncation(max_length=2)
+    tokenizer = TextTokenizer(TokenizerBundle(truncating.to_str()))
+    assert len(tokenizer.encode("the quick brown fox", add_special_tokens=False)) > 2
+
+
+def test_unreadable_tokenizer_is_told(bundle: TokenizerBundle) -> None:
+    with pytest.raises(PrismError) as caught:
+        TextTokenizer(TokenizerBundle("{}"))
+    assert caught.value.code is ErrorCode.MODEL_FAILED
+
+
+def test_model_without_chat_template_points_to_completions(bundle: TokenizerBundle) -> None:
+    with pytest.raises(PrismError, match="use /v1/completions"):
+        _ = TextTokenizer(TokenizerBundle(bundle.tokenizer_json)).chat_template
+
+
+def test_template_that_does_not_compile_leaves_the_rest_working(bundle: TokenizerBundle) -> None:
+    tokenizer = TextTokenizer(TokenizerBundle(bundle.tokenizer_json, "{% for %}"))
+    assert tokenizer.encode("dog", add_special_tokens=False)
+    with pytest.raises(PrismError, match="does not compile"):
+        _ = tokenizer.chat_template
