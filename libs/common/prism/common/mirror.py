@@ -13,6 +13,7 @@ from nats.js.kv import KeyValue
 from prism.common.bus import Bus
 from prism.common.errors import PrismError
 from prism.common.messages.codec import decode
+from prism.common.tasks import end_task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,5 +93,4 @@ async def mirror_bucket(
             await mirror.ready.wait()
         yield mirror
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)

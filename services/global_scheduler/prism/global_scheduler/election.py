@@ -21,6 +21,7 @@ from prism.common.errors import PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.placement import LeaderRecord
 from prism.common.mirror import BucketMirror, mirror_bucket
+from prism.common.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class Election:
                 self._kv = None
             # An expired entry makes no sound, so the lease is also tried for again and again.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._vacant.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):
+                    await self._vacant.wait()
 
     async def release(self) -> None:
         """Stop leading and give the lease back, so that a standby need not wait for its end."""
@@ -122,7 +124,8 @@ class Election:
     async def _lead(self) -> None:
         while self.epoch:
             try:
-                await asyncio.wait_for(self._renounced.wait(), RENEW_S)
+                async with asyncio.timeout(RENEW_S):
+                    await self._renounced.wait()
             except TimeoutError:
                 await self._renew()
             else:
@@ -207,6 +210,5 @@ async def stand_for_election(
         try:
             yield election
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            await end_task(task)
             await election.release()

@@ -105,7 +105,8 @@ class GlobalScheduler:
         dead_routes = DeadRoutes(self._bus, routes)
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
             self._wake.clear()
             try:
                 await self._step(election, dead_routes)

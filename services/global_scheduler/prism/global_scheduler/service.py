@@ -12,6 +12,7 @@ from prism.common.bus import Bus, Handler
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.messages.placement import Route
 from prism.common.mirror import mirror_bucket
+from prism.common.tasks import end_task
 from prism.global_scheduler.election import stand_for_election
 from prism.global_scheduler.explain import explain_service
 from prism.global_scheduler.registration import register
@@ -50,7 +51,7 @@ async def run_global_scheduler(
         await stack.enter_async_context(_subscribed(bus, subjects.demand("*"), scheduler.on_demand))
         election = await stack.enter_async_context(stand_for_election(bus, instance, scheduler.on_leadership))
         planning = tasks.create_task(scheduler.run(election, routes), name="planning")
-        stack.callback(planning.cancel)
+        stack.push_async_callback(end_task, planning)
         await stack.enter_async_context(explain_service(bus, scheduler, election))
         yield scheduler
 
