@@ -5,8 +5,9 @@ import asyncio
 import pytest
 from nats.aio.msg import Msg
 
+from prism.cli.nats_server import NatsServer
 from prism.common import subjects
-from prism.common.bus import Bus
+from prism.common.bus import Bus, connect_bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.generation import CancelRequest
@@ -71,3 +72,23 @@ async def test_mirror_holds_what_the_bucket_holds_and_follows_it(bus: Bus) -> No
         seen = [await asyncio.wait_for(changes.get(), 5) for _ in range(3)]
         assert seen[1:] == [("spec.b", ModelSpec("b", "/b")), ("spec.a", None)]
         assert list(mirror.values) == ["spec.b"]
+
+
+async def test_a_handler_that_never_ends_does_not_keep_the_connection_open(fresh_nats: NatsServer) -> None:
+    started = asyncio.Event()
+    cancelled = asyncio.Event()
+
+    async def handle(_: Msg) -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(RuntimeError, match="over"):
+        async with asyncio.timeout(20), connect_bus(fresh_nats.url, name="test") as bus:
+            await bus.subscribe("here", handle)
+            await bus.publish("here", CancelRequest("r"))
+            await started.wait()
+            raise RuntimeError("over")
+    assert cancelled.is_set()

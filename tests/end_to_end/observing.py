@@ -129,7 +129,10 @@ async def generate(client: httpx.AsyncClient, model: str, ids: list[int], tokens
 
 
 async def put_to_sleep(client: httpx.AsyncClient, watcher: Watcher, model: str, others: list[str]) -> None:
-    """Have `model` sleep by asking for the others until it has made room."""
-    for other in others:
-        await generate(client, other, [5, 6, 7], 2)
-    await watcher.until(lambda: watcher.state(model) in (ModelState.DOZING, ModelState.COLD))
+    """Have `model` sleep by asking for the others until it has made room for them."""
+    async with asyncio.timeout(DEADLINE_S):
+        while watcher.state(model) is not ModelState.DOZING:
+            for other in others:
+                await generate(client, other, [5, 6, 7], 2)
+            seen = len(watcher.reports)
+            await watcher.until(lambda seen=seen: len(watcher.reports) > seen)  # type: ignore[misc]

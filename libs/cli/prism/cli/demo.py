@@ -83,7 +83,7 @@ async def observing(bus: Bus, seen: dict[str, Observed], loads: list[LoadReport]
             ("activated", "from dozing"): "wake",
             ("dozed", "from active"): "sleep",
         }.get((event.kind, event.detail), "start")
-        seconds = event.seconds["total"] - event.seconds.get("drain", 0.0)
+        seconds = event.seconds["total"]
         seen[event.model].seconds.setdefault(kind, []).append(seconds)
         done = {"wake": "woke", "sleep": "fell asleep", "start": "started"}[kind]
         held = (event.bytes.get("weights", 0) + event.bytes.get("kv", 0)) / MB
@@ -132,6 +132,8 @@ async def stream_chat(client: httpx.AsyncClient, model: str, prompt: str, *, sho
                 seen.gaps.append(now - last)
             else:
                 seen.ttft = now - began
+                if show:
+                    click.echo("      > ", nl=False)
             last = now
             seen.text += content
             if show:
@@ -185,7 +187,6 @@ async def _converse(client: httpx.AsyncClient, seen: dict[str, Observed]) -> Non
         for index, model in enumerate(seen):
             prompt = PROMPTS[(turn + index) % len(PROMPTS)]
             click.echo(f"   {model}: {prompt}")
-            click.echo("      > ", nl=False)
             seen[model].streams.append(await stream_chat(client, model, prompt, show=True))
     click.echo(f"== 4. {CONCURRENT} at once, to all three")
     models = [model for _ in range(CONCURRENT // len(seen)) for model in seen]

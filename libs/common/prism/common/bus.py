@@ -34,6 +34,7 @@ Handler = Callable[[Msg], Awaitable[None]]
 LEADER_TTL_S = 2.4
 CONNECT_DEADLINE_S = 30.0
 DRAIN_DEADLINE_S = 10.0
+HANDLERS_DEADLINE_S = 10.0
 PENDING_MESSAGES = 1_048_576
 PENDING_BYTES = 512 * 1024 * 1024
 
@@ -41,10 +42,10 @@ PENDING_BYTES = 512 * 1024 * 1024
 class Bus:
     """A connected client. Made by `connect_bus`; holds no state of its own beyond the handlers' tasks."""
 
-    def __init__(self, client: Client, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, client: Client) -> None:
         self.client = client
         self.jetstream: JetStreamContext = client.jetstream()
-        self._tasks = tasks
+        self._handling: set[asyncio.Task[None]] = set()
 
     @property
     def max_payload(self) -> int:
@@ -94,7 +95,9 @@ class Bus:
                 log.exception("handler of %s failed", message.subject)
 
         async def spawn(message: Msg) -> None:
-            self._tasks.create_task(guarded(message))
+            task = asyncio.create_task(guarded(message), name=f"handle {message.subject}")
+            self._handling.add(task)
+            task.add_done_callback(self._handling.discard)
 
         return await self.client.subscribe(
             subject,
@@ -102,6 +105,15 @@ class Bus:
             pending_msgs_limit=PENDING_MESSAGES,
             pending_bytes_limit=PENDING_BYTES,
         )
+
+    async def finish_handlers(self, timeout_s: float) -> None:
+        """Wait for handlers that still run, and cancel those that take longer than `timeout_s`."""
+        if self._handling and timeout_s > 0:
+            await asyncio.wait(self._handling, timeout=timeout_s)
+        late = list(self._handling)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
 
     async def flush(self, timeout_s: float = 10.0) -> None:
         """Wait until the server has taken all that was published and subscribed so far."""
@@ -152,11 +164,14 @@ async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[B
     CONNECT_DEADLINE_S.
     """
 
+    closing = False
+
     async def on_error(error: Exception) -> None:
         log.error("bus: %s", error or type(error).__name__)
 
     async def on_disconnect() -> None:
-        log.warning("bus: lost %s, reconnecting", url)
+        if not closing:
+            log.warning("bus: lost %s, reconnecting", url)
 
     async def on_reconnect() -> None:
         log.warning("bus: connected to %s again", url)
@@ -172,10 +187,14 @@ async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[B
         drain_timeout=DRAIN_DEADLINE_S,
         **options,
     )
+    bus = Bus(client)
+    patience_s = 0.0
     try:
-        async with asyncio.TaskGroup() as tasks:
-            yield Bus(client, tasks)
+        yield bus
+        patience_s = HANDLERS_DEADLINE_S
     finally:
+        closing = True
+        await bus.finish_handlers(patience_s)
         await _close(client)
 
 
