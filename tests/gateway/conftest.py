@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
+from tests.gateway.scripted_worker import Script, ScriptedWorker, scripted_worker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from prism.cli.nats_server import NatsServer
@@ -17,7 +18,6 @@ from prism.common.messages.models import ModelFacts, ModelSpec, TokenizerBundle
 from prism.gateway.service import Gateway, running_gateway
 from prism.gateway.settings import Settings
 from prism.gateway.text_tokenizer import TextTokenizer
-from tests.gateway.scripted_worker import Script, ScriptedWorker, scripted_worker
 
 CONTEXT_LENGTH = 200
 CHAT_TEMPLATE = (
@@ -47,9 +47,7 @@ def bundle() -> TokenizerBundle:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return TokenizerBundle(
-        tokenizer.to_str(), CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"}
-    )
+    return TokenizerBundle(tokenizer.to_str(), CHAT_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +60,12 @@ class Stage:
     """A gateway with what surrounds it. `http` talks to it."""
 
     def __init__(
-        self, bus: Bus, gateway: Gateway, http: httpx.AsyncClient, bundle: TokenizerBundle, stack: AsyncExitStack
+        self,
+        bus: Bus,
+        gateway: Gateway,
+        http: httpx.AsyncClient,
+        bundle: TokenizerBundle,
+        stack: AsyncExitStack,
     ) -> None:
         self.bus = bus
         self.gateway = gateway
@@ -142,9 +145,7 @@ async def stage(bus: Bus, fresh_nats: NatsServer, bundle: TokenizerBundle) -> As
 
 
 @pytest.fixture
-async def make_stage(
-    bus: Bus, fresh_nats: NatsServer, bundle: TokenizerBundle
-) -> AsyncIterator[MakeStage]:
+async def make_stage(bus: Bus, fresh_nats: NatsServer, bundle: TokenizerBundle) -> AsyncIterator[MakeStage]:
     """Makes a gateway with settings of the test's own."""
     async with AsyncExitStack() as stack:
 

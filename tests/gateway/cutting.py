@@ -20,3 +20,8 @@ def cut(sequence: Sequence[T], sizes: Sequence[int]) -> list[Sequence[T]]:
         pieces.append(sequence[at : at + size])
         at += size
     return [*pieces, sequence[at:]]
+
+
+def cut_text(text: str, sizes: Sequence[int]) -> list[str]:
+    """`text` in pieces of these sizes, the rest in one."""
+    return ["".join(piece) for piece in cut(text, sizes)]

@@ -20,7 +20,15 @@ def test_rate_nears_the_true_one_and_fades() -> None:
 
 @pytest.mark.parametrize(
     ("reported", "parked", "expected"),
-    [(0, 1, True), (1, 0, True), (1, 5, False), (1, 10, True), (100, 150, False), (100, 40, True), (0, 0, False)],
+    [
+        (0, 1, True),
+        (1, 0, True),
+        (1, 5, False),
+        (1, 10, True),
+        (100, 150, False),
+        (100, 40, True),
+        (0, 0, False),
+    ],
 )
 def test_first_last_and_doubling_are_material(reported: int, parked: int, expected: bool) -> None:
     assert materially_changed(reported, parked) is expected

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.gateway.cutting import cut, cuts
 from tokenizers import Tokenizer, decoders, models
 
 from prism.gateway.detokenizer import Detokenizer
 from prism.gateway.text_tokenizer import TextTokenizer
-from tests.gateway.cutting import cut, cuts
 
 pytestmark = pytest.mark.core
 

@@ -3,19 +3,21 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.gateway.cutting import cut_text, cuts
 
 from prism.gateway.stop_strings import StopMatch, StopStrings, find_stop
-from tests.gateway.cutting import cut, cuts
 
 pytestmark = pytest.mark.core
 
 LETTERS = st.text(alphabet="abc", max_size=30)
 
 
-@given(text=LETTERS, stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=4), sizes=cuts())
+@given(
+    text=LETTERS, stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=4), sizes=cuts()
+)
 def test_stream_equals_a_search_on_the_whole_text(text: str, stops: list[str], sizes: list[int]) -> None:
     stream = StopStrings(stops)
-    given_out = "".join(stream.push(piece) for piece in cut(text, sizes)) + stream.finish()
+    given_out = "".join(stream.push(piece) for piece in cut_text(text, sizes)) + stream.finish()
     found = find_stop(text, stops)
     assert stream.match == found
     assert given_out == (text if found is None else text[: found.start])

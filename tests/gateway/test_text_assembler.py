@@ -3,12 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.gateway.cutting import cut, cuts
 
 from prism.common.messages.generation import Finish, TokenLogprob
 from prism.gateway.stop_strings import find_stop
 from prism.gateway.text_assembler import Piece, TextAssembler
 from prism.gateway.text_tokenizer import TextTokenizer
-from tests.gateway.cutting import cut, cuts
 
 pytestmark = pytest.mark.core
 
@@ -31,12 +31,16 @@ def assemble(
     return pieces
 
 
+def all_tokens(pieces: list[Piece]) -> list[int]:
+    return [token for piece in pieces for token in piece.tokens]
+
+
 @given(text=TEXTS, sizes=cuts())
 def test_all_that_came_is_told_once(tokenizer: TextTokenizer, text: str, sizes: list[int]) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False)
     pieces = assemble(tokenizer, tokens, sizes, [], Finish("length", 1, len(tokens)))
     assert "".join(piece.text for piece in pieces) == text
-    assert [token for piece in pieces for token in piece.tokens] == tokens
+    assert all_tokens(pieces) == tokens
     scores = [score for piece in pieces for score in piece.scores]
     assert [score.token for score in scores] == tokens
     assert [-score.score.logprob for score in scores] == list(range(len(tokens)))
@@ -55,7 +59,7 @@ def test_stop_string_cuts_text_and_tokens_at_the_same_place_for_every_cut(
     singles = assemble(tokenizer, tokens, [1] * len(tokens), [stop], finish)
     found = find_stop(text, [stop])
     assert "".join(piece.text for piece in pieces) == (text if found is None else text[: found.start])
-    assert sum((piece.tokens for piece in pieces), []) == sum((piece.tokens for piece in singles), [])
+    assert all_tokens(pieces) == all_tokens(singles)
     ending = pieces[-1].ending
     assert ending is not None
     assert (ending.reason, ending.matched) == (("length", None) if found is None else ("stop", stop))
