@@ -7,10 +7,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
-from tests.gateway.scripted_worker import Script, ScriptedWorker, scripted_worker
+from tests.gateway.scripted_worker import Script, ScriptedWorker, Turn, scripted_worker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from prism.cli.nats_server import NatsServer
+from prism.cli.nats_server import NatsServer, nats_server
 from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
 from prism.common.messages.codec import encode
@@ -142,6 +142,25 @@ async def stage(bus: Bus, fresh_nats: NatsServer, bundle: TokenizerBundle) -> As
     """A gateway with the default settings."""
     async with _stage(bus, fresh_nats, bundle, Settings()) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+async def shared_stage(
+    tmp_path_factory: pytest.TempPathFactory, bundle: TokenizerBundle
+) -> AsyncIterator[Stage]:
+    """A gateway with a model `m` and a worker that repeats prompts, for requests that leave no trace."""
+
+    async def echo(turn: Turn) -> None:
+        await turn.send(turn.request.input_ids, finish="stop")
+
+    with nats_server(tmp_path_factory.mktemp("gateway-nats")) as server:
+        async with (
+            connect_bus(server.url, name="test") as bus,
+            _stage(bus, server, bundle, Settings()) as made,
+        ):
+            await made.register("m")
+            await made.worker(echo, "m")
+            yield made
 
 
 @pytest.fixture

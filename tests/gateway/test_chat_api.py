@@ -252,10 +252,9 @@ async def test_text_parts_are_joined_and_developers_speak_as_the_system(stage: S
     ],
 )
 async def test_what_is_wrong_is_refused_by_name(
-    stage: Stage, body: dict[str, Any], param: str, says: str
+    shared_stage: Stage, body: dict[str, Any], param: str, says: str
 ) -> None:
-    await stage.register("m")
-    response = await chat(stage, **body)
+    response = await chat(shared_stage, **body)
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] == param
@@ -263,11 +262,9 @@ async def test_what_is_wrong_is_refused_by_name(
     assert error["type"] == "invalid_request_error"
 
 
-async def test_harmless_defaults_are_taken(stage: Stage) -> None:
-    await stage.register("m")
-    await stage.worker(saying(stage.ids("x")), "m")
+async def test_harmless_defaults_are_taken(shared_stage: Stage) -> None:
     response = await chat(
-        stage,
+        shared_stage,
         tools=[],
         tool_choice="auto",
         response_format={"type": "text"},
@@ -284,27 +281,25 @@ async def test_harmless_defaults_are_taken(stage: Stage) -> None:
     assert response.status_code == 200, response.text
 
 
-async def test_unknown_model_is_not_found(stage: Stage) -> None:
-    await stage.register("m")
-    response = await chat(stage, model="other")
+async def test_unknown_model_is_not_found(shared_stage: Stage) -> None:
+    response = await chat(shared_stage, model="other")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
     assert "m" in response.json()["error"]["message"]
 
 
-async def test_too_long_a_prompt_is_told_with_both_lengths(stage: Stage) -> None:
-    await stage.register("m")
+async def test_too_long_a_prompt_is_told_with_both_lengths(shared_stage: Stage) -> None:
     messages = [{"role": "user", "content": "z" * 500}]
-    response = await chat(stage, messages=messages)
+    response = await chat(shared_stage, messages=messages)
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
-    prompt = len(stage.ids(f"<s>[user] {'z' * 500}\n[assistant] "))
+    prompt = len(shared_stage.ids(f"<s>[user] {'z' * 500}\n[assistant] "))
     assert str(CONTEXT_LENGTH) in error["message"]
     assert str(prompt) in error["message"]
 
 
-async def test_body_that_is_no_json_is_refused(stage: Stage) -> None:
-    response = await stage.http.post("/v1/chat/completions", content=b"{nope")
+async def test_body_that_is_no_json_is_refused(shared_stage: Stage) -> None:
+    response = await shared_stage.http.post("/v1/chat/completions", content=b"{nope")
     assert response.status_code == 400
     assert "not valid JSON" in response.json()["error"]["message"]

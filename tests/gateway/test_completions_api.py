@@ -122,14 +122,13 @@ async def test_tokens_that_are_no_character_are_spelled_as_bytes(stage: Stage) -
         ({"messages": []}, "messages"),
     ],
 )
-async def test_what_is_wrong_is_refused_by_name(stage: Stage, body: dict[str, Any], param: str) -> None:
-    await stage.register("m")
-    response = await complete(stage, **body)
+async def test_what_is_wrong_is_refused_by_name(
+    shared_stage: Stage, body: dict[str, Any], param: str
+) -> None:
+    response = await complete(shared_stage, **body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
 
 
-async def test_harmless_defaults_are_taken(stage: Stage) -> None:
-    await stage.register("m")
-    await stage.worker(saying(stage.ids("x")), "m")
-    assert (await complete(stage, echo=False, best_of=1, suffix=None)).status_code == 200
+async def test_harmless_defaults_are_taken(shared_stage: Stage) -> None:
+    assert (await complete(shared_stage, echo=False, best_of=1, suffix=None)).status_code == 200

@@ -115,9 +115,10 @@ async def test_sampling_parameters_reach_the_worker(stage: Stage) -> None:
         ({"text": "a", "sampling_params": {"stop": [""]}}, "sampling_params.stop"),
     ],
 )
-async def test_what_is_wrong_is_refused_by_name(stage: Stage, body: dict[str, Any], param: str) -> None:
-    await stage.register("m")
-    response = await generate(stage, **body)
+async def test_what_is_wrong_is_refused_by_name(
+    shared_stage: Stage, body: dict[str, Any], param: str
+) -> None:
+    response = await generate(shared_stage, **body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
 

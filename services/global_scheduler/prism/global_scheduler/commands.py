@@ -46,6 +46,10 @@ class _Pending(msgspec.Struct):
     outcome: CommandOutcome | None = None
     ended_at: float = 0.0
 
+    def stop_following(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
 
 class CommandRunner:
     """Sends commands and keeps each in flight until its outcome is known and visible in load reports.
@@ -96,6 +100,7 @@ class CommandRunner:
                 pending.seen_reached_at = now
             elif now - pending.seen_reached_at >= REPORT_GRACE_S:
                 self._end(pending, CommandOutcome(worker, model, state))
+                pending.stop_following()
                 changed = True
         return changed
 
@@ -107,8 +112,7 @@ class CommandRunner:
                 if pending.outcome is None:
                     pending.outcome = CommandOutcome(worker, key[1], ModelState.COLD)
                     log.warning("%s %s: %s is gone", pending.command.kind, key[1], worker)
-                if pending.task is not None:
-                    pending.task.cancel()
+                pending.stop_following()
 
     def recent(self, now: float) -> list[ExplainedAction]:
         """The latest commands, newest last."""
@@ -127,8 +131,7 @@ class CommandRunner:
     def close(self) -> None:
         """Follow no command any longer; what was sent goes on at the workers."""
         for pending in self._pending.values():
-            if pending.task is not None:
-                pending.task.cancel()
+            pending.stop_following()
 
     async def _follow(self, pending: _Pending) -> None:
         command, model = pending.command, pending.command.spec.model_name

@@ -167,7 +167,8 @@ class GlobalScheduler:
     def _carry_out(self, plan: Plan, snapshot: ClusterSnapshot, election: Election) -> None:
         for note in plan.notes:
             if note not in self._notes:
-                log.warning("%s %s", note.model, note.text)
+                level = logging.INFO if note.passing else logging.WARNING
+                log.log(level, "%s %s", note.model, note.text)
         self._notes = plan.notes
         for action in plan.actions:
             if not (election.leading and self._bus.client.is_connected):

@@ -41,11 +41,13 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
 Action = Activate | Doze | Stage | Release
 
 
-class Note(msgspec.Struct, frozen=True):
-    """Why a model is not where it should be. The same situation gives the same text."""
+class Note(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a model is not where it should be. The same situation gives the same text. What is `passing`
+    ends without anyone doing something about it."""
 
     model: str
     text: str
+    passing: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True):
