@@ -9,6 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 import pytest
+from nats.aio.msg import Msg
 
 from prism.cli.nats_server import NatsServer, nats_server
 from prism.common import subjects
@@ -29,10 +30,11 @@ ACTIVATE, DOZE = CommandKind.ACTIVATE, CommandKind.DOZE
 
 
 class Epochs:
-    """The epochs that a candidate came to lead in, 0 for each time it stopped."""
+    """The epochs that candidates came to lead in, 0 for each time one stopped."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self._awaited = 0
         self._changed = asyncio.Event()
 
     def __call__(self, epoch: int) -> None:
@@ -40,29 +42,25 @@ class Epochs:
         self._changed.set()
 
     async def next(self, deadline_s: float = 10.0) -> int:
-        """The next change after those awaited so far."""
+        """The first change that was not awaited yet."""
         async with asyncio.timeout(deadline_s):
-            await self._changed.wait()
-        self._changed.clear()
-        return self.seen[-1]
+            while len(self.seen) == self._awaited:
+                self._changed.clear()
+                await self._changed.wait()
+        self._awaited += 1
+        return self.seen[self._awaited - 1]
 
 
 async def test_one_of_two_leads_and_the_other_takes_over_at_once_when_it_ends(bus: Bus) -> None:
-    first, second = Epochs(), Epochs()
-    async with stand_for_election(bus, "one", first) as one:
-        assert await first.next() > 0
-        assert one.leading
-        async with stand_for_election(bus, "two", second) as two:
-            epoch = one.epoch
-            await one.release()
+    epochs = Epochs()
+    async with stand_for_election(bus, "two", epochs) as two:
+        first = await epochs.next()
+        async with stand_for_election(bus, "one", epochs) as one:
+            assert (two.leading, one.leading) == (True, False)
+            await two.release()
             began = monotonic()
-            async with asyncio.timeout(10):
-                while not (one.epoch > epoch or two.epoch > epoch):
-                    done = [asyncio.create_task(first.next()), asyncio.create_task(second.next())]
-                    await asyncio.wait(done, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        task.cancel()
-                    await asyncio.gather(*done, return_exceptions=True)
+            assert await epochs.next() == 0
+            assert await epochs.next() > first
             assert monotonic() - began < LEADER_TTL_S / 2, "a lease given back need not run out"
             assert one.leading != two.leading
 
@@ -176,13 +174,18 @@ async def test_a_refused_epoch_makes_the_leader_step_down_and_come_back_with_a_n
     scripted_worker: "WorkerFactory",
     gateway: "ScriptedGateway",
     register_model: "Register",
+    bus: Bus,
 ) -> None:
+    led: asyncio.Queue[str] = asyncio.Queue()
+
+    async def hear(message: Msg) -> None:
+        led.put_nowait(message.subject)
+
+    await bus.subscribe(subjects.event("leader", ""), hear)
+    await bus.flush()
     await register_model("a", 60)
     async with scripted_worker() as worker, scheduler() as running:
-        await worker.until(lambda: True)
-        async with asyncio.timeout(10):
-            while not running.explain().epoch:
-                await asyncio.wait_for(asyncio.shield(worker.until(lambda: True)), 1)
+        await asyncio.wait_for(led.get(), 10)
         worker.epoch = running.explain().epoch + 1
         await gateway.park("a")
         await worker.until(lambda: worker.states.get("a") is ModelState.ACTIVE)

@@ -79,7 +79,6 @@ async def test_models_that_are_on_come_up_by_themselves_once_their_facts_are_kno
     on, off = [InitialPlacement([0])], [InitialPlacement([0], on=False)]
     specs = [ModelSpec("a", "/a", init_placements=on), ModelSpec("b", "/b", init_placements=off)]
     async with scripted_worker() as worker, scheduler(specs=specs):
-        await worker.until(lambda: worker.epoch == 0)
         await register_model("b", 20, init_placements=off)
         assert not worker.commands
         await register_model("a", 60, init_placements=on)

@@ -83,9 +83,8 @@ class _Planning:
             ]
         if rooms and not any(step(wanted, rooms) for step in steps):
             evicts = "waits for memory that busy or pinned models hold"
-            self._note(
-                wanted.name, evicts if wanted.may_evict else "its initial placement waits for free memory"
-            )
+            text = evicts if wanted.may_evict else "its initial placement waits for free memory"
+            self.notes[Note(wanted.name, text, passing=True)] = None
 
     def _use_free_memory(self, wanted: Wanted, rooms: list[WorkerRoom]) -> bool:
         room = self._best(wanted, rooms, lambda room: room.missing(self._need(wanted, room)))

@@ -1,0 +1,119 @@
+"""What the scheduler makes of reports: ages, sums, losses, failures."""
+
+import pytest
+
+from prism.common.messages.load import DemandReport, LoadReport, ModelDemand, ModelLoad
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.global_scheduler.cluster import GATEWAY_SILENT_S, WORKER_SILENT_S, ClusterState
+from prism.scheduling.placement.snapshot import ClusterSnapshot
+
+pytestmark = pytest.mark.core
+
+ACTIVE, DOZING, FAILED = ModelState.ACTIVE, ModelState.DOZING, ModelState.FAILED
+
+
+def load(*models: ModelLoad, worker: str = "w", reserved: int = 0) -> LoadReport:
+    return LoadReport(worker, "node", "cpu", [0], 100, reserved, list(models))
+
+
+def seen(state: ClusterState, now: float) -> ClusterSnapshot:
+    return state.snapshot((), now)
+
+
+def test_times_in_reports_go_on_between_them() -> None:
+    state = ClusterState()
+    state.load(
+        load(ModelLoad("a", ACTIVE, idle_s=5.0, state_s=9.0), ModelLoad("b", ACTIVE, running=1)), 100.0
+    )
+    state.demand(DemandReport("g", [ModelDemand("c", 1, 0.5)]), 100.0)
+    later = seen(state, 100.25)
+    assert (later.workers[0].models["a"].idle_s, later.workers[0].models["a"].state_s) == (5.25, 9.25)
+    assert later.workers[0].models["b"].idle_s == 0.0
+    assert later.demand["c"].oldest_parked_s == 0.75
+
+
+def test_demand_of_all_gateways_adds_up_and_the_longest_wait_counts() -> None:
+    state = ClusterState()
+    state.demand(DemandReport("g1", [ModelDemand("a", 2, 0.5, 1.0)]), 0.0)
+    state.demand(DemandReport("g2", [ModelDemand("a", 3, 1.5, 2.0)]), 0.0)
+    total = seen(state, 0.0).demand["a"]
+    assert (total.parked, total.oldest_parked_s, total.arrivals_per_s) == (5, 1.5, 3.0)
+    state.demand(DemandReport("g2"), 0.1)
+    assert seen(state, 0.0).demand["a"].parked == 2
+
+
+def test_the_silent_are_forgotten() -> None:
+    state = ClusterState()
+    state.load(load(worker="old"), 0.0)
+    state.backoff.failed("old", "a", "boom", 0.0)
+    state.load(load(worker="new"), 2.0)
+    state.demand(DemandReport("g", [ModelDemand("a", 1)]), 0.0)
+    assert state.forget_silent(WORKER_SILENT_S) == []
+    assert state.forget_silent(WORKER_SILENT_S + 0.1) == ["old"]
+    after = seen(state, 3.0)
+    assert [worker.id for worker in after.workers] == ["new"]
+    assert after.failures == ()
+    assert "a" in after.demand
+    state.forget_silent(GATEWAY_SILENT_S + 0.1)
+    assert seen(state, 4.0).demand == {}
+
+
+@pytest.mark.parametrize(
+    ("second", "matters"),
+    [
+        (load(ModelLoad("a", ACTIVE, running=2, idle_s=0.2, generated_tokens=9)), False),
+        (load(ModelLoad("a", ACTIVE)), True),
+        (load(ModelLoad("a", DOZING, running=1)), True),
+        (load(ModelLoad("a", ACTIVE, running=1), reserved=5), True),
+    ],
+)
+def test_only_news_is_worth_a_plan(second: LoadReport, matters: bool) -> None:
+    state = ClusterState()
+    assert state.load(load(ModelLoad("a", ACTIVE, running=1)), 0.0)
+    assert state.load(second, 0.1) is matters
+
+
+def test_a_model_counts_as_started_while_the_worker_that_ran_it_is_there() -> None:
+    state = ClusterState()
+    state.set_spec("spec.a", ModelSpec("a", "/a"))
+    state.load(load(ModelLoad("a", ModelState.STARTING)), 0.0)
+    assert not seen(state, 0.0).models["a"].started
+    state.load(load(ModelLoad("a", ACTIVE)), 1.0)
+    state.load(load(), 2.0)
+    assert seen(state, 2.0).models["a"].started
+    state.forget_silent(99.0)
+    assert not seen(state, 99.0).models["a"].started
+
+
+def test_what_an_active_model_held_is_remembered_while_it_dozes() -> None:
+    state = ClusterState()
+    state.load(load(ModelLoad("a", ACTIVE, weights_bytes=30, kv_quota_bytes=12)), 0.0)
+    state.load(load(ModelLoad("a", DOZING)), 1.0)
+    assert seen(state, 1.0).workers[0].models["a"].active_bytes == 42
+
+
+def test_an_active_model_that_fails_by_itself_backs_off_until_it_has_lasted() -> None:
+    state = ClusterState()
+    for _ in range(2):
+        state.load(load(ModelLoad("a", ACTIVE)), 0.0)
+        state.load(load(ModelLoad("a", FAILED, failure="killed by signal 9")), 1.0)
+        state.load(load(ModelLoad("a", FAILED, failure="killed by signal 9")), 1.2)
+    failure = seen(state, 1.0).failures[0]
+    assert (failure.count, failure.retry_at, failure.reason) == (2, 3.0, "killed by signal 9")
+    state.load(load(ModelLoad("a", ACTIVE, state_s=10.0)), 9.0)
+    assert seen(state, 9.0).failures
+    state.load(load(ModelLoad("a", ACTIVE, state_s=60.0)), 60.0)
+    assert not seen(state, 60.0).failures
+
+
+def test_a_removed_model_is_remembered_until_no_worker_holds_it() -> None:
+    state = ClusterState()
+    state.set_spec("spec.a", ModelSpec("a", "/a"))
+    state.set_facts("facts.a", ModelFacts("a"))
+    state.load(load(ModelLoad("a", ACTIVE)), 0.0)
+    state.set_spec("spec.a", None)
+    assert seen(state, 0.0).models["a"].removed
+    state.load(load(), 1.0)
+    assert seen(state, 1.0).models == {}
+    state.set_spec("spec.a", ModelSpec("a", "/a"))
+    assert not seen(state, 1.0).models["a"].removed

@@ -1,0 +1,49 @@
+"""Registering a placement file's models."""
+
+import pytest
+
+from prism.common import subjects
+from prism.common.bus import Bus
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.models import ModelSpec
+from prism.global_scheduler.registration import register
+
+pytestmark = pytest.mark.core
+
+
+async def registered(bus: Bus) -> dict[str, ModelSpec]:
+    bucket = await bus.bucket(subjects.BUCKET_MODELS)
+    return {key: decode((await bucket.get(key)).value, ModelSpec) for key in await bucket.keys()}
+
+
+async def test_specs_are_written_under_their_keys_and_again_only_when_they_change(bus: Bus) -> None:
+    a, b = ModelSpec("a", "/a"), ModelSpec("meta-llama/Llama-3.2-1B", "/b")
+    await register(bus, [a, b])
+    assert await registered(bus) == {"spec.a": a, subjects.spec_key(b.model_name): b}
+    bucket = await bus.bucket(subjects.BUCKET_MODELS)
+    before = (await bucket.get("spec.a")).revision
+    await register(bus, [a])
+    assert (await bucket.get("spec.a")).revision == before
+    await register(bus, [ModelSpec("a", "/a", priority=1)])
+    assert (await registered(bus))["spec.a"].priority == 1
+
+
+async def test_models_of_others_stay_unless_pruned(bus: Bus) -> None:
+    bucket = await bus.bucket(subjects.BUCKET_MODELS)
+    await bucket.put("facts.b", b"{}")
+    await register(bus, [ModelSpec("b", "/b")])
+    await register(bus, [ModelSpec("a", "/a")])
+    assert set(await bucket.keys()) == {"spec.a", "spec.b", "facts.b"}
+    await register(bus, [ModelSpec("a", "/a")], prune=True)
+    assert set(await bucket.keys()) == {"spec.a", "facts.b"}
+
+
+async def test_an_entry_that_nobody_can_read_is_replaced(bus: Bus) -> None:
+    bucket = await bus.bucket(subjects.BUCKET_MODELS)
+    await bucket.put("spec.a", b"not json")
+    await register(bus, [ModelSpec("a", "/a")])
+    assert (await bucket.get("spec.a")).value == encode(ModelSpec("a", "/a"))
+
+
+async def test_pruning_an_empty_registry_is_fine(bus: Bus) -> None:
+    await register(bus, [], prune=True)
