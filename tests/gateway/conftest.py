@@ -75,7 +75,12 @@ class Stage:
         self._stack = stack
 
     async def register(
-        self, spec: ModelSpec | str, *, error: str | None = None, bundle: TokenizerBundle | None = None
+        self,
+        spec: ModelSpec | str,
+        *,
+        error: str | None = None,
+        bundle: TokenizerBundle | None = None,
+        context_length: int = CONTEXT_LENGTH,
     ) -> None:
         """Register a model as the scheduler (spec) and a model store (tokenizer, facts) do."""
         spec = ModelSpec(spec, "/nowhere") if isinstance(spec, str) else spec
@@ -85,7 +90,7 @@ class Stage:
         await store.put(key, payload)
         facts = ModelFacts(
             spec.model_name,
-            context_length=CONTEXT_LENGTH,
+            context_length=context_length,
             vocab_size=self.tokenizer.vocab_size,
             eos_token_ids=[1],
             tokenizer=key,
@@ -127,7 +132,7 @@ MakeStage = Callable[[Settings], Awaitable[Stage]]
 
 
 @asynccontextmanager
-async def _stage(
+async def open_stage(
     bus: Bus, server: NatsServer, bundle: TokenizerBundle, settings: Settings
 ) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
@@ -140,7 +145,7 @@ async def _stage(
 @pytest.fixture
 async def stage(bus: Bus, fresh_nats: NatsServer, bundle: TokenizerBundle) -> AsyncIterator[Stage]:
     """A gateway with the default settings."""
-    async with _stage(bus, fresh_nats, bundle, Settings()) as made:
+    async with open_stage(bus, fresh_nats, bundle, Settings()) as made:
         yield made
 
 
@@ -156,7 +161,7 @@ async def shared_stage(
     with nats_server(tmp_path_factory.mktemp("gateway-nats")) as server:
         async with (
             connect_bus(server.url, name="test") as bus,
-            _stage(bus, server, bundle, Settings()) as made,
+            open_stage(bus, server, bundle, Settings()) as made,
         ):
             await made.register("m")
             await made.worker(echo, "m")
@@ -169,6 +174,6 @@ async def make_stage(bus: Bus, fresh_nats: NatsServer, bundle: TokenizerBundle) 
     async with AsyncExitStack() as stack:
 
         async def make(settings: Settings) -> Stage:
-            return await stack.enter_async_context(_stage(bus, fresh_nats, bundle, settings))
+            return await stack.enter_async_context(open_stage(bus, fresh_nats, bundle, settings))
 
         yield make

@@ -16,7 +16,7 @@ from prism.common.messages.load import DemandReport
 pytestmark = pytest.mark.core
 
 PROMPT = {"model": "m", "prompt": "hello"}
-SOON_S = 1.0
+SOON_S = 0.8
 """Far below any timer that could end the work instead, with room for a busy machine."""
 
 
