@@ -26,6 +26,7 @@ from prism.common.messages.generation import (
 from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import Route
+from prism.common.tasks import end_task
 
 REPORT_INTERVAL_S = 0.1
 
@@ -152,8 +153,7 @@ async def scripted_worker(bus: Bus, name: str, script: Script) -> AsyncIterator[
     try:
         yield worker
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)
         await cancels.unsubscribe()
 
 

@@ -30,6 +30,10 @@ def test_loops_can_be_left() -> None:
     assert render("{% for n in range(9) %}{% if n > 1 %}{% break %}{% endif %}{{ n }}{% endfor %}") == "01"
 
 
+def test_there_are_no_tools_and_templates_can_ask() -> None:
+    assert render("{% if tools is not none %}tools{% else %}none{% endif %}") == "none"
+
+
 def test_generation_blocks_are_their_content() -> None:
     assert render("{% generation %}said{% endgeneration %}") == "said"
 

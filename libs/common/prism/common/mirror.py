@@ -18,6 +18,8 @@ from prism.common.tasks import end_task
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+CONNECTION_CHECK_S = 0.5
+
 
 class BucketMirror(Generic[T]):
     """Decoded values by key. `ready` is set once all that the bucket held at the start is here."""
@@ -36,25 +38,47 @@ class BucketMirror(Generic[T]):
         if self._on_change:
             self._on_change(key, value)
 
-    async def _follow(self, bucket: KeyValue, pattern: str) -> None:
+    def _take(self, entry: KeyValue.Entry) -> None:
+        if entry.operation is not None:
+            self._apply(entry.key, None)
+            return
+        try:
+            self._apply(entry.key, decode(entry.value or b"", self._kind))
+        except PrismError as error:
+            log.error("key %s of %s is not readable: %s", entry.key, entry.bucket, error.message)
+
+    def _complete(self, seen: set[str], *, expected: bool) -> bool:
+        """All that the bucket held is here, unless nothing is and entries are `expected`."""
+        if expected and not seen:
+            return False
+        # What was here before a re-watch and is gone from the bucket was deleted meanwhile.
+        for key in set(self.values) - seen:
+            self._apply(key, None)
+        self.ready.set()
+        return True
+
+    async def _follow(self, bus: Bus, bucket: KeyValue, pattern: str) -> None:
+        """Until the bus has been away: the server then knows the watch no more, and nats-py notices that
+        only after its heartbeats (10 to 20 s)."""
+        connection = bus.client.stats["reconnects"]
         watcher = await bucket.watch(pattern)
         seen: set[str] = set()
+        complete = False
         try:
-            async for entry in watcher:
+            while bus.client.stats["reconnects"] == connection:
+                try:
+                    entry = await watcher.updates(timeout=CONNECTION_CHECK_S)
+                except nats.errors.TimeoutError:
+                    continue
                 if entry is None:
-                    # What was here before a re-watch and is gone from the bucket was deleted meanwhile.
-                    for key in set(self.values) - seen:
-                        self._apply(key, None)
-                    self.ready.set()
+                    # nats-py's mark of the end can overtake entries that the server has sent already.
+                    sent = (await watcher._sub.consumer_info()).delivered.consumer_seq
+                    complete = complete or self._complete(seen, expected=bool(sent))
                     continue
                 seen.add(entry.key)
-                if entry.operation is not None:
-                    self._apply(entry.key, None)
-                    continue
-                try:
-                    self._apply(entry.key, decode(entry.value or b"", self._kind))
-                except PrismError as error:
-                    log.error("key %s of %s is not readable: %s", entry.key, entry.bucket, error.message)
+                self._take(entry)
+                if entry.delta == 0:
+                    complete = complete or self._complete(seen, expected=False)
         finally:
             try:
                 await watcher.stop()
@@ -65,7 +89,7 @@ class BucketMirror(Generic[T]):
         """Follow the bucket until cancelled; a watch that breaks is set up again."""
         while True:
             try:
-                await self._follow(await bus.bucket(bucket), pattern)
+                await self._follow(bus, await bus.bucket(bucket), pattern)
             except (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError) as error:
                 log.warning("watch of %s broke (%s), setting it up again", bucket, error)
             await asyncio.sleep(0.5)

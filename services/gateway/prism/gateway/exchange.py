@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.common.tasks import end_task
 from prism.gateway.errors_http import error_object, error_response, status_of
 from prism.gateway.http_body import read_body
 from prism.gateway.metrics import Metrics
@@ -121,17 +122,15 @@ class GenerationEndpoint:
                 await asyncio.wait({work, listener}, return_when=asyncio.FIRST_COMPLETED)
                 left = listener.done() and not work.done()
                 if left:
-                    work.cancel()
-                    await asyncio.wait({work})
+                    await end_task(work)
             if left:
                 raise ClientDisconnect
             if work.cancelled():
                 raise PrismError(ErrorCode.CANCELLED, "the gateway is shutting down; try again", retry=True)
             work.result()
         finally:
-            for task in (work, listener):
-                task.cancel()
-            await asyncio.gather(work, listener, return_exceptions=True)
+            await end_task(listener)
+            await end_task(work)
 
     async def _work(
         self, body: bytes, headers: Headers, arrived: float, sender: "_Sender", outcome: "_Outcome"

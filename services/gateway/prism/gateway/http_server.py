@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.common.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,5 @@ async def http_server(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpS
             for connection in list(server.server_state.connections):
                 connection.transport.abort()
             await asyncio.wait({task}, timeout=CLOSE_DEADLINE_S)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)
         listener.close()

@@ -17,6 +17,7 @@ from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.messages.placement import Route
 from prism.common.mirror import mirror_bucket
+from prism.common.tasks import end_task
 from prism.gateway.app import build_app
 from prism.gateway.demand import Demand
 from prism.gateway.dispatch import Dispatcher
@@ -154,7 +155,7 @@ async def running_gateway(
         await bus.flush()
         for work in (demand.run(bus, parking), _watch(bus, fleet, replies)):
             task = asyncio.create_task(work)
-            stack.push_async_callback(_ended, task)
+            stack.push_async_callback(end_task, task)
         gateway.server = await stack.enter_async_context(http_server(app, host, port))
         stack.push_async_callback(gateway.drain, 0)
         yield gateway
@@ -170,8 +171,3 @@ async def _watch(bus: Bus, fleet: Fleet, replies: Replies) -> None:
         for worker in fleet.drop_silent():
             log.warning("%s has gone silent", worker)
             replies.worker_lost(worker)
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
