@@ -4,16 +4,17 @@ import pytest
 
 from prism.common import subjects
 from prism.common.bus import Bus
-from prism.common.messages.codec import decode, encode
+from prism.common.messages.codec import encode
 from prism.common.messages.models import ModelSpec
+from prism.common.mirror import mirror_bucket
 from prism.global_scheduler.registration import register
 
 pytestmark = pytest.mark.core
 
 
 async def registered(bus: Bus) -> dict[str, ModelSpec]:
-    bucket = await bus.bucket(subjects.BUCKET_MODELS)
-    return {key: decode((await bucket.get(key)).value, ModelSpec) for key in await bucket.keys()}
+    async with mirror_bucket(bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*") as mirror:
+        return dict(mirror.values)
 
 
 async def test_specs_are_written_under_their_keys_and_again_only_when_they_change(bus: Bus) -> None:
@@ -33,9 +34,10 @@ async def test_models_of_others_stay_unless_pruned(bus: Bus) -> None:
     await bucket.put("facts.b", b"{}")
     await register(bus, [ModelSpec("b", "/b")])
     await register(bus, [ModelSpec("a", "/a")])
-    assert set(await bucket.keys()) == {"spec.a", "spec.b", "facts.b"}
+    assert set(await registered(bus)) == {"spec.a", "spec.b"}
     await register(bus, [ModelSpec("a", "/a")], prune=True)
-    assert set(await bucket.keys()) == {"spec.a", "facts.b"}
+    assert set(await registered(bus)) == {"spec.a"}
+    assert (await bucket.get("facts.b")).value == b"{}", "facts belong to the model stores"
 
 
 async def test_an_entry_that_nobody_can_read_is_replaced(bus: Bus) -> None:

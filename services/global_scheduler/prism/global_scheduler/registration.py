@@ -10,6 +10,7 @@ from prism.common.bus import Bus
 from prism.common.errors import PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.models import ModelSpec
+from prism.common.mirror import mirror_bucket
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,8 @@ async def register(bus: Bus, specs: Sequence[ModelSpec], *, prune: bool = False)
             await bucket.put(key, encode(spec))
             log.info("%s %s: %s", "changed" if known else "registered", spec.model_name, spec.model_path)
     if prune:
-        try:
-            keys = await bucket.keys()
-        except nats.js.errors.NoKeysError:
-            keys = []
         wanted = {subjects.spec_key(spec.model_name) for spec in specs}
-        for key in keys:
-            if key.startswith("spec.") and key not in wanted:
+        async with mirror_bucket(bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*") as known_specs:
+            for key in set(known_specs.values) - wanted:
                 await bucket.delete(key)
                 log.info("removed %s, which is not in the placement file", key)
