@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 
 from prism.common.process import die_with_parent
 from prism.common.telemetry import configure_logging
@@ -30,8 +31,9 @@ def prepare_environment() -> None:
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
-        SGLANG_DISABLE_TQDM="1",
     )
+    # Importing makes this folder; by default it stays behind in the temporary one.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "prism" / "inductor"))
 
 
 def main() -> None:

@@ -175,6 +175,9 @@ class ForkServerShells:
             self._control = None
         process, self._process = self._process, None
         if process is not None:
+            if not self._ready.is_set():
+                # It would look at its socket only once it has imported everything.
+                process.kill()
             await asyncio.to_thread(_end, process)
 
 

@@ -4,9 +4,11 @@ import msgspec
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`prism.v1.event.<kind>.<model>`. `kind` is a word: a state entered (staging, starting, active, draining,
-    dozing, waking, failed, cold), a command done with its seconds (activated, dozed, released), or
-    staged, evicted, leader. `source` is the instance that says so."""
+    """`prism.v1.event.<kind>.<model>`: `kind` is a word, `source` the instance that says it.
+
+    A state entered (staging, starting, active, draining, dozing, waking, failed, cold), a command done with its
+    seconds (activated, dozed, released), or staged, evicted, leader.
+    """
 
     kind: str
     model: str

@@ -36,18 +36,24 @@ class EngineLink:
     def receive(self) -> ToEngine:
         """The next message, waited for (the worker bounds the wait: it ends us). Raises WorkerGone."""
         while not self._pending:
-            self._take(self._socket.recv(RECEIVE_BYTES))
+            self._take(self._read(0))
         return self._pending.pop(0)
 
     def receive_waiting(self) -> list[ToEngine]:
         """All messages that are there already. Raises WorkerGone."""
         while True:
             try:
-                self._take(self._socket.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT))
+                self._take(self._read(socket.MSG_DONTWAIT))
             except BlockingIOError:
                 break
         messages, self._pending = self._pending, []
         return messages
+
+    def _read(self, flags: int) -> bytes:
+        try:
+            return self._socket.recv(RECEIVE_BYTES, flags)
+        except ConnectionError as error:
+            raise WorkerGone from error
 
     def _take(self, data: bytes) -> None:
         if not data:
