@@ -255,8 +255,10 @@ class Dispatcher:
         A request without a frame may be waiting its turn: as long as its model makes progress on that
         worker, the worker is busy, not stalled.
         """
+        if not inbox.empty:
+            return await inbox.get()
         while True:
-            progress = self._fleet.tokens_done(job.model, inbox.worker)
+            progress = None if begun else self._fleet.tokens_done(job.model, inbox.worker)
             stall_at = self._clock() + self._settings.stall_s
             try:
                 async with asyncio.timeout_at(min(stall_at, job.deadline)):

@@ -131,6 +131,8 @@ class GenerationEndpoint:
         finally:
             await end_task(listener)
             await end_task(work)
+            if not work.cancelled():
+                work.exception()  # Seen: of no interest to a client that has left.
 
     async def _work(
         self, body: bytes, headers: Headers, arrived: float, sender: "_Sender", outcome: "_Outcome"

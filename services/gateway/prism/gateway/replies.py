@@ -27,6 +27,11 @@ class Inbox:
         """Add a frame, or the error that ends the attempt."""
         self._queue.put_nowait(item)
 
+    @property
+    def empty(self) -> bool:
+        """Whether `get` would have to wait."""
+        return self._queue.empty()
+
     async def get(self) -> TokenFrame:
         """The next frame. Raises the PrismError that was put."""
         item = await self._queue.get()
