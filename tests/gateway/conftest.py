@@ -138,7 +138,9 @@ async def open_stage(
     async with AsyncExitStack() as stack:
         own = await stack.enter_async_context(connect_bus(server.url, name="gateway"))
         gateway = await stack.enter_async_context(running_gateway(own, settings=settings))
-        http = await stack.enter_async_context(httpx.AsyncClient(base_url=gateway.url, timeout=20, verify=False))
+        http = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=gateway.url, timeout=20, verify=False)
+        )
         yield Stage(bus, gateway, http, bundle, stack)
 
 
