@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from nats.aio.msg import Msg
+from nats.js.errors import KeyNotFoundError
 
 from prism.cli.nats_server import NatsServer
 from prism.common import subjects
@@ -20,6 +21,7 @@ from prism.common.messages.generation import CancelRequest, GenerateRequest, Sam
 from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome, Route
+from prism.common.mirror import mirror_bucket
 from prism.gpu_worker.devices.cpu import CpuDevice
 from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.model_instance import EngineLimits
@@ -333,6 +335,27 @@ async def test_log_probabilities_come_with_the_tokens(rig: Rig) -> None:
         assert len(entry.top) == 3
         assert entry.top[0][0] == token
         assert entry.top[0][1] == pytest.approx(entry.logprob)
+
+
+async def test_a_route_that_somebody_takes_down_is_written_again(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    routes = await rig.bus.bucket(subjects.BUCKET_ROUTES)
+    back = asyncio.Event()
+    gone = asyncio.Event()
+
+    def on_change(_: str, route: Route | None) -> None:
+        if route is None:
+            gone.set()
+        elif gone.is_set():
+            back.set()
+
+    key = subjects.route_key(SMALL, rig.id)
+    async with mirror_bucket(rig.bus, subjects.BUCKET_ROUTES, Route, pattern=key, on_change=on_change):
+        await routes.delete(key)
+        await asyncio.wait_for(back.wait(), DEADLINE_S)
+    await rig.command(CommandKind.DOZE)
+    with pytest.raises(KeyNotFoundError):
+        await routes.get(key)
 
 
 async def test_a_malformed_command_is_answered(rig: Rig) -> None:

@@ -1,13 +1,9 @@
 """The micro service that shows the scheduler on the bus, and answers why things are as they are."""
 
-import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import nats.errors
-from nats.micro import add_service
 from nats.micro.request import Request
 
 from prism.common import subjects
@@ -15,13 +11,13 @@ from prism.common.bus import Bus
 from prism.common.errors import PrismError
 from prism.common.messages.codec import encode
 from prism.common.messages.explain import PlanReport
+from prism.common.micro import micro_service
 from prism.global_scheduler.election import Election
 from prism.global_scheduler.scheduler import GlobalScheduler
 
 log = logging.getLogger(__name__)
 
 FORWARD_DEADLINE_S = 2.0
-STOP_DEADLINE_S = 2.0
 
 
 @asynccontextmanager
@@ -41,21 +37,14 @@ async def explain_service(bus: Bus, scheduler: GlobalScheduler, election: Electi
                 log.debug("the leader does not explain itself: %s", error.message)
         await request.respond(encode(report))
 
-    service = await add_service(
-        bus.client,
-        name="prism-global-scheduler",
-        version="0.1.0",
+    async with micro_service(
+        bus,
+        "prism-global-scheduler",
+        instance=election.instance,
         description="Places models on workers",
-        metadata={"instance": election.instance},
-    )
-    try:
-        await service.add_endpoint(name="plan", subject=subjects.scheduler_plan(), handler=leaders)
-        await service.add_endpoint(
-            name="plan-of", subject=subjects.scheduler_plan(election.instance), handler=own
-        )
+        endpoints={
+            "plan": (subjects.scheduler_plan(), leaders),
+            "plan-of": (subjects.scheduler_plan(election.instance), own),
+        },
+    ):
         yield
-    finally:
-        # A bus that is away holds up neither the end of this service nor anyone who would ask it.
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(STOP_DEADLINE_S):
-                await service.stop()

@@ -6,11 +6,11 @@ import os
 import sys
 
 import click
-from nats.micro import add_service
 
 from prism.common.bus import connect_bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.identity import instance_id, node_name
+from prism.common.micro import micro_service
 from prism.common.process import run_service
 from prism.common.telemetry import configure_logging
 from prism.gpu_worker.devices.cpu import cpu_device
@@ -130,12 +130,12 @@ def main(
                 store_socket=store_socket,
                 limits=EngineLimits(max_running_requests, chunked_prefill_tokens),
             ),
-            await add_service(
-                bus.client,
-                name="prism-gpu-worker",
-                version="0.1.0",
+            micro_service(
+                bus,
+                "prism-gpu-worker",
+                instance=identity.worker,
                 description="Hosts the engines of one node's GPUs",
-                metadata={"instance": identity.worker, "node": node, "device": device},
+                metadata={"node": node, "device": device},
             ),
         ):
             log.info("worker %s ready: %s, %.3f GB", identity.worker, device, worker_memory_gb)

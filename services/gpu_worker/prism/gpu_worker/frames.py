@@ -11,6 +11,7 @@ from prism.common.bus import Bus
 from prism.common.errors import ErrorBody
 from prism.common.messages.codec import encode
 from prism.common.messages.generation import Finish, TokenFrame, TokenLogprob
+from prism.common.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -83,5 +84,4 @@ async def frame_publisher(bus: Bus) -> AsyncIterator[FramePublisher]:
         async with asyncio.timeout(5.0):
             await publisher.drained()
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)

@@ -23,6 +23,7 @@ from prism.common.messages.generation import CancelRequest, GenerateRequest
 from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome, Route
+from prism.common.mirror import mirror_bucket
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_protocol import Progress
 from prism.gpu_worker.frames import FramePublisher
@@ -253,9 +254,21 @@ class Worker:
         )
         self._subscriptions[instance.name] = subscription
         await self._bus.flush()
+        await self._write_route(instance.name)
+
+    async def _write_route(self, model: str) -> None:
         assert self._routes is not None
-        route = Route(instance.name, worker, self.identity.node)
-        await self._routes.put(subjects.route_key(instance.name, worker), encode(route))
+        route = Route(model, self.identity.worker, self.identity.node)
+        await self._routes.put(subjects.route_key(model, self.identity.worker), encode(route))
+
+    def on_route(self, key: str, route: Route | None) -> None:
+        """Write a route of ours again that somebody took down: the leader does when we fall silent."""
+        if route is not None:
+            return
+        for model in self._subscriptions:
+            if subjects.route_key(model, self.identity.worker) == key:
+                log.warning("route of %s was taken down by somebody else, written again", model)
+                self._spawn(self._write_route(model), name=f"route {model}")
 
     async def _close_route(self, model: str) -> None:
         subscription = self._subscriptions.pop(model, None)
@@ -377,7 +390,11 @@ async def run_worker(
         worker = make(identity, bus, device, publisher, tasks, **options)
         try:
             await worker.start()
-            yield worker
+            pattern = f"*.{identity.worker}"
+            async with mirror_bucket(
+                bus, subjects.BUCKET_ROUTES, Route, pattern=pattern, on_change=worker.on_route
+            ):
+                yield worker
         finally:
             await worker.drain(drain_s)
             worker.stop_reporting()

@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import nats.errors
-import nats.micro
 from nats.micro.request import Request
 
 from prism.common import subjects
@@ -15,11 +14,10 @@ from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.models import ModelSpec
 from prism.common.messages.store import StoreModelOutcome, StoreModelRequest
+from prism.common.micro import micro_service
 from prism.model_store.store import ModelStore
 
 log = logging.getLogger(__name__)
-
-NAME, VERSION = "prism-model-store", "0.1.0"
 
 
 @contextlib.asynccontextmanager
@@ -60,21 +58,20 @@ async def serve_endpoints(
     async def listing(request: Request) -> None:
         await _respond(request, store.report())
 
-    service = await nats.micro.add_service(
-        bus.client,
-        name=NAME,
-        version=VERSION,
-        description="stages weights in shared memory",
-        metadata={"instance": instance, "node": store.node},
-    )
+    handlers = {"stage": on_model(stage), "evict": on_model(evict), "list": listing}
     try:
-        for verb, handler in (("stage", on_model(stage)), ("evict", on_model(evict)), ("list", listing)):
-            await service.add_endpoint(name=verb, subject=subjects.store(store.node, verb), handler=handler)
-        await bus.flush()
-        yield
+        async with micro_service(
+            bus,
+            "prism-model-store",
+            instance=instance,
+            description="Stages weights in shared memory",
+            metadata={"node": store.node},
+            endpoints={
+                verb: (subjects.store(store.node, verb), handler) for verb, handler in handlers.items()
+            },
+        ):
+            yield
     finally:
-        with contextlib.suppress(nats.errors.Error, OSError):
-            await service.stop()
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,8 +6,8 @@ import msgspec
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """`prism.v1.event.<kind>.<model>`: `kind` is a word, `source` the instance that says it.
 
-    A state entered (staging, starting, active, draining, dozing, waking, failed, cold), a command done with its
-    seconds (activated, dozed, released), or staged, evicted, leader.
+    A state entered (staging, starting, active, draining, dozing, waking, failed, cold), a command done with
+    its seconds (activated, dozed, released), or staged, evicted, leader.
     """
 
     kind: str
