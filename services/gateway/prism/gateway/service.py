@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-import nats.micro
 from nats.aio.msg import Msg
 
 from prism.common import subjects
@@ -16,6 +15,7 @@ from prism.common.messages.codec import decode
 from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.messages.placement import Route
+from prism.common.micro import micro_service
 from prism.common.mirror import mirror_bucket
 from prism.common.tasks import end_task
 from prism.gateway.app import build_app
@@ -35,7 +35,6 @@ from prism.gateway.tokenizer_cache import TokenizerCache
 
 log = logging.getLogger(__name__)
 
-VERSION = "0.1.0"
 WATCH_INTERVAL_S = 0.25
 END_DEADLINE_S = 2.0
 
@@ -127,14 +126,14 @@ async def running_gateway(
         for subject, handler in ((subjects.load("*"), on_load), (subjects.replies(name), replies.take)):
             subscription = await bus.subscribe(subject, handler, inline=True)
             stack.push_async_callback(subscription.unsubscribe)
-        service = await nats.micro.add_service(
-            bus.client,
-            name="prism-gateway",
-            version=VERSION,
-            description="OpenAI-compatible HTTP in front of the bus",
-            metadata={"instance": name},
+        await stack.enter_async_context(
+            micro_service(
+                bus,
+                "prism-gateway",
+                instance=name,
+                description="OpenAI-compatible HTTP in front of the bus",
+            )
         )
-        stack.push_async_callback(service.stop)
 
         registry = Registry(specs, facts, fleet)
         dispatcher = Dispatcher(bus, name, settings, fleet, registry, parking, replies, metrics, clock)
