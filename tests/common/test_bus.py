@@ -85,10 +85,13 @@ async def test_a_handler_that_never_ends_does_not_keep_the_connection_open(fresh
         finally:
             cancelled.set()
 
-    with pytest.raises(RuntimeError, match="over"):
+    async def use_and_fail() -> None:
         async with asyncio.timeout(20), connect_bus(fresh_nats.url, name="test") as bus:
             await bus.subscribe("here", handle)
             await bus.publish("here", CancelRequest("r"))
             await started.wait()
             raise RuntimeError("over")
+
+    with pytest.raises(RuntimeError, match="over"):
+        await use_and_fail()
     assert cancelled.is_set()
