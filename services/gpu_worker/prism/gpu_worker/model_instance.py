@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.load import ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.gpu_worker.devices.device import Device
@@ -240,9 +240,13 @@ class ModelInstance:
                 await self.discard_engine(ModelState.COLD)
                 self._on_engine_lost(self, how)
 
+    def resident_bytes(self) -> tuple[int, int]:
+        """Memory that stands behind weights and KV cache now, as the kernel counts it."""
+        return self.engine.resident_bytes() if self.engine is not None else (0, 0)
+
     def load(self, queued: int) -> ModelLoad:
         """What there is to report of this model now; bytes are what the kernel says is there."""
-        weights, kv = self.engine.resident_bytes() if self.engine is not None else (0, 0)
+        weights, kv = self.resident_bytes()
         running = self.engine_load.running + self.engine_load.waiting
         busy = queued + running > 0
         now = time.monotonic()
@@ -260,9 +264,3 @@ class ModelInstance:
             generated_tokens=self.generated_tokens,
             failure=self.failure,
         )
-
-    def error_for_clients(self) -> ErrorBody | None:
-        """Why requests for this model can't be taken here, if they can't."""
-        if self.state is ModelState.ACTIVE:
-            return None
-        return ErrorBody(ErrorCode.MOVED, f"{self.name} is {self.state} here", retry=True)

@@ -1,47 +1,38 @@
-"""The worker service: bus in front, model instances behind. Carries out commands, reports load."""
+"""The worker: carries out the scheduler's commands on its model instances, for as long as it runs."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import nats.errors
-import nats.js.errors
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
-from nats.js.kv import KeyValue
 
 from prism.common import subjects
 from prism.common.bus import Bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
-from prism.common.messages.events import Event
 from prism.common.messages.generation import CancelRequest, GenerateRequest
 from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelState
-from prism.common.messages.placement import Command, CommandKind, CommandOutcome, Route
-from prism.common.mirror import mirror_bucket
+from prism.common.messages.placement import Command, CommandKind, CommandOutcome
+from prism.common.tasks import end_task
+from prism.gpu_worker.announcements import Announcements
 from prism.gpu_worker.devices.device import Device
-from prism.gpu_worker.engine_protocol import Progress
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
+from prism.gpu_worker.routes import WorkerRoutes, worker_routes
 from prism.scheduling.admission import AdmissionPolicy
 from prism.scheduling.ledger import MemoryLedger
 
 log = logging.getLogger(__name__)
 
-REPORT_INTERVAL_S = 0.25
 EXPIRY_INTERVAL_S = 0.25
-COMMAND_DONE = {
-    CommandKind.ACTIVATE: "activated",
-    CommandKind.DOZE: "dozed",
-    CommandKind.RELEASE: "released",
-}
-PROGRESS_EVENT_INTERVAL_S = 0.25
+RETIRE_DEADLINE_S = 10.0
+IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,8 @@ class WorkerIdentity:
 
 class Worker:
     """All models of one node's GPUs. Made by `run_worker`."""
+
+    routes: WorkerRoutes
 
     def __init__(
         self,
@@ -74,51 +67,35 @@ class Worker:
         self.instances: dict[str, ModelInstance] = {}
         self.draining = False
         self.epoch = 0
-        self._bus = bus
+        self.announcements = Announcements(bus, identity.worker, self.load_report, self.spawn)
+        self.requests = GenerationRequests(
+            publisher, admission, self.instances.get, self.spawn, limits.max_running_requests
+        )
         self._device = device
         self._tasks = tasks
         self._store_socket = store_socket
         self._limits = limits
-        self._routes: KeyValue | None = None
-        self._subscriptions: dict[str, Subscription] = {}
-        self._report_now = asyncio.Event()
-        self._progress_told: dict[str, float] = {}
-        self._loops: list[asyncio.Task[None]] = []
-        self.requests = GenerationRequests(
-            publisher, admission, self.instances.get, self._spawn, limits.max_running_requests
-        )
 
-    def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """A background task that ends with the worker."""
         return self._tasks.create_task(work, name=name)
 
-    async def start(self) -> None:
-        """Listen for commands, cancellations; begin to report."""
-        me = self.identity.worker
-        self._routes = await self._bus.bucket(subjects.BUCKET_ROUTES)
-        await self._bus.subscribe(subjects.command(me), self._on_command)
-        await self._bus.subscribe(subjects.cancel(me), self._on_cancel, inline=True)
-        self._loops = [
-            self._spawn(self._report_load(), name="load reports"),
-            self._spawn(self._expire(), name="request deadlines"),
-        ]
-        await self._bus.flush()
-
-    # Requests
-
-    async def _on_request(self, message: Msg) -> None:
+    async def on_request(self, message: Msg) -> None:
+        """A generation request from the bus."""
         self.requests.arrive(decode(message.data, GenerateRequest), message.reply)
 
-    async def _on_cancel(self, message: Msg) -> None:
+    async def on_cancel(self, message: Msg) -> None:
+        """A cancellation from the bus."""
         self.requests.cancel(decode(message.data, CancelRequest).rid)
 
-    async def _expire(self) -> None:
+    async def expire_requests(self) -> None:
+        """End requests that are past their deadline, until cancelled."""
         while True:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
             self.requests.expire()
 
-    # Commands
-
-    async def _on_command(self, message: Msg) -> None:
+    async def on_command(self, message: Msg) -> None:
+        """A command from the bus, answered with what it led to."""
         try:
             command = decode(message.data, Command)
         except PrismError as error:
@@ -135,7 +112,7 @@ class Worker:
                 command, error=PrismError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
             )
         await message.respond(encode(outcome))
-        self._report_now.set()
+        self.announcements.changed()
 
     def _outcome(
         self, command: Command, seconds: dict[str, float] | None = None, error: PrismError | None = None
@@ -164,6 +141,7 @@ class Worker:
             match command.kind:
                 case CommandKind.ACTIVATE:
                     seconds = await instance.activate(command.kv_bytes, command.deadline_s)
+                    await self.routes.open(instance.name)
                 case CommandKind.DOZE:
                     seconds = await self._doze(instance, command.drain_s, command.deadline_s)
                 case CommandKind.RELEASE:
@@ -173,27 +151,8 @@ class Worker:
                         ErrorCode.UNSUPPORTED,
                         f"{command.kind} is not something the {self._device.name} device can do",
                     )
-            if command.kind is CommandKind.ACTIVATE:
-                await self._open_route(instance)
-        self._tell_done(command, instance, before, seconds)
+        self.announcements.command_done(command.kind, instance, before, seconds)
         return self._outcome(command, seconds)
-
-    def _tell_done(
-        self, command: Command, instance: ModelInstance, before: ModelState, seconds: dict[str, float]
-    ) -> None:
-        if not seconds:
-            return
-        weights, kv = instance.engine.resident_bytes() if instance.engine is not None else (0, 0)
-        event = Event(
-            kind=COMMAND_DONE[command.kind],
-            model=instance.name,
-            source=self.identity.worker,
-            worker=self.identity.worker,
-            detail=f"from {before}",
-            seconds=seconds,
-            bytes={"weights": weights, "kv": kv},
-        )
-        self._spawn(self._bus.tell(event), name=f"event {instance.name}")
 
     def _instance(self, command: Command) -> ModelInstance:
         name = command.spec.model_name
@@ -209,7 +168,7 @@ class Worker:
                 on_state=self._on_state,
                 on_outputs=self.requests.on_outputs,
                 on_engine_lost=self._on_engine_lost,
-                on_progress=self._on_progress,
+                on_progress=self.announcements.progress,
             )
         elif instance.engine is None:
             instance.spec, instance.facts = command.spec, command.facts
@@ -225,7 +184,7 @@ class Worker:
             seconds = await instance.doze(deadline_s)
         except PrismError:
             if instance.state is ModelState.ACTIVE:
-                await self._open_route(instance)
+                await self.routes.open(instance.name)
             raise
         return {**seconds, "drain": drained}
 
@@ -239,87 +198,17 @@ class Worker:
     async def _drain(self, instance: ModelInstance, drain_s: float) -> float:
         began = time.perf_counter()
         instance.set_state(ModelState.DRAINING)
-        await self._close_route(instance.name)
+        await self.routes.close(instance.name)
         await self.requests.drain(instance, drain_s)
         return time.perf_counter() - began
 
-    # Routes
-
-    async def _open_route(self, instance: ModelInstance) -> None:
-        if instance.state is not ModelState.ACTIVE or instance.name in self._subscriptions:
-            return
-        worker = self.identity.worker
-        subscription = await self._bus.subscribe(
-            subjects.request(instance.name, worker), self._on_request, inline=True
-        )
-        self._subscriptions[instance.name] = subscription
-        await self._bus.flush()
-        await self._write_route(instance.name)
-
-    async def _write_route(self, model: str) -> None:
-        assert self._routes is not None
-        route = Route(model, self.identity.worker, self.identity.node)
-        await self._routes.put(subjects.route_key(model, self.identity.worker), encode(route))
-
-    def on_route(self, key: str, route: Route | None) -> None:
-        """Write a route of ours again that somebody took down: the leader does when we fall silent."""
-        if route is not None:
-            return
-        for model in self._subscriptions:
-            if subjects.route_key(model, self.identity.worker) == key:
-                log.warning("route of %s was taken down by somebody else, written again", model)
-                self._spawn(self._write_route(model), name=f"route {model}")
-
-    async def _close_route(self, model: str) -> None:
-        subscription = self._subscriptions.pop(model, None)
-        if subscription is None:
-            return
-        assert self._routes is not None
-        try:
-            await self._routes.delete(subjects.route_key(model, self.identity.worker))
-            await subscription.unsubscribe()
-        except (nats.errors.Error, nats.js.errors.Error, OSError) as error:
-            # Gateways learn it from "moved" or "no responders" instead.
-            log.warning("route of %s not taken down: %s", model, error)
-
-    # What instances tell
-
     def _on_state(self, instance: ModelInstance) -> None:
-        log.info(
-            "%s is %s%s", instance.name, instance.state, f": {instance.failure}" if instance.failure else ""
-        )
-        self._report_now.set()
-        held = self.ledger.held(instance.name)
-        event = Event(
-            kind=str(instance.state),
-            model=instance.name,
-            source=self.identity.worker,
-            worker=self.identity.worker,
-            detail=instance.failure or "",
-            bytes={"weights": held.weights, "kv": held.kv},
-        )
-        self._spawn(self._bus.tell(event), name=f"event {instance.name}")
+        self.announcements.state_entered(instance, self.ledger.held(instance.name))
 
     def _on_engine_lost(self, instance: ModelInstance, how: str) -> None:
         log.error("engine of %s ended: %s; its requests go on elsewhere", instance.name, how)
         self.requests.engine_lost(instance, how)
-        self._spawn(self._close_route(instance.name), name=f"close route {instance.name}")
-
-    def _on_progress(self, instance: ModelInstance, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._progress_told.get(instance.name, 0.0) < PROGRESS_EVENT_INTERVAL_S:
-            return
-        self._progress_told[instance.name] = now
-        event = Event(
-            kind="progress",
-            model=instance.name,
-            source=self.identity.worker,
-            worker=self.identity.worker,
-            bytes={"done": progress.done_bytes, "total": progress.total_bytes},
-        )
-        self._spawn(self._bus.tell(event), name=f"progress {instance.name}")
-
-    # Load
+        self.spawn(self.routes.close(instance.name), name=f"close route {instance.name}")
 
     def load_report(self) -> LoadReport:
         """What this worker is and holds, now."""
@@ -336,42 +225,34 @@ class Worker:
             draining=self.draining,
         )
 
-    async def _report_load(self) -> None:
-        subject = subjects.load(self.identity.worker)
-        while True:
-            self._report_now.clear()
-            try:
-                await self._bus.publish(subject, self.load_report())
-            except (nats.errors.Error, OSError) as error:
-                log.debug("load report not sent: %s", error)
-            try:
-                async with asyncio.timeout(REPORT_INTERVAL_S):
-                    await self._report_now.wait()
-            except TimeoutError:
-                continue
-
-    # End
-
-    async def drain(self, drain_s: float) -> None:
+    async def retire(self, drain_s: float) -> None:
         """Take no more requests, let the ones here finish for `drain_s`, end all engines."""
         self.draining = True
-        self._report_now.set()
+        self.announcements.changed()
+        for instance in self.instances.values():
+            if instance.state in IN_TRANSITION and instance.engine is not None:
+                # Whoever waits for it learns at once, and lets go of the instance.
+                instance.engine.kill()
 
-        async def retire(instance: ModelInstance) -> None:
-            async with instance.lock:
-                await self._release(instance, drain_s)
+        async def end(instance: ModelInstance) -> None:
+            try:
+                async with instance.lock:
+                    await self._release(instance, drain_s)
+            except (PrismError, OSError, TimeoutError) as error:
+                log.error("engine of %s did not end cleanly: %s", instance.name, error)
 
-        results = await asyncio.gather(
-            *(retire(instance) for instance in self.instances.values()), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                log.error("an engine did not end cleanly: %s", result)
-
-    def stop_reporting(self) -> None:
-        """End the loops that `start` began."""
-        for loop in self._loops:
-            loop.cancel()
+        # Not of the worker's task group: it may be what is coming to an end.
+        ends = [
+            asyncio.create_task(end(instance), name=f"end {name}")
+            for name, instance in self.instances.items()
+        ]
+        if not ends:
+            return
+        _, late = await asyncio.wait(ends, timeout=drain_s + RETIRE_DEADLINE_S)
+        for task in late:
+            # Engines die with their shells' source, right after this.
+            log.error("%s: not within its deadline", task.get_name())
+            await end_task(task)
 
 
 @asynccontextmanager
@@ -382,19 +263,36 @@ async def run_worker(
     publisher: FramePublisher,
     *,
     drain_s: float,
-    make: Callable[..., Worker] = Worker,
-    **options: Any,
+    admission: AdmissionPolicy,
+    memory_limit_bytes: int,
+    store_socket: str,
+    limits: EngineLimits,
 ) -> AsyncIterator[Worker]:
-    """A worker that listens and reports; drained at the end."""
+    """A worker that listens and reports; retired at the end."""
     async with asyncio.TaskGroup() as tasks:
-        worker = make(identity, bus, device, publisher, tasks, **options)
-        try:
-            await worker.start()
-            pattern = f"*.{identity.worker}"
-            async with mirror_bucket(
-                bus, subjects.BUCKET_ROUTES, Route, pattern=pattern, on_change=worker.on_route
-            ):
+        worker = Worker(
+            identity,
+            bus,
+            device,
+            publisher,
+            tasks,
+            admission=admission,
+            memory_limit_bytes=memory_limit_bytes,
+            store_socket=store_socket,
+            limits=limits,
+        )
+        me = identity.worker
+        async with worker_routes(bus, me, identity.node, worker.on_request, worker.spawn) as worker.routes:
+            await bus.subscribe(subjects.command(me), worker.on_command)
+            await bus.subscribe(subjects.cancel(me), worker.on_cancel, inline=True)
+            await bus.flush()
+            loops = [
+                worker.spawn(worker.announcements.report_load(), name="load reports"),
+                worker.spawn(worker.expire_requests(), name="request deadlines"),
+            ]
+            try:
                 yield worker
-        finally:
-            await worker.drain(drain_s)
-            worker.stop_reporting()
+            finally:
+                await worker.retire(drain_s)
+                for loop in loops:
+                    await end_task(loop)
