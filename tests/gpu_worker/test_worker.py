@@ -337,6 +337,43 @@ async def test_log_probabilities_come_with_the_tokens(rig: Rig) -> None:
         assert entry.top[0][1] == pytest.approx(entry.logprob)
 
 
+async def test_a_minimum_of_tokens_keeps_stop_tokens_away_until_it_is_reached(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    greedy = tokens_of(await (await send(rig, "a", [5, 6, 7], 6)).all())
+    stop = SamplingParams(12, temperature=0, stop_token_ids=(greedy[0],))
+    (only,) = await (await send(rig, "b", [5, 6, 7], 12, sampling=stop)).all()
+    assert only.finish is not None
+    assert (only.finish.reason, only.finish.matched_token) == ("stop", greedy[0])
+    sampling = msgspec.structs.replace(stop, min_new_tokens=4)
+    later = tokens_of(await (await send(rig, "c", [5, 6, 7], 12, sampling=sampling)).all())
+    assert len(later) > 4
+    assert greedy[0] not in later[:4]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"input_ids": [5, 10**6]},
+        {"input_ids": [-1, 5]},
+        {"input_ids": []},
+        {"input_ids": [5] * 5000},
+        {"sampling": SamplingParams(4, logit_bias={"1000000": 5.0})},
+        {"sampling": SamplingParams(4, min_new_tokens=2, stop_token_ids=(10**6,))},
+        {"sampling": SamplingParams(4, temperature=-1.0)},
+    ],
+    ids=["past the vocabulary", "negative", "empty", "too long", "bias", "stop token", "temperature"],
+)
+async def test_a_request_that_cannot_be_run_is_refused_and_the_engine_lives_on(
+    rig: Rig, bad: dict[str, object]
+) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    frames = await (await send(rig, "a", [5, 6, 7], 4, **bad)).all()
+    assert frames[-1].error is not None
+    assert frames[-1].error.code is ErrorCode.INVALID_REQUEST
+    assert not frames[-1].error.retry
+    assert len(tokens_of(await (await send(rig, "b", [5, 6, 7], 4)).all())) == 4
+
+
 async def test_a_route_that_somebody_takes_down_is_written_again(rig: Rig) -> None:
     await rig.command(CommandKind.ACTIVATE)
     routes = await rig.bus.bucket(subjects.BUCKET_ROUTES)

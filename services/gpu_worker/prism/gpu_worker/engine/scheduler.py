@@ -19,11 +19,26 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.messages.generation import SamplingParams as WireSamplingParams
 from prism.common.messages.generation import TokenLogprob
 from prism.gpu_worker.engine.arena import MemoryArena
 from prism.gpu_worker.engine.link import EngineLink
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import Abort, Done, Doze, Generate, Outputs, TokenOutput, Wake
+
+
+@dataclasses.dataclass(frozen=True)
+class StopTokens:
+    """What SGLang asks of a request's tokenizer when no text is involved: which tokens end a sequence."""
+
+    eos_token_id: int
+    additional_stop_token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, ids: "set[int] | None", vocabulary: int) -> "StopTokens":
+        """From a model's end-of-sequence ids; the first id past the vocabulary stands for none."""
+        first, *others = sorted(ids or {vocabulary})
+        return cls(first, frozenset(others))
 
 
 class EngineScheduler(Scheduler):  # type: ignore[misc]
@@ -58,6 +73,11 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         )
         self.load_snapshot_writer = None
 
+    def init_tokenizer(self) -> None:
+        """No tokenizer: only the stop tokens that one would know."""
+        super().init_tokenizer()
+        self.tokenizer = StopTokens.of(self.model_config.hf_eos_token_id, self.model_config.vocab_size)
+
     def init_idle_sleeper(self) -> None:
         """Sleep on our socket while there is nothing to do."""
         self.idle_sleeper = IdleSleeper(sockets=[self.link])
@@ -72,18 +92,61 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.request_receiver = _LinkReceiver(**fields)
 
     def init_request_dispatcher(self) -> None:
-        """Our controls beside SGLang's requests."""
+        """Our messages beside SGLang's own."""
         super().init_request_dispatcher()
+        self._request_dispatcher._mapping[Generate] = self.handle_generate
+        self._request_dispatcher._mapping[Abort] = lambda abort: self.abort_request(AbortReq(rid=abort.rid))
         self._request_dispatcher._mapping[Doze] = self.handle_doze
         self._request_dispatcher._mapping[Wake] = self.handle_wake
 
-    def handle_generate_request(self, recv_req: TokenizedGenerateReqInput) -> None:
-        """Queue a request; one that arrives while dozing is sent elsewhere."""
+    def handle_generate(self, message: Generate) -> None:
+        """Queue a request; one that can't be run here is answered with why."""
+        error = None
         if self.dozing:
             error = ErrorBody(ErrorCode.MOVED, "the model is asleep", retry=True)
-            self.tell([TokenOutput(recv_req.rid, [], "abort", error=error)])
+        else:
+            try:
+                sampling = self._sampling(message.sampling)
+                self._check_prompt(message.input_ids)
+            except ValueError as problem:
+                error = ErrorBody(ErrorCode.INVALID_REQUEST, str(problem))
+        if error is not None:
+            self.tell([TokenOutput(message.rid, [], "abort", error=error)])
             return
-        super().handle_generate_request(recv_req)
+        self.handle_generate_request(_scheduler_request(message, sampling))
+
+    def _check_prompt(self, input_ids: list[int]) -> None:
+        # Each of these would end the scheduler, and with it everybody's requests.
+        vocabulary = self.model_config.vocab_size
+        if not input_ids:
+            raise ValueError("the prompt is empty")
+        if min(input_ids) < 0 or max(input_ids) >= vocabulary:
+            raise ValueError(f"the prompt has token ids outside of 0 to {vocabulary - 1}")
+        if len(input_ids) > self.max_req_input_len:
+            raise ValueError(f"the prompt has {len(input_ids)} tokens, {self.max_req_input_len} fit")
+
+    def _sampling(self, chosen: WireSamplingParams) -> SamplingParams:
+        vocabulary = self.model_config.vocab_size
+        if any(not 0 <= token < vocabulary for token in chosen.stop_token_ids):
+            raise ValueError(f"stop_token_ids has token ids outside of 0 to {vocabulary - 1}")
+        sampling = SamplingParams(
+            max_new_tokens=chosen.max_new_tokens,
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+            top_k=chosen.top_k,
+            min_p=chosen.min_p,
+            frequency_penalty=chosen.frequency_penalty,
+            presence_penalty=chosen.presence_penalty,
+            repetition_penalty=chosen.repetition_penalty,
+            min_new_tokens=chosen.min_new_tokens,
+            ignore_eos=chosen.ignore_eos,
+            stop_token_ids=set(chosen.stop_token_ids) or None,
+            logit_bias=chosen.logit_bias,
+            sampling_seed=chosen.seed,
+        )
+        sampling.normalize(self.tokenizer)
+        sampling.verify(vocabulary)
+        return sampling
 
     def on_idle(self) -> None:
         """Tell the worker that the last request is really out of the engine, then sleep."""
@@ -150,31 +213,11 @@ class _LinkReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
     """Takes the worker's messages where SGLang would read ZMQ."""
 
     def _pull_raw_reqs(self) -> list[Any]:
-        return [_scheduler_request(message) for message in self.recv_from_tokenizer.receive_waiting()]
+        messages: list[Any] = self.recv_from_tokenizer.receive_waiting()
+        return messages
 
 
-def _scheduler_request(message: object) -> object:
-    if isinstance(message, Abort):
-        return AbortReq(rid=message.rid)
-    if not isinstance(message, Generate):
-        return message
-    chosen = message.sampling
-    sampling = SamplingParams(
-        max_new_tokens=chosen.max_new_tokens,
-        temperature=chosen.temperature,
-        top_p=chosen.top_p,
-        top_k=chosen.top_k,
-        min_p=chosen.min_p,
-        frequency_penalty=chosen.frequency_penalty,
-        presence_penalty=chosen.presence_penalty,
-        repetition_penalty=chosen.repetition_penalty,
-        min_new_tokens=chosen.min_new_tokens,
-        ignore_eos=chosen.ignore_eos,
-        stop_token_ids=set(chosen.stop_token_ids) or None,
-        logit_bias=chosen.logit_bias,
-        sampling_seed=chosen.seed,
-    )
-    sampling.normalize(None)
+def _scheduler_request(message: Generate, sampling: SamplingParams) -> TokenizedGenerateReqInput:
     return TokenizedGenerateReqInput(
         rid=message.rid,
         input_text=None,
