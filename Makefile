@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-core lint format clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest tests
+
+test-core: setup
+	@for run in 1 2 3 4 5; do $(BIN)/python -m pytest tests -q -m core || exit 1; done
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -125,12 +125,15 @@ async def test_after_sleep_and_wake(
 ) -> None:
     reference = references[name]
     await generate(client, name, reference.prompts[0], 1)
-    for _ in range(2):
+    for stream in (None, False, True):
         await put_to_sleep(client, watcher, name, [other for other in NAMES if other != name])
         assert watcher.state(name) is ModelState.DOZING
         woken = watcher.count("waking", name)
-        for prompt, expected in zip(reference.prompts, reference.outputs, strict=True):
-            assert await generate(client, name, prompt, TOKENS) == expected
+        for index, prompt in enumerate(reference.prompts):
+            if stream is None:
+                assert await generate(client, name, prompt, TOKENS) == reference.outputs[index]
+            else:
+                assert await completion(client, name, prompt, stream=stream) == reference.text(index)
         assert watcher.count("waking", name) == woken + 1
 
 
