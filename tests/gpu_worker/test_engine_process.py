@@ -55,6 +55,7 @@ def is_running(pid: int) -> bool:
     return True
 
 
+@pytest.mark.core
 async def test_closing_a_shell_ends_its_process(shells: ForkServerShells) -> None:
     engine = await opened(shells)
     assert is_running(engine.pid)

@@ -143,12 +143,12 @@ def tokens_of(frames: list[TokenFrame]) -> list[int]:
 
 
 @asynccontextmanager
-async def store_process(nats: NatsServer, folder: Path) -> AsyncIterator[Path]:
+async def store_process(nats: NatsServer, folder: Path, memory_gb: float = 1.0) -> AsyncIterator[Path]:
     """A real model store; yields its socket once it listens."""
     socket = folder / "store.sock"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "prism.model_store", "--nats", nats.url, "--socket", str(socket),
-        "--image-dir", str(folder / "images"), "--memory-gb", "1",
+        "--image-dir", str(folder / "images"), "--memory-gb", str(memory_gb),
         env={**os.environ, "PRISM_PARENT_PID": str(os.getpid())},
     )  # fmt: skip
     try:
@@ -168,13 +168,13 @@ async def store(session_nats: NatsServer, tmp_path_factory: pytest.TempPathFacto
         yield socket
 
 
-@pytest.fixture
-async def rig(
-    session_nats: NatsServer, store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
+@asynccontextmanager
+async def worker_rig(
+    nats: NatsServer, store: Path, shells: ForkServerShells, models: dict[str, Path]
 ) -> AsyncIterator[Rig]:
     identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
     async with (
-        connect_bus(session_nats.url, name="worker test") as bus,
+        connect_bus(nats.url, name="worker test") as bus,
         frame_publisher(bus) as publisher,
         run_worker(
             identity,
@@ -188,9 +188,18 @@ async def rig(
             limits=EngineLimits(4, 256),
         ) as worker,
     ):
-        yield Rig(bus, worker, tiny_models)
+        yield Rig(bus, worker, models)
 
 
+@pytest.fixture
+async def rig(
+    session_nats: NatsServer, store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
+) -> AsyncIterator[Rig]:
+    async with worker_rig(session_nats, store, shells, tiny_models) as ready:
+        yield ready
+
+
+@pytest.mark.core
 async def test_a_model_is_started_serves_dozes_wakes_and_is_released(rig: Rig) -> None:
     outcome = await rig.command(CommandKind.ACTIVATE)
     assert outcome.error is None
@@ -324,6 +333,58 @@ async def test_dozing_lets_requests_finish_and_sends_those_that_take_too_long_el
     assert last is not None
     assert last.error is not None
     assert last.error.code is ErrorCode.MOVED
+
+
+async def test_an_engine_killed_while_it_drains_keeps_nobody_waiting(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    frames = await send(rig, "a", [5, 6, 7], 1800)
+    assert await frames.next() is not None
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+    dozing = asyncio.create_task(rig.command(CommandKind.DOZE, drain_s=DEADLINE_S))
+    await rig.until_state(ModelState.DRAINING)
+    engine.kill()
+    last = await frames.next()
+    while last is not None and last.error is None:
+        last = await frames.next()
+    assert last is not None
+    assert last.error is not None
+    assert last.error.code is ErrorCode.ENGINE_LOST
+    outcome = await asyncio.wait_for(dozing, DEADLINE_S / 2)
+    assert outcome.state is ModelState.COLD
+    assert rig.worker.ledger.reserved_bytes == 0
+    assert rig.worker.requests.count(SMALL) == 0
+    assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
+    assert len(tokens_of(await (await send(rig, "b", [5, 6, 7], 4)).all())) == 4
+
+
+async def test_a_store_that_is_away_leaves_the_model_cold_to_be_tried_again(
+    session_nats: NatsServer, shells: ForkServerShells, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    async with worker_rig(session_nats, tmp_path / "store.sock", shells, tiny_models) as rig:
+        outcome = await rig.command(CommandKind.ACTIVATE)
+        assert outcome.error is not None
+        assert outcome.error.code is ErrorCode.STORE_UNAVAILABLE
+        assert outcome.state is ModelState.COLD
+        assert "store.sock" in (rig.load().failure or "")
+        assert rig.worker.ledger.reserved_bytes == 0
+        async with store_process(session_nats, tmp_path):
+            assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
+            assert rig.load().failure is None
+
+
+async def test_a_store_with_room_for_one_copy_suffices_for_sleep_and_wake(
+    session_nats: NatsServer, shells: ForkServerShells, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    async with (
+        store_process(session_nats, tmp_path, memory_gb=0.035) as store,
+        worker_rig(session_nats, store, shells, tiny_models) as rig,
+    ):
+        await rig.command(CommandKind.ACTIVATE)
+        first = tokens_of(await (await send(rig, "a", [5, 6, 7], 8)).all())
+        assert (await rig.command(CommandKind.DOZE)).state is ModelState.DOZING
+        assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
+        assert tokens_of(await (await send(rig, "b", [5, 6, 7], 8)).all()) == first
 
 
 async def test_log_probabilities_come_with_the_tokens(rig: Rig) -> None:

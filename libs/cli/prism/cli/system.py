@@ -26,6 +26,7 @@ STOP_DEADLINE_S = 45.0
 KILL_DEADLINE_S = 5.0
 RESTART_DELAY_S = 1.0
 EARLY_S = 3.0
+LONGEST_LINE_BYTES = 1 << 20
 STOP_ORDER = ("gateway", "global_scheduler", "gpu_worker", "model_store")
 
 _READY = re.compile(r"gateway ready at (http://\S+)")
@@ -85,6 +86,7 @@ class ServiceProcess:
             stderr=asyncio.subprocess.STDOUT,
             env={**os.environ, **self._environment, "PRISM_PARENT_PID": str(os.getpid())},
             start_new_session=True,
+            limit=LONGEST_LINE_BYTES,
         )
 
     async def _keep(self) -> None:
@@ -103,11 +105,20 @@ class ServiceProcess:
                 return
             self._on_line(self.name, f"ended with status {status}, started again")
             await asyncio.sleep(RESTART_DELAY_S)
+            if self._stopping:
+                return
             await self._spawn()
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        async for line in process.stdout:
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:
+                # Longer than the limit: readline has dropped it, and goes on behind it.
+                line = b"(a line too long to show)\n"
+            if not line:
+                return
             self._on_line(self.name, line.decode(errors="replace").rstrip())
 
     async def stop(self) -> None:

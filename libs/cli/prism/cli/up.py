@@ -4,13 +4,14 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import click
 
-from prism.cli.system import SystemSettings, running_system
+from prism.cli.system import RunningSystem, SystemSettings, running_system
 from prism.common.errors import PrismError
 from prism.common.placement_file import read_placement_file
 
@@ -45,22 +46,25 @@ async def run_until_stopped(settings: SystemSettings) -> int:
     loop = asyncio.get_running_loop()
     starting = asyncio.current_task()
     assert starting is not None
-    up = False
+    running: list[RunningSystem] = []
 
     def on_signal() -> None:
         if stop.is_set():
-            # Children die with this process.
+            if running:
+                running[0].kill()
+                shutil.rmtree(running[0].folder, ignore_errors=True)
+            # What is left dies with this process.
             os._exit(130)
         stop.set()
         click.echo("stopping: requests in flight may finish (again to end at once)", err=True)
-        if not up:
+        if not running:
             starting.cancel()
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, on_signal)
     try:
         async with running_system(settings, print_service_line) as system:
-            up = True
+            running.append(system)
             click.echo(f"gateway ready at {system.gateway_url}")
             click.echo(f"nats at {system.nats_url}")
             if models:

@@ -51,10 +51,11 @@ class Fleet:
         return common_failure(model, self._alive())
 
     def tokens_done(self, model: str, worker: str) -> int | None:
-        """Tokens of `model` that `worker` says it has processed so far, None when it says nothing."""
+        """What `worker` has done for `model` so far by its own account (tokens and engine steps, which show a
+        long prefill too), None when it says nothing. Only growth means anything."""
         view = self._workers.get(worker)
         entry = view.of(model) if view else None
-        return entry.prompt_tokens + entry.generated_tokens if entry else None
+        return entry.prompt_tokens + entry.generated_tokens + entry.engine_steps if entry else None
 
     def drop_silent(self) -> list[str]:
         """Forget the workers that have gone silent, and name them."""

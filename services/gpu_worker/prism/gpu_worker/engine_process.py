@@ -180,6 +180,10 @@ class EngineProcess:
                     self._dispatch(unpack_from_engine(body))
         except OSError as error:
             log.debug("engine %d: %s", self.pid, error)
+        except Exception:
+            # Whatever it said can't be dealt with: an engine that nobody listens to must not seem alive.
+            log.exception("engine %d said something that can't be dealt with, ending it", self.pid)
+            self.kill()
         try:
             async with asyncio.timeout(EXIT_DEADLINE_S):
                 how = await asyncio.shield(self._shell.exited)

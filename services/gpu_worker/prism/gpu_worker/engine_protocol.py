@@ -94,6 +94,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     kv_tokens: int
     kv_bytes_per_token: int
     max_prompt_tokens: int
+    imaged: bool
     seconds: dict[str, float]
 
 
@@ -127,12 +128,14 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """What one scheduler step produced, and the engine's load after it."""
+    """What one scheduler step produced, and the engine's load after it. `steps` counts forward passes since
+    the start: a long prefill shows in it before its first token."""
 
     outputs: list[TokenOutput]
     running: int
     waiting: int
     kv_used_tokens: int
+    steps: int = 0
 
 
 class Imaged(msgspec.Struct, frozen=True, tag="imaged"):

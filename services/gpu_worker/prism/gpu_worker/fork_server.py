@@ -20,8 +20,6 @@ from prism.gpu_worker.shells import ForkServerReply, decode_exit, encode_reply
 
 log = logging.getLogger("fork_server")
 
-SPAWN = b"spawn"
-
 
 def prepare_environment() -> None:
     """What SGLang must see before it is imported on a CPU."""
@@ -60,11 +58,15 @@ def main() -> None:
             if not message:
                 # Tearing down an interpreter full of torch takes seconds, and frees nothing the kernel won't.
                 os._exit(0)
-            pid = os.fork()
+            why = ""
+            try:
+                pid = os.fork()
+            except OSError as error:
+                pid, why = -1, f"fork: {error}"
             if pid == 0:
                 _become_engine(control, fds[0], (wakeup_read, wakeup_write))
             os.close(fds[0])
-            control.send(encode_reply(ForkServerReply("spawned", pid)))
+            control.send(encode_reply(ForkServerReply("spawned", max(pid, 0), why, int(message))))
 
 
 def import_engine() -> None:

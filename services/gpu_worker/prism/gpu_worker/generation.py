@@ -232,12 +232,12 @@ class GenerationRequests:
     def engine_lost(self, instance: ModelInstance, how: str) -> None:
         """Tell the gateways of all requests that the engine had, and of those queued for it."""
         error = ErrorBody(ErrorCode.ENGINE_LOST, f"the engine of {instance.name} is gone: {how}", retry=True)
-        for rid, running in list(self._running.items()):
-            if running.instance is instance:
-                del self._running[rid]
-                running.frames.fail(error)
+        lost = [rid for rid, running in self._running.items() if running.instance is instance]
+        for rid in lost:
+            self._running.pop(rid).frames.fail(error)
         self.send_away_queued(instance.name)
-        self._note_change(instance)
+        if lost:
+            self._note_change(instance)
 
     def expire(self) -> None:
         """End what is past its deadline: whoever waited has stopped waiting."""

@@ -22,6 +22,9 @@ from prism.scheduling.memory import weights_bytes
 log = logging.getLogger(__name__)
 
 STORE_DEADLINE_S = 600.0
+FAILED_FOR_S = 15.0
+IMAGE_DEADLINE_S = 20.0
+STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
 class EngineLimits:
@@ -47,6 +50,7 @@ class ModelInstance:
         on_state: Callable[["ModelInstance"], None],
         on_outputs: Callable[["ModelInstance", Outputs], None],
         on_engine_lost: Callable[["ModelInstance", str], None],
+        on_discarded: Callable[["ModelInstance"], None],
         on_progress: Callable[["ModelInstance", Progress], None],
     ) -> None:
         self.spec = spec
@@ -70,8 +74,12 @@ class ModelInstance:
         self._on_state = on_state
         self._on_outputs = on_outputs
         self._on_engine_lost = on_engine_lost
+        self._on_discarded = on_discarded
         self._on_progress = on_progress
         self._watch: asyncio.Task[None] | None = None
+        self._image_settled = asyncio.Event()
+        self._image_error: str | None = None
+        self._forgiving: asyncio.TimerHandle | None = None
 
     @property
     def name(self) -> str:
@@ -79,13 +87,19 @@ class ModelInstance:
         return self.spec.model_name
 
     def set_state(self, state: ModelState, failure: str | None = None) -> None:
-        """Enter `state`, and tell."""
+        """Enter `state`, and tell. A failed model may be tried again after FAILED_FOR_S; its reason stays."""
+        if self._forgiving is not None:
+            self._forgiving.cancel()
+            self._forgiving = None
         self.failure = failure
         if state is self.state and failure is None:
             return
         self.state = state
         self.state_since = time.monotonic()
         self._on_state(self)
+        if state is ModelState.FAILED:
+            loop = asyncio.get_running_loop()
+            self._forgiving = loop.call_later(FAILED_FOR_S, self.set_state, ModelState.COLD, failure)
 
     async def activate(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         """Serve: wake if dozing, else start an engine. Returns the seconds of each phase.
@@ -98,8 +112,10 @@ class ModelInstance:
             return {}
         if self.state is ModelState.DOZING:
             seconds = await self._wake(deadline_s)
-        else:
+        elif self.state in STARTABLE:
             seconds = await self._start(kv_bytes, deadline_s)
+        else:
+            raise PrismError(ErrorCode.INTERNAL, f"{self.name} is {self.state} already", retry=True)
         self.idle_since = time.monotonic()
         self.set_state(ModelState.ACTIVE)
         return {**seconds, "total": time.perf_counter() - began}
@@ -113,18 +129,21 @@ class ModelInstance:
         self.set_state(ModelState.WAKING)
         try:
             done = await self.engine.wake(deadline_s)
-        except PrismError as error:
-            if error.code is ErrorCode.STORE_UNAVAILABLE:
-                # The engine itself rolled back: it dozes on, with nothing mapped.
-                await self._confirm_freed()
+        except BaseException as error:
+            # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
+            rolled_back = isinstance(error, PrismError) and error.code is ErrorCode.STORE_UNAVAILABLE
+            if rolled_back and not sum(self.engine.resident_bytes()):
+                self._ledger.release(self.name)
                 self.set_state(ModelState.DOZING)
             else:
-                await self.discard_engine(ModelState.FAILED, f"wake failed: {error.message}")
+                await self.discard_engine(*_after(error, "wake failed"))
             raise
         return done.seconds
 
     async def _start(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         began = time.perf_counter()
+        self._image_settled.clear()
+        self._image_error = None
         weights = weights_bytes(self.facts, self._device.element_bytes, self.spec.tp_size)
         self._ledger.reserve(self.name, weights=weights, kv=kv_bytes, fixed=self._device.fixed_bytes)
         self.set_state(ModelState.STAGING)
@@ -138,12 +157,17 @@ class ModelInstance:
                 self.ready = await self.engine.start(
                     lambda call: self._start_message(call, kv_bytes), deadline_s
                 )
-        except (PrismError, TimeoutError) as error:
-            message = error.message if isinstance(error, PrismError) else f"no engine within {deadline_s} s"
-            await self.discard_engine(ModelState.FAILED, message)
-            if isinstance(error, PrismError):
-                raise
-            raise PrismError(ErrorCode.DEADLINE_EXCEEDED, f"{self.name}: {message}") from error
+        except TimeoutError as error:
+            late = PrismError(
+                ErrorCode.DEADLINE_EXCEEDED, f"{self.name}: no engine within {deadline_s:.0f} s", retry=True
+            )
+            await self.discard_engine(*_after(late))
+            raise late from error
+        except BaseException as error:
+            await self.discard_engine(*_after(error))
+            raise
+        if self.ready.imaged:
+            self._image_settled.set()
         return {**self.ready.seconds, "shell": shelled - began}
 
     def _start_message(self, call: int, kv_bytes: int) -> StartEngine:
@@ -177,7 +201,9 @@ class ModelInstance:
             self._on_outputs(self, message)
 
         def imaged(message: Imaged) -> None:
+            self._image_settled.set()
             if message.error is not None:
+                self._image_error = message.error.message
                 log.warning("%s: no image for waking: %s", self.name, message.error.message)
             else:
                 log.info("%s: image exported in %.2f s", self.name, message.seconds)
@@ -189,21 +215,32 @@ class ModelInstance:
             on_imaged=imaged,
         )
 
+    async def can_doze(self) -> bool:
+        """Whether there is an image to wake from; waits for one that is on its way.
+
+        Raises PrismError(store_unavailable, retry) when that takes longer than IMAGE_DEADLINE_S.
+        """
+        try:
+            async with asyncio.timeout(IMAGE_DEADLINE_S):
+                await self._image_settled.wait()
+        except TimeoutError as error:
+            raise PrismError(
+                ErrorCode.STORE_UNAVAILABLE, f"the image of {self.name} is still being exported", retry=True
+            ) from error
+        return self._image_error is None
+
     async def doze(self, deadline_s: float) -> dict[str, float]:
         """Give back weights and KV memory, confirmed by the kernel. The caller holds the lock, and drained.
 
-        Raises PrismError: the model is then active still (nothing to wake from), or failed.
+        Raises PrismError: the engine is gone then, and its memory free.
         """
         assert self.engine is not None
         began = time.perf_counter()
         try:
             done = await self.engine.doze(deadline_s)
             await self._confirm_freed()
-        except PrismError as error:
-            if error.code is ErrorCode.STORE_UNAVAILABLE:
-                self.set_state(ModelState.ACTIVE)
-            else:
-                await self.discard_engine(ModelState.FAILED, f"doze failed: {error.message}")
+        except BaseException as error:
+            await self.discard_engine(*_after(error, "doze failed"))
             raise
         self.engine_load = Outputs([], 0, 0, 0)
         self.set_state(ModelState.DOZING)
@@ -227,18 +264,24 @@ class ModelInstance:
         if watch is not None and watch is not asyncio.current_task():
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
-        if engine is not None:
-            await engine.close()
-        self._ledger.release(self.name)
+        try:
+            if engine is not None:
+                await engine.close()
+        finally:
+            self._ledger.release(self.name)
+            self._on_discarded(self)
         self.set_state(state, failure)
 
     async def _watch_end(self, engine: EngineProcess) -> None:
         how = await engine.ended
-        # A start that fails ends its engine too; whoever holds the lock deals with it.
+        if self.ready is None:
+            # A start that failed: whoever waits for it deals with it.
+            return
+        # At once: whoever holds the lock may be waiting for this engine's requests to finish.
+        self._on_engine_lost(self, how)
         async with self.lock:
             if self.engine is engine:
                 await self.discard_engine(ModelState.COLD)
-                self._on_engine_lost(self, how)
 
     def resident_bytes(self) -> tuple[int, int]:
         """Memory that stands behind weights and KV cache now, as the kernel counts it."""
@@ -263,4 +306,16 @@ class ModelInstance:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             failure=self.failure,
+            engine_steps=self.engine_load.steps,
         )
+
+
+def _after(error: BaseException, what: str = "") -> tuple[ModelState, str | None]:
+    """The state that a failed transition leaves, and the reason to keep: what may pass by itself leaves the
+    model cold, to be tried again; anything else makes it failed for a while."""
+    if isinstance(error, asyncio.CancelledError):
+        return ModelState.COLD, None
+    message = error.message if isinstance(error, PrismError) else f"{type(error).__name__}: {error}"
+    reason = f"{what}: {message}" if what else message
+    passing = isinstance(error, PrismError) and error.retry
+    return (ModelState.COLD if passing else ModelState.FAILED), reason

@@ -27,11 +27,13 @@ EXIT_DEADLINE_S = 10.0
 
 
 class ForkServerReply(msgspec.Struct, frozen=True, array_like=True):
-    """What the fork server says: ready, spawned (pid), exited (pid, how)."""
+    """What the fork server says: ready, spawned (pid, or 0 and why not, for the spawn of that number),
+    exited (pid, how)."""
 
     kind: str
     pid: int = 0
     how: str = ""
+    spawn: int = 0
 
 
 def encode_reply(reply: ForkServerReply) -> bytes:
@@ -71,7 +73,8 @@ class ForkServerShells:
         self._control: socket.socket | None = None
         self._reader: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
-        self._spawned: asyncio.Queue[int] = asyncio.Queue()
+        self._spawns: dict[int, asyncio.Future[ForkServerReply]] = {}
+        self._next_spawn = 0
         self._shells: dict[int, Shell] = {}
         self._early_exits: dict[int, str] = {}
         self._taking = asyncio.Lock()
@@ -91,7 +94,6 @@ class ForkServerShells:
             )
         self._control = ours
         self._ready.clear()
-        self._spawned = asyncio.Queue()
         self._reader = asyncio.create_task(self._read(ours), name="fork server replies")
 
     @property
@@ -109,6 +111,8 @@ class ForkServerShells:
             try:
                 async with asyncio.timeout(IMPORT_DEADLINE_S):
                     await self._ready.wait()
+                if not self.alive:
+                    raise PrismError(ErrorCode.INTERNAL, "the fork server ended; see its log", retry=True)
                 return await self._fork()
             except TimeoutError as error:
                 raise PrismError(
@@ -118,17 +122,26 @@ class ForkServerShells:
     async def _fork(self) -> Shell:
         assert self._control is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            try:
-                socket.send_fds(self._control, [b"spawn"], [theirs.fileno()])
-            except OSError as error:
-                ours.close()
-                raise PrismError(ErrorCode.INTERNAL, f"fork server: {error}", retry=True) from error
-        async with asyncio.timeout(FORK_DEADLINE_S):
-            pid = await self._spawned.get()
-        if pid == 0:
+        self._next_spawn += 1
+        number = self._next_spawn
+        spawned: asyncio.Future[ForkServerReply] = asyncio.get_running_loop().create_future()
+        self._spawns[number] = spawned
+        try:
+            with theirs:
+                socket.send_fds(self._control, [str(number).encode()], [theirs.fileno()])
+            async with asyncio.timeout(FORK_DEADLINE_S):
+                reply = await spawned
+            if not reply.pid:
+                raise PrismError(ErrorCode.INTERNAL, f"no shell: {reply.how}", retry=True)
+        except BaseException as error:
+            # A shell that comes all the same finds its socket closed, and ends.
             ours.close()
-            raise PrismError(ErrorCode.INTERNAL, "the fork server ended while forking", retry=True)
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                raise PrismError(ErrorCode.INTERNAL, f"fork server: {error}", retry=True) from error
+            raise
+        finally:
+            del self._spawns[number]
+        pid = reply.pid
         shell = Shell(pid, ours)
         if pid in self._early_exits:
             shell.exited.set_result(self._early_exits.pop(pid))
@@ -149,13 +162,21 @@ class ForkServerShells:
             if reply.kind == "ready":
                 self._ready.set()
             elif reply.kind == "spawned":
-                self._spawned.put_nowait(reply.pid)
+                self._answer(reply)
             else:
                 self._exited(reply.pid, reply.how)
         # Shells die with their fork server.
         for pid in list(self._shells):
             self._exited(pid, "ended with the fork server")
-        self._spawned.put_nowait(0)
+        for number in list(self._spawns):
+            self._answer(ForkServerReply("spawned", 0, "the fork server ended", number))
+        # Whoever waits for it to be ready shall see that it never will be.
+        self._ready.set()
+
+    def _answer(self, reply: ForkServerReply) -> None:
+        waiting = self._spawns.get(reply.spawn)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reply)
 
     def _exited(self, pid: int, how: str) -> None:
         shell = self._shells.pop(pid, None)

@@ -71,6 +71,7 @@ class Worker:
         self.requests = GenerationRequests(
             publisher, admission, self.instances.get, self.spawn, limits.max_running_requests
         )
+        self._transitions: dict[str, asyncio.Task[Any] | None] = {}
         self._device = device
         self._tasks = tasks
         self._store_socket = store_socket
@@ -78,7 +79,11 @@ class Worker:
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         """A background task that ends with the worker."""
-        return self._tasks.create_task(work, name=name)
+        try:
+            return self._tasks.create_task(work, name=name)
+        except RuntimeError:
+            # The group is being torn down by a failure; the last things to tell are told all the same.
+            return asyncio.create_task(work, name=name)
 
     async def on_request(self, message: Msg) -> None:
         """A generation request from the bus."""
@@ -126,7 +131,7 @@ class Worker:
             seconds=seconds or {},
         )
 
-    async def _execute(self, command: Command) -> CommandOutcome:
+    def _check(self, command: Command) -> None:
         if command.epoch < self.epoch:
             raise PrismError(
                 ErrorCode.STALE_EPOCH,
@@ -135,8 +140,14 @@ class Worker:
         self.epoch = command.epoch
         if self.draining and command.kind is CommandKind.ACTIVATE:
             raise PrismError(ErrorCode.OVERLOADED, f"{self.identity.worker} is draining", retry=True)
+
+    async def _execute(self, command: Command) -> CommandOutcome:
+        self._check(command)
         instance = self._instance(command)
         async with instance.lock:
+            # Again: whoever held the lock before may have taken long.
+            self._check(command)
+            self._transitions[instance.name] = asyncio.current_task()
             before = instance.state
             match command.kind:
                 case CommandKind.ACTIVATE:
@@ -168,6 +179,7 @@ class Worker:
                 on_state=self._on_state,
                 on_outputs=self.requests.on_outputs,
                 on_engine_lost=self._on_engine_lost,
+                on_discarded=self._on_discarded,
                 on_progress=self.announcements.progress,
             )
         elif instance.engine is None:
@@ -179,14 +191,12 @@ class Worker:
             return {}
         if instance.state is not ModelState.ACTIVE:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"{instance.name} is {instance.state}, not active")
+        if not await instance.can_doze():
+            # Without an image there is nothing to wake from; the memory is wanted all the same.
+            log.warning("%s has no image to wake from, its engine is released instead", instance.name)
+            return await self._release(instance, drain_s)
         drained = await self._drain(instance, drain_s)
-        try:
-            seconds = await instance.doze(deadline_s)
-        except PrismError:
-            if instance.state is ModelState.ACTIVE:
-                await self.routes.open(instance.name)
-            raise
-        return {**seconds, "drain": drained}
+        return {**await instance.doze(deadline_s), "drain": drained}
 
     async def _release(self, instance: ModelInstance, drain_s: float) -> dict[str, float]:
         began = time.perf_counter()
@@ -210,6 +220,11 @@ class Worker:
         self.requests.engine_lost(instance, how)
         self.spawn(self.routes.close(instance.name), name=f"close route {instance.name}")
 
+    def _on_discarded(self, instance: ModelInstance) -> None:
+        # Nothing may be left of an engine that is gone, however it went.
+        self.requests.engine_lost(instance, "it was released")
+        self.spawn(self.routes.close(instance.name), name=f"close route {instance.name}")
+
     def load_report(self) -> LoadReport:
         """What this worker is and holds, now."""
         return LoadReport(
@@ -229,10 +244,11 @@ class Worker:
         """Take no more requests, let the ones here finish for `drain_s`, end all engines."""
         self.draining = True
         self.announcements.changed()
-        for instance in self.instances.values():
-            if instance.state in IN_TRANSITION and instance.engine is not None:
-                # Whoever waits for it learns at once, and lets go of the instance.
-                instance.engine.kill()
+        for name, instance in self.instances.items():
+            transition = self._transitions.get(name)
+            if instance.state in IN_TRANSITION and transition is not None:
+                # It rolls back, and lets go of the instance.
+                transition.cancel()
 
         async def end(instance: ModelInstance) -> None:
             try:

@@ -7,7 +7,8 @@ from prism.common.messages.models import ModelState
 
 class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model on one worker. Bytes are what it holds of the device's memory now; `idle_s` is the time
-    since it last had a request queued or running; `failure` says why the state is failed."""
+    since it last had a request queued or running; `failure` says why it last failed, if it did;
+    `engine_steps` counts forward passes of its engine."""
 
     model: str
     state: ModelState
@@ -21,6 +22,7 @@ class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0
     generated_tokens: int = 0
     failure: str | None = None
+    engine_steps: int = 0
 
 
 class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -94,6 +94,7 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
             kv_tokens=scheduler.max_total_num_tokens,
             kv_bytes_per_token=_kv_bytes_per_token(scheduler),
             max_prompt_tokens=scheduler.max_req_input_len,
+            imaged=weights.imaged,
             seconds={**weights.seconds, "build": time.perf_counter() - began},
         )
     )

@@ -5,6 +5,7 @@ sender the only place where outputs leave.
 """
 
 import dataclasses
+import math
 import time
 from array import array
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from prism.gpu_worker.engine.arena import MemoryArena
 from prism.gpu_worker.engine.link import EngineLink
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import Abort, Done, Doze, Generate, Outputs, TokenOutput, Wake
+
+LOWEST_LOGPROB = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.weights = weights
         self.kv = kv
         self.dozing = False
-        self._told_load = (0, 0, 0)
+        self._told_load = (0, 0, 0, 0)
         self._doze_when_idle: Doze | None = None
         super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
 
@@ -158,11 +161,17 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self.handle_doze(self._doze_when_idle)
         super().on_idle()
 
-    def current_load(self) -> tuple[int, int, int]:
-        """Requests running, requests waiting, KV tokens held by requests."""
+    def process_batch_result(self, batch: Any, result: Any) -> None:
+        """Pass results on; a step without output (a chunk of a long prefill) shows as progress."""
+        super().process_batch_result(batch, result)
+        if self.forward_ct != self._told_load[3]:
+            self.tell([])
+
+    def current_load(self) -> tuple[int, int, int, int]:
+        """Requests running, requests waiting, KV tokens held by requests, forward passes so far."""
         allocator = self.token_to_kv_pool_allocator
         held = self.max_total_num_tokens - allocator.available_size() - self.tree_cache.evictable_size()
-        return len(self.running_batch.reqs), len(self.waiting_queue), held
+        return len(self.running_batch.reqs), len(self.waiting_queue), held, self.forward_ct
 
     def tell(self, outputs: list[TokenOutput]) -> None:
         """Send outputs with the engine's load."""
@@ -273,11 +282,16 @@ def _logprobs(batch: BatchTokenIDOutput, index: int) -> list[TokenLogprob] | Non
     chosen = batch.output_token_logprobs_val[index]
     tops = zip(batch.output_top_logprobs_val[index], batch.output_top_logprobs_idx[index], strict=True)
     alternatives = [
-        [(int(token), float(value)) for value, token in zip(values or [], tokens or [], strict=True)]
+        [(int(token), _finite(value)) for value, token in zip(values or [], tokens or [], strict=True)]
         for values, tokens in tops
     ]
     alternatives += [[]] * (len(chosen) - len(alternatives))
-    return [TokenLogprob(float(value), top) for value, top in zip(chosen, alternatives, strict=True)]
+    return [TokenLogprob(_finite(value), top) for value, top in zip(chosen, alternatives, strict=True)]
+
+
+def _finite(value: float) -> float:
+    # JSON has no infinities; a log-probability as low as this says the same.
+    return float(value) if math.isfinite(value) else LOWEST_LOGPROB
 
 
 def _abort_error(reason: dict[str, Any]) -> ErrorBody | None:

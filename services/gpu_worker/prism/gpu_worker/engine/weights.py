@@ -122,7 +122,7 @@ class ModelWeights:
 
     def _export_image(self) -> None:
         assert self.arena is not None
-        assert self._lease is not None
+        assert self._lease is not None  # the checkpoint's
         nbytes = _end(self._layout)
         manifest = ImageManifest(
             fingerprint=self._lease.manifest.fingerprint,
@@ -143,17 +143,15 @@ class ModelWeights:
             )
         finally:
             os.close(fd)
-        image = self._take_lease(self._start.layout)
-        checkpoint, self._lease = self._lease, image
-        checkpoint.close()
+        # Given back first: the store may need the checkpoint's room for the image.
+        self._lease.close()
+        self._lease = None
+        self._lease = self._take_lease(self._start.layout)
 
     def unmap(self) -> None:
         """Give the weights' memory back. Raises PrismError when there is no image to wake from."""
-        if self._export is not None:
-            self._export.join(self._start.store_deadline_s)
-            if self._export.is_alive():
-                raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
-            self._export = None
+        if self._export is not None and self._export.is_alive():
+            raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
         if not self.imaged:
             reason = self._export_error.message if self._export_error else "no image was exported"
             raise PrismError(ErrorCode.STORE_UNAVAILABLE, f"cannot doze without an image: {reason}")
