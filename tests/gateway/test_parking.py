@@ -42,6 +42,13 @@ def test_oldest_wait_is_that_of_the_first_still_here() -> None:
     assert (parking.count("a"), parking.oldest_s("a")) == (0, 0.0)
 
 
+def test_a_request_that_parks_again_has_waited_since_it_first_did() -> None:
+    clock = Clock()
+    parking = Parking(clock, per_model=9, total=9)
+    with parking.place("a"), parking.place("a", since=4.0):
+        assert parking.oldest_s("a") == 6.0
+
+
 async def test_one_wake_reaches_all_who_wait_for_the_model() -> None:
     parking = Parking(asyncio.get_running_loop().time, per_model=300, total=300)
     parked = asyncio.Semaphore(0)

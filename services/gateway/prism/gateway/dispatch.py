@@ -141,17 +141,19 @@ class Dispatcher:
         done: list[int] = []
         shunned = Shunned()
         losses = 0
+        waiting_since = self._clock()
         self._refuse_oversized(job)
         while True:
             if (finish := already_over(job, done)) is not None:
                 yield Tokens((), None, finish)
                 return
-            worker = await self._find_worker(job, shunned)
+            worker = await self._find_worker(job, shunned, waiting_since)
             try:
                 async with aclosing(self._attempt(replay(job, done), len(done), worker)) as parts:
                     async for part in parts:
                         done += part.tokens
                         yield part
+                        waiting_since = self._clock()
                         if part.finish is not None:
                             return
             except PrismError as error:
@@ -169,13 +171,13 @@ class Dispatcher:
                 self._metrics.replayed(job.model, error.code)
                 shunned.add(worker, self._clock())
 
-    async def _find_worker(self, job: Job, shunned: Shunned) -> str:
-        """A worker for `job`, waiting for one if need be."""
+    async def _find_worker(self, job: Job, shunned: Shunned, waiting_since: float) -> str:
+        """A worker for `job`, waiting for one if need be; it counts as parked since `waiting_since`."""
         worker = self._fleet.choose(job.model, shunned.at(self._clock()))
         if worker is not None:
             return worker
         self._registry.refuse_failed(job.model)
-        with self._parking.place(job.model) as place:
+        with self._parking.place(job.model, waiting_since) as place:
             limit = min(self._clock() + self._settings.park_s, job.deadline)
             while True:
                 now = self._clock()
@@ -184,9 +186,10 @@ class Dispatcher:
                     return worker
                 self._registry.refuse_failed(job.model)
                 if now >= limit:
+                    waited = now - waiting_since
                     raise PrismError(
                         ErrorCode.DEADLINE_EXCEEDED,
-                        f"model {job.model!r} was not ready after {now - place.since:.0f} s; try again later",
+                        f"model {job.model!r} was not ready after {waited:.0f} s; try again later",
                         retry=True,
                     )
                 until = min(limit, shunned.next_change(now) or limit)

@@ -52,8 +52,11 @@ class Parking:
         self._parked = 0
 
     @contextmanager
-    def place(self, model: str) -> Iterator[Place]:
-        """Park a request of `model` until the block ends. Raises PrismError(overloaded) beyond a cap."""
+    def place(self, model: str, since: float | None = None) -> Iterator[Place]:
+        """Park a request of `model`, which waits since `since` (now), until the block ends.
+
+        Raises PrismError(overloaded) beyond a cap.
+        """
         if self._parked >= self._total:
             raise PrismError(
                 ErrorCode.OVERLOADED,
@@ -68,7 +71,7 @@ class Parking:
                 param="model",
             )
         lot = self._lots.setdefault(model, _ModelLot())
-        place = Place(lot, self._clock())
+        place = Place(lot, self._clock() if since is None else since)
         lot.places[place] = None
         self._parked += 1
         self._on_change(model)
@@ -91,9 +94,9 @@ class Parking:
         return len(lot.places) if lot else 0
 
     def oldest_s(self, model: str) -> float:
-        """How long the first of them has waited."""
+        """How long the one of them that waits longest has waited."""
         lot = self._lots.get(model)
-        return self._clock() - next(iter(lot.places)).since if lot else 0.0
+        return self._clock() - min(place.since for place in lot.places) if lot else 0.0
 
     def wake(self, model: str) -> None:
         """One event for all who wait for `model`: they look again whether they can go."""
