@@ -4,7 +4,7 @@ PROFILE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
-PARTS := libs/common libs/scheduling libs/cli services/gateway services/global_scheduler services/gpu_worker services/model_store
+PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-core lint format clean

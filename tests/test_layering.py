@@ -11,7 +11,7 @@ pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).parents[1]
 SERVICES = ("gateway", "global_scheduler", "gpu_worker", "model_store")
-LIBRARIES = ("common", "scheduling", "cli")
+LIBRARIES = ("common", "scheduling", "cli", "bench")
 HEAVY = ("torch", "sglang", "transformers", "kvcached")
 
 
@@ -33,7 +33,7 @@ def imports_of(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_imports_no_other_service_nor_the_command_line(service: str) -> None:
-    foreign = {f"prism.{other}" for other in (*SERVICES, "cli") if other != service}
+    foreign = {f"prism.{other}" for other in (*SERVICES, "cli", "bench") if other != service}
     used = imports_of(ROOT / "services" / service)
     assert not [name for name in used if any(name == f or name.startswith(f + ".") for f in foreign)]
 
