@@ -91,7 +91,8 @@ async def test_a_start_without_a_store_says_what_is_missing(shells: ForkServerSh
 async def test_a_shell_that_is_told_nonsense_ends(shells: ForkServerShells) -> None:
     engine = await opened(shells)
     engine.abort("not a start")
-    assert await asyncio.wait_for(engine.ended, DEADLINE_S) == "exit status 3"
+    ended = await asyncio.wait_for(engine.ended, DEADLINE_S)
+    assert ended == "TypeError: the first message must be StartEngine, not Abort (exit status 3)"
     await engine.close()
 
 

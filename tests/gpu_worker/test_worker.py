@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 from nats.aio.msg import Msg
 from nats.js.errors import KeyNotFoundError
@@ -15,7 +17,7 @@ from nats.js.errors import KeyNotFoundError
 from prism.cli.nats_server import NatsServer
 from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
-from prism.common.errors import ErrorCode
+from prism.common.errors import ErrorBody, ErrorCode
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.generation import CancelRequest, GenerateRequest, SamplingParams, TokenFrame
 from prism.common.messages.load import LoadReport, ModelLoad
@@ -138,6 +140,16 @@ async def send(rig: Rig, rid: str, ids: list[int], tokens: int, **options: objec
     return frames
 
 
+async def last_error(frames: Frames) -> ErrorBody:
+    """The error that ends a request which has begun."""
+    while True:
+        frame = await frames.next()
+        assert frame is not None
+        assert frame.finish is None
+        if frame.error is not None:
+            return frame.error
+
+
 def tokens_of(frames: list[TokenFrame]) -> list[int]:
     return [token for frame in frames for token in frame.tokens]
 
@@ -185,7 +197,7 @@ async def worker_rig(
             admission=FirstComeAdmission(),
             memory_limit_bytes=LIMIT_BYTES,
             store_socket=str(store),
-            limits=EngineLimits(4, 256),
+            limits=EngineLimits(4, 256, stall_s=3.0),
         ) as worker,
     ):
         yield Rig(bus, worker, models)
@@ -306,17 +318,29 @@ async def test_a_killed_engine_tells_its_requests_and_the_model_can_be_started_a
     engine = rig.worker.instances[SMALL].engine
     assert engine is not None
     engine.kill()
-    last = await frames.next()
-    while last is not None and last.error is None:
-        last = await frames.next()
-    assert last is not None
-    assert last.error is not None
-    assert last.error.code is ErrorCode.ENGINE_LOST
-    assert last.error.retry
+    error = await last_error(frames)
+    assert error.code is ErrorCode.ENGINE_LOST
+    assert error.retry
     await rig.until_state(ModelState.COLD)
     assert rig.worker.ledger.reserved_bytes == 0
     outcome = await rig.command(CommandKind.ACTIVATE)
     assert outcome.state is ModelState.ACTIVE
+
+
+async def test_an_engine_that_is_stuck_is_ended_and_its_requests_go_on_elsewhere(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    frames = await send(rig, "a", [5, 6, 7], 1500)
+    assert await frames.next() is not None
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+    os.kill(engine.pid, signal.SIGSTOP)
+    error = await last_error(frames)
+    assert error.code is ErrorCode.ENGINE_LOST
+    assert error.retry
+    assert "stuck" in error.message
+    await rig.until_state(ModelState.COLD)
+    assert not psutil.pid_exists(engine.pid)
+    assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
 
 
 async def test_dozing_lets_requests_finish_and_sends_those_that_take_too_long_elsewhere(rig: Rig) -> None:
@@ -344,12 +368,7 @@ async def test_an_engine_killed_while_it_drains_keeps_nobody_waiting(rig: Rig) -
     dozing = asyncio.create_task(rig.command(CommandKind.DOZE, drain_s=DEADLINE_S))
     await rig.until_state(ModelState.DRAINING)
     engine.kill()
-    last = await frames.next()
-    while last is not None and last.error is None:
-        last = await frames.next()
-    assert last is not None
-    assert last.error is not None
-    assert last.error.code is ErrorCode.ENGINE_LOST
+    assert (await last_error(frames)).code is ErrorCode.ENGINE_LOST
     outcome = await asyncio.wait_for(dozing, DEADLINE_S / 2)
     assert outcome.state is ModelState.COLD
     assert rig.worker.ledger.reserved_bytes == 0

@@ -85,6 +85,14 @@ GB = 1_000_000_000
     help="Prompt tokens that one engine step takes at most.",
 )
 @click.option(
+    "--engine-stall-s",
+    type=float,
+    envvar="PRISM_ENGINE_STALL_S",
+    show_envvar=True,
+    default=10.0,
+    help="An engine with requests that says nothing for so long is stuck, and ended.",
+)
+@click.option(
     "--drain-s",
     type=float,
     envvar="PRISM_DRAIN_S",
@@ -103,6 +111,7 @@ def main(
     admission: str,
     max_running_requests: int,
     chunked_prefill_tokens: int,
+    engine_stall_s: float,
     drain_s: float,
     log_level: str,
 ) -> None:
@@ -128,7 +137,7 @@ def main(
                 admission=admission_policies[admission](),
                 memory_limit_bytes=int(worker_memory_gb * GB),
                 store_socket=store_socket,
-                limits=EngineLimits(max_running_requests, chunked_prefill_tokens),
+                limits=EngineLimits(max_running_requests, chunked_prefill_tokens, engine_stall_s),
             ),
             micro_service(
                 bus,

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from prism.gpu_worker.engine_protocol import (
     Abort,
     Done,
     Doze,
+    Dying,
     Failed,
     FromEngine,
     Generate,
@@ -60,11 +62,15 @@ class EngineEvents:
 
 
 class EngineProcess:
-    """A shell that becomes an engine by `start`. `close` ends it; `ended` says how it ended."""
+    """A shell that becomes an engine by `start`. `close` ends it; `ended` says how it ended.
+
+    `heard_at` is when it last said anything, in seconds on the monotonic clock.
+    """
 
     def __init__(self, shell: Shell, events: EngineEvents) -> None:
         self.pid = shell.pid
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.heard_at = time.monotonic()
         self._shell = shell
         self._events = events
         self._buffer = MessageBuffer()
@@ -74,6 +80,7 @@ class EngineProcess:
         self._reader_task: asyncio.Task[None] | None = None
         self._weights_fd: int | None = None
         self._kv_fd: int | None = None
+        self._reason = ""
 
     async def open(self) -> None:
         """Begin to read what the engine says."""
@@ -140,8 +147,9 @@ class EngineProcess:
             await asyncio.gather(self._reader_task, return_exceptions=True)
         self._end(self._shell.exited.result())
 
-    def kill(self) -> None:
-        """End the engine at once."""
+    def kill(self, reason: str = "") -> None:
+        """End the engine at once; `reason` is told with its end."""
+        self._reason = self._reason or reason
         self._signal(signal.SIGKILL)
 
     def _signal(self, signum: signal.Signals) -> None:
@@ -176,6 +184,7 @@ class EngineProcess:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
             while data := await reader.read(RECEIVE_BYTES):
+                self.heard_at = time.monotonic()
                 for body in self._buffer.feed(data):
                     self._dispatch(unpack_from_engine(body))
         except OSError as error:
@@ -209,6 +218,8 @@ class EngineProcess:
                 self._send(WeightsGranted(self._events.on_weights_sized(message.nbytes)))
             case Imaged():
                 self._events.on_imaged(message)
+            case Dying():
+                self._reason = message.reason
 
     def _fail(self, answer: "asyncio.Future[Ready | Done] | None", error: ErrorBody) -> None:
         if answer is not None and not answer.done():
@@ -217,6 +228,7 @@ class EngineProcess:
     def _end(self, how: str) -> None:
         if self.ended.done():
             return
+        how = f"{self._reason} ({how})" if self._reason else how
         self.ended.set_result(how)
         for answer in self._calls.values():
             self._fail(answer, ErrorBody(ErrorCode.ENGINE_LOST, f"engine {self.pid}: {how}", retry=True))

@@ -145,7 +145,13 @@ class Imaged(msgspec.Struct, frozen=True, tag="imaged"):
     error: ErrorBody | None = None
 
 
-FromEngine = Progress | WeightsSized | Ready | Failed | Done | Outputs | Imaged
+class Dying(msgspec.Struct, frozen=True, tag="dying"):
+    """The engine met an error that it cannot live with, and ends; why, for people."""
+
+    reason: str
+
+
+FromEngine = Progress | WeightsSized | Ready | Failed | Done | Outputs | Imaged | Dying
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

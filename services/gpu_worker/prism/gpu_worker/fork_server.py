@@ -75,6 +75,9 @@ def import_engine() -> None:
 
     warnings.filterwarnings("ignore")
     logging.getLogger("sglang").setLevel(logging.ERROR)
+    from sglang.srt.distributed.device_communicators import pynccl, shm_broadcast  # noqa: F401
+    from sglang.srt.layers.attention import torch_native_backend  # noqa: F401
+    from sglang.srt.managers import tp_worker  # noqa: F401
     from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)
 
     import prism.gpu_worker.engine.host  # noqa: F401

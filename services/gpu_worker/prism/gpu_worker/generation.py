@@ -36,6 +36,7 @@ class RunningRequest:
         self.instance = instance
         self.expires = time.monotonic() + request.deadline_s
         self.generated = 0
+        self.released_at = 0.0
 
 
 class GenerationRequests:
@@ -131,6 +132,7 @@ class GenerationRequests:
             entry = self._queued.pop(rid)
             del self._entries[rid]
             self._running[rid] = entry
+            entry.released_at = time.monotonic()
             request = entry.request
             assert entry.instance.engine is not None
             try:
@@ -200,6 +202,11 @@ class GenerationRequests:
         return self.queued(model) + sum(
             1 for running in self._running.values() if running.instance.name == model
         )
+
+    def working_since(self, instance: ModelInstance) -> float | None:
+        """Since when its engine has had the oldest of its requests, None when it has none."""
+        mine = (running for running in self._running.values() if running.instance is instance)
+        return min((running.released_at for running in mine), default=None)
 
     def queued(self, model: str) -> int:
         """Requests of `model` that no engine has yet."""

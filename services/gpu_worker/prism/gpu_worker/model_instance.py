@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.load import ModelLoad
@@ -27,12 +28,14 @@ IMAGE_DEADLINE_S = 20.0
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
+@dataclass(frozen=True)
 class EngineLimits:
-    """How much an engine may take on at once."""
+    """How much an engine may take on at once, and how long it may say nothing while it has work: beyond
+    `stall_s` seconds it counts as stuck."""
 
-    def __init__(self, max_running_requests: int, chunked_prefill_tokens: int) -> None:
-        self.max_running_requests = max_running_requests
-        self.chunked_prefill_tokens = chunked_prefill_tokens
+    max_running_requests: int
+    chunked_prefill_tokens: int
+    stall_s: float = 10.0
 
 
 class ModelInstance:

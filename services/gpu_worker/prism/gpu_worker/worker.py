@@ -25,12 +25,13 @@ from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
 from prism.gpu_worker.routes import WorkerRoutes, worker_routes
+from prism.gpu_worker.stall_watch import StallWatch
 from prism.scheduling.admission import AdmissionPolicy
 from prism.scheduling.ledger import MemoryLedger
 
 log = logging.getLogger(__name__)
 
-EXPIRY_INTERVAL_S = 0.25
+WATCH_INTERVAL_S = 0.25
 RETIRE_DEADLINE_S = 10.0
 IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
 
@@ -93,11 +94,23 @@ class Worker:
         """A cancellation from the bus."""
         self.requests.cancel(decode(message.data, CancelRequest).rid)
 
-    async def expire_requests(self) -> None:
-        """End requests that are past their deadline, until cancelled."""
+    async def watch_requests(self) -> None:
+        """End requests that are past their deadline and engines that are stuck, until cancelled."""
+        watch = StallWatch(self._limits.stall_s, WATCH_INTERVAL_S, time.monotonic())
         while True:
-            await asyncio.sleep(EXPIRY_INTERVAL_S)
+            await asyncio.sleep(WATCH_INTERVAL_S)
             self.requests.expire()
+            watch.looked(time.monotonic())
+            for instance in self.instances.values():
+                self._end_if_stuck(instance, watch)
+
+    def _end_if_stuck(self, instance: ModelInstance, watch: StallWatch) -> None:
+        engine = instance.engine
+        if engine is None:
+            return
+        silence_s = watch.silence_s(engine.heard_at, self.requests.working_since(instance))
+        if silence_s is not None:
+            engine.kill(f"stuck: it said nothing for {silence_s:.1f} s while it had requests")
 
     async def on_command(self, message: Msg) -> None:
         """A command from the bus, answered with what it led to."""
@@ -304,7 +317,7 @@ async def run_worker(
             await bus.flush()
             loops = [
                 worker.spawn(worker.announcements.report_load(), name="load reports"),
-                worker.spawn(worker.expire_requests(), name="request deadlines"),
+                worker.spawn(worker.watch_requests(), name="watch requests"),
             ]
             try:
                 yield worker

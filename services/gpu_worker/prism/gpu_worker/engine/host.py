@@ -1,5 +1,6 @@
 """An engine host's life: take a model when told, serve it, end with the worker."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from setproctitle import setproctitle
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.managers import mm_utils
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
@@ -18,12 +20,24 @@ from prism.gpu_worker.engine.arena import MemoryArena
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.scheduler import EngineScheduler
 from prism.gpu_worker.engine.weights import ModelWeights, loader_for
-from prism.gpu_worker.engine_protocol import Failed, Imaged, Ready, StartEngine, WeightsGranted, WeightsSized
+from prism.gpu_worker.engine_protocol import (
+    Dying,
+    Failed,
+    Imaged,
+    Ready,
+    StartEngine,
+    WeightsGranted,
+    WeightsSized,
+)
 
 log = logging.getLogger(__name__)
 
 KV_ARENA_SLACK = 2
 EXIT_FAILED = 3
+
+# Prompts are token ids, never images. Left unset, the first request of each engine would import SGLang's
+# tokenizer manager only to find this out.
+mm_utils._is_default_tensor_transport = True
 
 
 def serve(connection: socket.socket) -> int:
@@ -44,10 +58,17 @@ def serve(connection: socket.socket) -> int:
         scheduler.run_event_loop()
     except WorkerGone:
         return 0
-    except Exception:
+    except Exception as error:
         log.exception("engine died")
+        with contextlib.suppress(WorkerGone):
+            link.send(Dying(_first_line(error)))
         return EXIT_FAILED
     return 0
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
