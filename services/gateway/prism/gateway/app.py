@@ -44,6 +44,7 @@ def build_app(
             "state": status.state,
             "reason": status.reason,
             "context_length": status.context_length,
+            "devices": status.devices,
         }
 
     async def models(request: Request) -> Response:

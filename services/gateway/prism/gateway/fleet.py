@@ -44,6 +44,11 @@ class Fleet:
             self._serving.get(model, ()), self._workers, self._clock(), silence_s=self._silence_s, avoid=avoid
         )
 
+    def devices(self, model: str) -> tuple[str, ...]:
+        """The kinds of devices of the workers that serve `model`, sorted."""
+        views = [self._workers.get(worker) for worker in self._serving.get(model, ())]
+        return tuple(sorted({view.report.device for view in views if view is not None}))
+
     def failure(self, model: str) -> str | None:
         """Why no worker can serve `model`, if that is what they all say and nobody does serve it."""
         if self.choose(model) is not None:

@@ -220,6 +220,7 @@ SCHEMAS: dict[str, Schema] = {
         state={"enum": ["ready", "sleeping", "failed"]},
         reason=NULLABLE_STRING,
         context_length={"type": ["integer", "null"]},
+        devices=_list(STRING),
     ),
     "Status": _object(status=STRING, reason=STRING),
     "Error": _object(

@@ -11,12 +11,14 @@ from prism.gateway.fleet import Fleet
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """`state` is ready, sleeping (a request wakes it) or failed; `reason` says why it is not ready."""
+    """`state` is ready, sleeping (a request wakes it) or failed; `reason` says why it is not ready.
+    `devices` are the kinds of hardware that serve it now: what a simulated one says, no model has said."""
 
     name: str
     state: str
     reason: str | None
     context_length: int | None
+    devices: tuple[str, ...] = ()
 
 
 class Registry:
@@ -97,5 +99,5 @@ class Registry:
             state = "failed" if error.code is ErrorCode.MODEL_FAILED else "sleeping"
             return ModelStatus(name, state, error.message, length)
         if self._fleet.choose(name) is not None:
-            return ModelStatus(name, "ready", None, length)
+            return ModelStatus(name, "ready", None, length, self._fleet.devices(name))
         return ModelStatus(name, "sleeping", "the next request wakes it", length)

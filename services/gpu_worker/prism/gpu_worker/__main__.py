@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import sys
+from contextlib import AbstractAsyncContextManager
 
 import click
 
@@ -14,6 +15,9 @@ from prism.common.micro import micro_service
 from prism.common.process import run_service
 from prism.common.telemetry import configure_logging
 from prism.gpu_worker.devices.cpu import cpu_device
+from prism.gpu_worker.devices.device import Device
+from prism.gpu_worker.devices.simulated import simulated_device
+from prism.gpu_worker.devices.simulated_costs import costs_from
 from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.worker import WorkerIdentity, run_worker
@@ -31,11 +35,11 @@ GB = 1_000_000_000
 @click.option("--node", envvar="PRISM_NODE", show_envvar=True, default=node_name, help="Name of this host.")
 @click.option(
     "--device",
-    type=click.Choice(["cpu"]),
+    type=click.Choice(["cpu", "simulated"]),
     envvar="PRISM_DEVICE",
     show_envvar=True,
     default="cpu",
-    help="What the engines run on.",
+    help="What the engines run on. simulated: nothing; they say numbers, as PRISM_SIMULATED_* set.",
 )
 @click.option(
     "--first-gpu-id",
@@ -126,12 +130,12 @@ def main(
             raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
-            cpu_device() as cpu,
+            _device(device) as engines,
             frame_publisher(bus) as publisher,
             run_worker(
                 identity,
                 bus,
-                cpu,
+                engines,
                 publisher,
                 drain_s=drain_s,
                 admission=admission_policies[admission](),
@@ -151,6 +155,12 @@ def main(
             await stop.wait()
 
     sys.exit(run_service("gpu_worker", serve))
+
+
+def _device(name: str) -> AbstractAsyncContextManager[Device]:
+    if name == "simulated":
+        return simulated_device(costs_from(os.environ))
+    return cpu_device()
 
 
 if __name__ == "__main__":

@@ -43,10 +43,12 @@ def encode_reply(reply: ForkServerReply) -> bytes:
 
 def decode_exit(status: int) -> str:
     """How a process ended, in words, from its wait status."""
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit status {code}"
+    return exit_words(os.waitstatus_to_exitcode(status))
+
+
+def exit_words(code: int) -> str:
+    """How a process ended, in words, from its exit code; that of a signal is negative."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 class Shell:

@@ -1,0 +1,71 @@
+"""What the simulated device's engines are given: how long things take there, and what they say."""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+import msgspec
+
+from prism.common.errors import ErrorCode, PrismError
+
+PREFIX = "PRISM_SIMULATED_"
+
+
+class Script(enum.StrEnum):
+    """What simulated engines say: see `simulated_tokens`."""
+
+    NUMBERED = "numbered"
+    STAMPED = "stamped"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SimulatedCosts:
+    """One engine's cost model. Each field is read from PRISM_SIMULATED_<FIELD>.
+
+    A step either prefills up to the chunk size of prompt tokens or decodes one token of each running request;
+    a rate of 0 tokens/s, and a time of 0, cost nothing. `printable_id` is the id of the token "!" in the
+    model's tokenizer, from which on the printable ASCII characters follow in order, as they do in byte-level
+    BPE (6 in the tiny models, 0 in most others).
+    """
+
+    prefill_tokens_per_s: float = 10_000.0
+    decode_step_ms: float = 20.0
+    start_ms: float = 50.0
+    doze_ms: float = 10.0
+    wake_ms: float = 50.0
+    kv_bytes_per_token: int = 2048
+    printable_id: int = 6
+    script: Script = Script.NUMBERED
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds that a step with so many prompt tokens takes."""
+        return tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds that a decoding step takes, whatever the size of its batch."""
+        return self.decode_step_ms / 1000
+
+
+def costs_from(environment: Mapping[str, str]) -> SimulatedCosts:
+    """The cost model that `environment` describes.
+
+    Raises PrismError(invalid_request) that names the variable at fault.
+    """
+    given: dict[str, object] = {}
+    for field in dataclasses.fields(SimulatedCosts):
+        variable = PREFIX + field.name.upper()
+        if variable not in environment:
+            continue
+        try:
+            given[field.name] = msgspec.convert(environment[variable], field.type, strict=False)
+        except msgspec.ValidationError as error:
+            raise PrismError(
+                ErrorCode.INVALID_REQUEST, f"{variable}={environment[variable]!r}: {error}", param=variable
+            ) from error
+        value = given[field.name]
+        if isinstance(value, int | float) and not 0 <= value < float("inf"):
+            raise PrismError(
+                ErrorCode.INVALID_REQUEST, f"{variable}={value}: must be a number from 0 on", param=variable
+            )
+    return SimulatedCosts(**given)  # type: ignore[arg-type]  # converted to each field's type above

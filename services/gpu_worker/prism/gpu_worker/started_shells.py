@@ -1,0 +1,75 @@
+"""Shells that are started processes, for engines whose process cannot be forked from another one."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from prism.common.errors import ErrorCode, PrismError
+from prism.gpu_worker.shells import Shell, exit_words
+
+log = logging.getLogger(__name__)
+
+
+class StartedShells:
+    """Starts `python -m <module> FD <arguments>` for each shell. Made by `started_shells`."""
+
+    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+        self._module = module
+        self._arguments = list(arguments)
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._watches: set[asyncio.Task[None]] = set()
+
+    async def take(self) -> Shell:
+        """A shell. Raises PrismError(internal) when no process can be started."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    self._module,
+                    str(theirs.fileno()),
+                    *self._arguments,
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
+            except BaseException as error:
+                ours.close()
+                if isinstance(error, OSError):
+                    raise PrismError(ErrorCode.INTERNAL, f"no shell: {error}", retry=True) from error
+                raise
+        shell = Shell(process.pid, ours)
+        self._processes[process.pid] = process
+        watch = asyncio.create_task(self._watch(process, shell), name=f"watch shell {process.pid}")
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+        return shell
+
+    async def _watch(self, process: asyncio.subprocess.Process, shell: Shell) -> None:
+        code = await process.wait()
+        del self._processes[process.pid]
+        if not shell.exited.done():
+            shell.exited.set_result(exit_words(code))
+
+    async def stop(self) -> None:
+        """End every process that is left."""
+        for process in self._processes.values():
+            log.warning("shell %d is still there, killed", process.pid)
+            process.kill()
+        while self._watches:
+            await asyncio.wait(set(self._watches))
+
+
+@asynccontextmanager
+async def started_shells(module: str, arguments: Sequence[str] = ()) -> AsyncIterator[StartedShells]:
+    """Shells of `module`; none is left at the end."""
+    shells = StartedShells(module, arguments)
+    try:
+        yield shells
+    finally:
+        await shells.stop()
