@@ -16,7 +16,7 @@ from prism.common.bus import connect_bus
 from prism.common.messages.codec import decode
 from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelState
-from prism.gpu_worker.devices.simulated_tokens import numbered_text
+from prism.common.simulated_text import numbered_text
 
 DEADLINE_S = 60.0
 MODEL = "tiny-llama"

@@ -4,14 +4,10 @@ import pytest
 
 from prism.common.errors import PrismError
 from prism.common.messages.generation import SamplingParams
+from prism.common.simulated_text import STAMPED_GROUP, numbered_text
 from prism.gpu_worker.devices.simulated_batch import SimulatedBatch
 from prism.gpu_worker.devices.simulated_costs import Script, SimulatedCosts, costs_from
-from prism.gpu_worker.devices.simulated_tokens import (
-    STAMPED_GROUP,
-    NumberedTokens,
-    StampedTokens,
-    numbered_text,
-)
+from prism.gpu_worker.devices.simulated_tokens import NumberedTokens, StampedTokens
 from prism.gpu_worker.engine_protocol import Generate, TokenOutput
 
 pytestmark = pytest.mark.core

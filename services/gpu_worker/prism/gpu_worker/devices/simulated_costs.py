@@ -12,7 +12,7 @@ PREFIX = "PRISM_SIMULATED_"
 
 
 class Script(enum.StrEnum):
-    """What simulated engines say: see `simulated_tokens`."""
+    """What simulated engines say: see `prism.common.simulated_text`."""
 
     NUMBERED = "numbered"
     STAMPED = "stamped"
