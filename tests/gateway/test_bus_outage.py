@@ -53,3 +53,34 @@ async def test_stream_and_registry_survive_a_restart_of_the_bus(
                 assert worker.turns.qsize() == 0
                 await stage.register("later")
                 await stage.ready("m")
+
+
+async def test_a_request_whose_last_frame_the_bus_lost_is_made_anew_at_once(
+    tmp_path: Path, bundle: TokenizerBundle
+) -> None:
+    async def script(turn: Turn) -> None:
+        if len(turn.request.input_ids) == prompt_tokens:
+            await turn.send(stage.ids("one "))
+            # Its end went down with the server, so there is no frame to send once the server is back.
+        else:
+            await turn.send(stage.ids("two"), finish="stop")
+
+    with nats_server(tmp_path) as first:
+        port = urlsplit(first.url).port
+        assert port is not None
+        async with (
+            connect_bus(first.url, name="test") as bus,
+            open_stage(bus, first, bundle, Settings(stall_s=1000)) as stage,
+        ):
+            prompt_tokens = len(stage.ids("hello"))
+            await stage.register("m")
+            worker = await stage.worker(script, "m")
+            body = {"model": "m", "prompt": "hello", "stream": True}
+            request = asyncio.create_task(stage.http.post("/v1/completions", json=body))
+            seen = 'time_to_first_token_seconds_count{model="m"} 1.0'
+            await stage.eventually("/metrics", lambda answer: seen in answer.text)
+            first.stop()
+            with nats_server(tmp_path, port=port):
+                events = read_events((await asyncio.wait_for(request, 20)).text)
+            assert joined(events) == "one two"
+            assert worker.turns.qsize() == 2

@@ -343,6 +343,21 @@ async def test_an_engine_that_is_stuck_is_ended_and_its_requests_go_on_elsewhere
     assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
 
 
+async def test_an_engine_that_is_stuck_while_it_wakes_is_replaced(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    await rig.command(CommandKind.DOZE)
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+    os.kill(engine.pid, signal.SIGSTOP)
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.error is not None
+    assert outcome.error.retry
+    assert outcome.state is ModelState.COLD
+    assert not psutil.pid_exists(engine.pid)
+    assert rig.worker.ledger.reserved_bytes == 0
+    assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
+
+
 async def test_dozing_lets_requests_finish_and_sends_those_that_take_too_long_elsewhere(rig: Rig) -> None:
     await rig.command(CommandKind.ACTIVATE)
     short = await send(rig, "a", [5, 6, 7], 30)

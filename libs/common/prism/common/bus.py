@@ -40,11 +40,16 @@ PENDING_BYTES = 512 * 1024 * 1024
 
 
 class Bus:
-    """A connected client. Made by `connect_bus`; holds no state of its own beyond the handlers' tasks."""
+    """A connected client. Made by `connect_bus`; holds no state of its own beyond the handlers' tasks.
+
+    What is in `on_return` is called each time the connection is back after a loss; what was sent to or from
+    here around the loss may be gone.
+    """
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.jetstream: JetStreamContext = client.jetstream()
+        self.on_return: list[Callable[[], None]] = []
         self._handling: set[asyncio.Task[None]] = set()
 
     @property
@@ -165,9 +170,12 @@ async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[B
     """
 
     closing = False
+    bus: Bus | None = None
 
     async def on_error(error: Exception) -> None:
-        log.error("bus: %s", error or type(error).__name__)
+        # The loss of the connection is told once, not with every attempt to get it back.
+        there = bus is None or bus.client.is_connected
+        log.log(logging.ERROR if there else logging.DEBUG, "bus: %s", error or type(error).__name__)
 
     async def on_disconnect() -> None:
         if not closing:
@@ -175,6 +183,8 @@ async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[B
 
     async def on_reconnect() -> None:
         log.warning("bus: connected to %s again", url)
+        for call in bus.on_return if bus else []:
+            call()
 
     client = await _connect(
         url,

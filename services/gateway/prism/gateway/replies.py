@@ -14,6 +14,7 @@ from prism.common.messages.generation import TokenFrame
 log = logging.getLogger(__name__)
 
 NO_RESPONDERS = "503"
+RETURN_GRACE_S = 2.0
 
 
 class Inbox:
@@ -21,10 +22,12 @@ class Inbox:
 
     def __init__(self, worker: str) -> None:
         self.worker = worker
+        self.received = 0
         self._queue: asyncio.Queue[TokenFrame | PrismError] = asyncio.Queue()
 
     def put(self, item: TokenFrame | PrismError) -> None:
         """Add a frame, or the error that ends the attempt."""
+        self.received += 1
         self._queue.put_nowait(item)
 
     @property
@@ -74,3 +77,16 @@ class Replies:
         for inbox in self._inboxes.values():
             if inbox.worker == worker:
                 inbox.put(PrismError(ErrorCode.ENGINE_LOST, f"{worker} has gone silent", retry=True))
+
+    def bus_returned(self) -> None:
+        """The bus was away. Workers send a frame for each request that they have still; an attempt of which
+        nothing comes within RETURN_GRACE_S lost its request or its last frame on the way, and ends."""
+        seen = {rid: inbox.received for rid, inbox in self._inboxes.items()}
+        asyncio.get_running_loop().call_later(RETURN_GRACE_S, self._end_unheard, seen)
+
+    def _end_unheard(self, seen: dict[str, int]) -> None:
+        for rid, received in seen.items():
+            inbox = self._inboxes.get(rid)
+            if inbox is not None and inbox.received == received:
+                why = f"nothing came from {inbox.worker} after the bus was back"
+                inbox.put(PrismError(ErrorCode.ENGINE_LOST, why, retry=True))

@@ -109,6 +109,7 @@ async def running_gateway(
     fleet = Fleet(clock, settings.silence_s, fleet_changed)
     replies = Replies()
     exchanges = Exchanges()
+    bus.on_return.append(replies.bus_returned)
 
     async def on_load(message: Msg) -> None:
         fleet.on_load(decode(message.data, LoadReport))

@@ -96,11 +96,13 @@ class EngineProcess:
         return ready
 
     async def doze(self, deadline_s: float) -> Done:
-        """Give back weights and KV memory. Raises PrismError; the engine is then as it was, or gone."""
+        """Give back weights and KV memory. Raises PrismError; the engine is then as it was, or (without an
+        answer in time) ended."""
         return await self._transition(Doze, deadline_s)
 
     async def wake(self, deadline_s: float) -> Done:
-        """Take memory and weights again. Raises PrismError; the engine then dozes still, or is gone."""
+        """Take memory and weights again. Raises PrismError; the engine then dozes still, or (without an
+        answer in time) ended."""
         return await self._transition(Wake, deadline_s)
 
     async def _transition(self, kind: type[Doze] | type[Wake], deadline_s: float) -> Done:
@@ -170,9 +172,10 @@ class EngineProcess:
             async with asyncio.timeout(deadline_s):
                 return await answer
         except TimeoutError as error:
-            raise PrismError(
-                ErrorCode.DEADLINE_EXCEEDED, f"engine {self.pid} did not answer within {deadline_s:.1f} s"
-            ) from error
+            why = f"did not answer within {deadline_s:.1f} s"
+            # Whatever it is at, it can't be told to let go of it.
+            self.kill(f"stuck: it {why}")
+            raise PrismError(ErrorCode.DEADLINE_EXCEEDED, f"engine {self.pid} {why}", retry=True) from error
         finally:
             self._calls.pop(call, None)
 

@@ -22,6 +22,7 @@ class FramePublisher:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self._not_sent = 0
 
     def send(self, subject: str, frame: TokenFrame) -> None:
         """Queue a frame for `subject`."""
@@ -33,9 +34,13 @@ class FramePublisher:
             subject, payload = await self._queue.get()
             try:
                 await self._bus.client.publish(subject, payload)
-            except (nats.errors.Error, OSError) as error:
+            except (nats.errors.Error, OSError):
                 # The gateway sees a gap in the sequence, or nothing, and replays.
-                log.warning("frame for %s not sent: %s", subject, error)
+                self._not_sent += 1
+            else:
+                if self._not_sent:
+                    log.warning("%d frames were not sent while the bus was away", self._not_sent)
+                    self._not_sent = 0
             finally:
                 self._queue.task_done()
 
@@ -57,6 +62,10 @@ class FrameStream:
     def tokens(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Some tokens, more to follow."""
         self._send(TokenFrame(self.rid, self._seq, tokens, logprobs))
+
+    def alive(self) -> None:
+        """Nothing new: the request is here still, and this is how many frames there were."""
+        self._send(TokenFrame(self.rid, self._seq))
 
     def finish(self, tokens: list[int], logprobs: list[TokenLogprob] | None, finish: Finish) -> None:
         """The last tokens."""

@@ -246,6 +246,12 @@ class GenerationRequests:
         if lost:
             self._note_change(instance)
 
+    def reassure(self) -> None:
+        """Send a frame for every request that is here: the bus was away, and frames may be lost. A gateway
+        learns that its request is alive, or sees the gap."""
+        for entry in [*self._queued.values(), *self._running.values()]:
+            entry.frames.alive()
+
     def expire(self) -> None:
         """End what is past its deadline: whoever waited has stopped waiting."""
         now = time.monotonic()

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 STORE_DEADLINE_S = 600.0
 FAILED_FOR_S = 15.0
 IMAGE_DEADLINE_S = 20.0
+SLOWEST_COPY_BYTES_PER_S = 500e6
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
@@ -131,7 +132,7 @@ class ModelInstance:
         )
         self.set_state(ModelState.WAKING)
         try:
-            done = await self.engine.wake(deadline_s)
+            done = await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
         except BaseException as error:
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
             rolled_back = isinstance(error, PrismError) and error.code is ErrorCode.STORE_UNAVAILABLE
@@ -142,6 +143,9 @@ class ModelInstance:
                 await self.discard_engine(*_after(error, "wake failed"))
             raise
         return done.seconds
+
+    def _copy_deadline_s(self) -> float:
+        return self._limits.stall_s + self._weights_bytes / SLOWEST_COPY_BYTES_PER_S
 
     async def _start(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         began = time.perf_counter()
@@ -240,7 +244,7 @@ class ModelInstance:
         assert self.engine is not None
         began = time.perf_counter()
         try:
-            done = await self.engine.doze(deadline_s)
+            done = await self.engine.doze(min(deadline_s, self._limits.stall_s))
             await self._confirm_freed()
         except BaseException as error:
             await self.discard_engine(*_after(error, "doze failed"))

@@ -311,6 +311,7 @@ async def run_worker(
             limits=limits,
         )
         me = identity.worker
+        bus.on_return.append(worker.requests.reassure)
         async with worker_routes(bus, me, identity.node, worker.on_request, worker.spawn) as worker.routes:
             await bus.subscribe(subjects.command(me), worker.on_command)
             await bus.subscribe(subjects.cancel(me), worker.on_cancel, inline=True)
