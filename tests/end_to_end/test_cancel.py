@@ -4,6 +4,7 @@ import asyncio
 import json
 import statistics
 import time
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -52,7 +53,7 @@ async def leave_after(client: httpx.AsyncClient, prompt: list[int], tokens: int)
                 times.append(time.monotonic())
                 received = len(json.loads(line.removeprefix("data: "))["output_ids"])
                 if received >= tokens:
-                    return received, statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+                    return received, statistics.median(b - a for a, b in pairwise(times))
     raise AssertionError("the stream ended by itself")
 
 
@@ -65,7 +66,7 @@ async def test_a_running_request_ends_within_the_time_promised(
     for trial in range(TRIALS):
         received, pace_s = await leave_after(client, [5, 6, trial + 8], 20)
         after = (await until_quiet(watcher)).generated_tokens
-        # In tokens that the engine made for nobody, so that a slow machine slows both sides of the comparison.
+        # Counted in tokens made for nobody, so that a slow machine slows both sides of the comparison.
         overrun_s.append((after - before - received) * pace_s)
         before = after
     print("seconds that a cancelled request ran on:", [f"{value:.3f}" for value in overrun_s])

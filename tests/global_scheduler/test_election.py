@@ -133,10 +133,16 @@ async def test_renouncing_lets_another_lead(bus: Bus) -> None:
         assert await epochs.next() > epoch
 
 
+async def test_an_epoch_is_above_those_of_workers_even_when_revisions_begin_anew(bus: Bus) -> None:
+    epochs = Epochs()
+    async with stand_for_election(bus, "one", epochs, lambda: 500):
+        assert await epochs.next() == 501
+
+
 async def test_a_candidate_that_never_led_releases_nothing(bus: Bus) -> None:
     bucket = await bus.bucket(subjects.BUCKET_LEADER)
     await bucket.create(subjects.LEADER_KEY, encode(LeaderRecord("other")))
-    await Election(bus, "one", lambda epoch: None).release()
+    await Election(bus, "one", lambda epoch: None, lambda: 0).release()
     assert (await bucket.get(subjects.LEADER_KEY)).value == encode(LeaderRecord("other"))
 
 

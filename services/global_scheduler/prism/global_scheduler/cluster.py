@@ -84,6 +84,10 @@ class ClusterState:
             # Failures on the way up are told by the outcome of the command.
             self.backoff.failed(worker, name, model.failure or "its engine ended", now)
 
+    def seen_epoch(self) -> int:
+        """The highest epoch in which any worker has been commanded."""
+        return max((seen.report.epoch for seen in self.workers.values()), default=0)
+
     def demand(self, report: DemandReport, now: float) -> None:
         """Take a gateway's report, which replaces its last one."""
         self._gateways[report.gateway] = (report, now)

@@ -1,7 +1,8 @@
 """Who leads: a lease in a KV bucket whose entries expire.
 
 The epoch of a leader is the revision that acquired the lease: it only ever grows, travels with each command,
-and lets workers refuse the commands of a leader that does not know yet that it was replaced.
+and lets workers refuse the commands of a leader that does not know yet that it was replaced. A bus that loses
+its state counts revisions anew; so an epoch is also above any that a worker has reported.
 """
 
 import asyncio
@@ -32,13 +33,17 @@ _BUS_ERRORS = (nats.errors.Error, OSError, TimeoutError, PrismError)
 
 
 class Election:
-    """One candidate. `epoch` is above 0 while it leads; `on_change(epoch)` is called with each change."""
+    """One candidate. `epoch` is above 0 while it leads; `on_change(epoch)` is called with each change.
+    `seen_epoch()` gives the highest epoch that workers know of."""
 
-    def __init__(self, bus: Bus, instance: str, on_change: Callable[[int], None]) -> None:
+    def __init__(
+        self, bus: Bus, instance: str, on_change: Callable[[int], None], seen_epoch: Callable[[], int]
+    ) -> None:
         self.instance = instance
         self.epoch = 0
         self._bus = bus
         self._on_change = on_change
+        self._seen_epoch = seen_epoch
         self._revision = 0
         self._fresh_until = 0.0
         self._renounced = asyncio.Event()
@@ -115,7 +120,7 @@ class Election:
                     return False
                 revision = int(await bucket.update(subjects.LEADER_KEY, self._record, last=own))
         self._renewed(revision, began)
-        self.epoch = revision
+        self.epoch = max(revision, self._seen_epoch() + 1)
         self._renounced.clear()
         log.info("%s leads, epoch %d", self.instance, self.epoch)
         self._on_change(self.epoch)
@@ -201,10 +206,13 @@ class Election:
 
 @asynccontextmanager
 async def stand_for_election(
-    bus: Bus, instance: str, on_change: Callable[[int], None]
+    bus: Bus,
+    instance: str,
+    on_change: Callable[[int], None],
+    seen_epoch: Callable[[], int] = lambda: 0,
 ) -> AsyncIterator[Election]:
     """A candidate that runs until the end of the `async with`, and gives the lease back then."""
-    election = Election(bus, instance, on_change)
+    election = Election(bus, instance, on_change, seen_epoch)
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(election.run(), name="election")
         try:

@@ -15,7 +15,7 @@ from prism.common.mirror import mirror_bucket
 from prism.common.tasks import end_task
 from prism.global_scheduler.election import stand_for_election
 from prism.global_scheduler.explain import explain_service
-from prism.global_scheduler.registration import register
+from prism.global_scheduler.registration import registered
 from prism.global_scheduler.scheduler import Deadlines, GlobalScheduler
 from prism.scheduling.placement import PlacementPolicy
 
@@ -38,7 +38,7 @@ async def run_global_scheduler(
     async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
         scheduler = GlobalScheduler(bus, tasks, policy, policy_name, deadlines or Deadlines())
         stack.callback(scheduler.close)
-        await register(bus, specs, prune=prune)
+        await stack.enter_async_context(registered(bus, specs, prune=prune))
         models = subjects.BUCKET_MODELS
         await stack.enter_async_context(
             mirror_bucket(bus, models, ModelSpec, pattern="spec.*", on_change=scheduler.on_spec)
@@ -49,7 +49,9 @@ async def run_global_scheduler(
         routes = await stack.enter_async_context(mirror_bucket(bus, subjects.BUCKET_ROUTES, Route))
         await stack.enter_async_context(_subscribed(bus, subjects.load("*"), scheduler.on_load))
         await stack.enter_async_context(_subscribed(bus, subjects.demand("*"), scheduler.on_demand))
-        election = await stack.enter_async_context(stand_for_election(bus, instance, scheduler.on_leadership))
+        election = await stack.enter_async_context(
+            stand_for_election(bus, instance, scheduler.on_leadership, scheduler.cluster.seen_epoch)
+        )
         planning = tasks.create_task(scheduler.run(election, routes), name="planning")
         stack.push_async_callback(end_task, planning)
         await stack.enter_async_context(explain_service(bus, scheduler, election))

@@ -39,12 +39,20 @@ class Inspector:
         self._pending: set[str] = set()
         self._hub_retry_at: dict[str, float] = {}
         self._bundles: dict[tuple[str, str], str] = {}
+        self._look_at_all = False
 
     def on_change(self, key: str, spec: ModelSpec | None) -> None:
         """To be called with each change of a spec in `prism_models`."""
         self._pending.add(key)
         if spec is not None:
             self._hub_retry_at.pop(spec.model_name, None)
+        self._changed.set()
+
+    def bus_returned(self) -> None:
+        """The bus was away, and may have lost what was written: look at everything anew."""
+        self._written.clear()
+        self._bundles.clear()
+        self._look_at_all = True
         self._changed.set()
 
     async def run(self, specs: BucketMirror[ModelSpec]) -> None:
@@ -61,6 +69,9 @@ class Inspector:
                 async with asyncio.timeout(RECHECK_S):
                     await self._changed.wait()
             except TimeoutError:
+                self._look_at_all = True
+            if self._look_at_all:
+                self._look_at_all = False
                 self._pending.update(specs.values)
 
     async def _look(self, key: str, spec: ModelSpec | None, slots: asyncio.Semaphore) -> None:

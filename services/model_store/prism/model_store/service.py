@@ -47,6 +47,7 @@ async def serve(settings: StoreSettings, stop: asyncio.Event) -> None:
             tell=lambda event: _tell(background, bus, event),
         )
         inspector = Inspector(bus, store)
+        bus.on_return.append(inspector.bus_returned)
         async with (
             store,
             serve_socket(store, settings.socket_path),
