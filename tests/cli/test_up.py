@@ -107,7 +107,11 @@ def test_modes_that_are_not_there_yet_say_so(placement: Path, mode: str) -> None
 
 def test_a_bad_placement_file_is_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "bad.json"
-    file.write_text('[{"model_name": "a", "model_path": "/a", "tp_size": "two"}]')
+    file.write_text('[{"model_name": "a", "model_path": "/a", "tp_size": "two", "pinned": true}]')
     run = subprocess.run([*PRISM, "up", str(file)], capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 1
-    assert "tp_size" in run.stderr
+    assert run.stderr.splitlines() == [
+        f"prism: placement file {file} has 2 errors (see docs/placement-file.md):",
+        "  [0].pinned: unknown field with value true; did you mean pin?",
+        '  [0].tp_size: "two" is not allowed here; allowed: a whole number from 1 to 1024',
+    ]

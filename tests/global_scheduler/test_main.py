@@ -40,11 +40,13 @@ async def test_modes_that_are_not_there_yet_say_so(mode: str) -> None:
 
 async def test_a_placement_file_that_is_wrong_is_named(tmp_path: Path) -> None:
     path = tmp_path / "placement.json"
-    path.write_text('[{"model_name": "a"}]')
+    path.write_text('[{"model_name": "a"}, {"model_name": "a", "model_path": ""}]')
     status, output = await run("--placement", str(path))
     assert status == 1
     assert "placement.json" in output
-    assert "model_path" in output
+    assert "[0].model_path: missing" in output
+    assert '[1].model_path: "" is not allowed' in output
+    assert '[1].model_name: "a" is the name of [0]' in output
     assert "Traceback" not in output
 
 

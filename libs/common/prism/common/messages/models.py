@@ -4,8 +4,10 @@ Both live in the KV bucket `prism_models`, under `spec.<token>` and `facts.<toke
 """
 
 import enum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 
 class Tier(enum.StrEnum):
@@ -33,34 +35,74 @@ class ModelState(enum.StrEnum):
     FAILED = "failed"
 
 
-class InitialPlacement(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Where a model starts: cluster-wide `gpu_ids` (tp_size of them), active at once if `on`,
-    with at most `max_memory_pool_size` GB (10^9 bytes) of KV cache."""
+MOST = 1_000_000
+"""Beyond any count, size in GB, time in seconds or priority that makes sense: keeps typing errors out."""
 
-    gpu_ids: list[int]
-    on: bool = True
-    max_memory_pool_size: float | None = None
+Milliseconds = Annotated[float, Meta(gt=0, le=3_600_000)]
+
+
+class InitialPlacement(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Where a model starts."""
+
+    gpu_ids: Annotated[
+        list[Annotated[int, Meta(ge=0, le=MOST)]],
+        Meta(
+            min_length=1,
+            description="Cluster-wide ids of the GPUs, tp_size of them, each once",
+            extra_json_schema={"uniqueItems": True},
+        ),
+    ]
+    on: Annotated[bool, Meta(description="Whether the model is active from the start")] = True
+    max_memory_pool_size: Annotated[
+        Annotated[float, Meta(gt=0, le=MOST)] | None,
+        Meta(description="KV cache at most, in GB (10^9 bytes); left out: room for a few full contexts"),
+    ] = None
 
 
 class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One entry of a placement file. Fields after `init_placements` are ours, all optional.
+    """One entry of a placement file: a model and what its operator asks for."""
 
-    `pin`: never leaves its GPU nor goes to sleep. `minimum_tier`: never sinks below it.
-    `idle_timeout_s`: sleeps after so long without requests even if nobody wants the memory.
-    """
-
-    model_name: str
-    model_path: str
-    tokenizer_path: str | None = None
-    tp_size: int = 1
-    init_placements: list[InitialPlacement] = []
-    ttft_slo_ms: float | None = None
-    tpot_slo_ms: float | None = None
-    priority: int = 0
-    pin: bool = False
-    replicas: int = 1
-    minimum_tier: Tier = Tier.COLD
-    idle_timeout_s: float | None = None
+    model_name: Annotated[
+        str,
+        Meta(min_length=1, max_length=256, description="What requests call it; no other model has the name"),
+    ]
+    model_path: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Folder of config.json, tokenizer and safetensors (relative to the placement file if "
+            "it is there), or a Hugging Face id",
+        ),
+    ]
+    tokenizer_path: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="Folder or Hugging Face id of the tokenizer, if not the model's"),
+    ] = None
+    tp_size: Annotated[
+        int, Meta(ge=1, le=1024, description="GPUs that one instance is spread over (tensor parallelism)")
+    ] = 1
+    init_placements: Annotated[
+        list[InitialPlacement],
+        Meta(description="Where it starts; left out: nowhere, the first request places it"),
+    ] = []
+    ttft_slo_ms: Annotated[
+        Milliseconds | None, Meta(description="Objective for the time to the first token, in ms")
+    ] = None
+    tpot_slo_ms: Annotated[
+        Milliseconds | None, Meta(description="Objective for the time per token after the first, in ms")
+    ] = None
+    priority: Annotated[
+        int, Meta(ge=-MOST, le=MOST, description="Who gives way when memory is short: lower sleeps first")
+    ] = 0
+    pin: Annotated[bool, Meta(description="Never sleeps and never leaves its GPUs")] = False
+    replicas: Annotated[
+        int, Meta(ge=1, le=MOST, description="How many instances (the present policy places one)")
+    ] = 1
+    minimum_tier: Annotated[Tier, Meta(description="Never sinks below this")] = Tier.COLD
+    idle_timeout_s: Annotated[
+        Annotated[float, Meta(gt=0, le=31_536_000)] | None,
+        Meta(description="Sleeps after so many seconds without requests, even if nobody wants its memory"),
+    ] = None
 
 
 class ModelFacts(msgspec.Struct, frozen=True, omit_defaults=True):
