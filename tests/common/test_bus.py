@@ -1,11 +1,13 @@
 """The bus: typed messages over a real NATS server."""
 
 import asyncio
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from nats.aio.msg import Msg
 
-from prism.cli.nats_server import NatsServer
+from prism.cli.nats_server import NatsServer, nats_server
 from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
 from prism.common.errors import ErrorCode, PrismError
@@ -72,6 +74,47 @@ async def test_mirror_holds_what_the_bucket_holds_and_follows_it(bus: Bus) -> No
         seen = [await asyncio.wait_for(changes.get(), 5) for _ in range(3)]
         assert seen[1:] == [("spec.b", ModelSpec("b", "/b")), ("spec.a", None)]
         assert list(mirror.values) == ["spec.b"]
+
+
+async def test_leaving_a_subject_handles_all_that_was_on_its_way(bus: Bus, fresh_nats: NatsServer) -> None:
+    handled: list[str] = []
+
+    async def handle(message: Msg) -> None:
+        handled.append(decode(message.data, CancelRequest).rid)
+
+    async with connect_bus(fresh_nats.url, name="sender") as sender:
+        for number in range(20):
+            subscription = await bus.subscribe("here", handle, inline=True)
+            await bus.flush()
+            sent = [f"{number}/{index}" for index in range(100)]
+            handled.clear()
+            for rid in sent:
+                await sender.publish("here", CancelRequest(rid))
+            await sender.flush()
+            await bus.leave(subscription, 5)
+            assert handled == sent
+
+
+async def test_leaving_a_subject_of_a_bus_that_is_away_does_not_wait_for_it(tmp_path: Path) -> None:
+    with nats_server(tmp_path) as server:
+        port = urlsplit(server.url).port
+        assert port is not None
+        async with connect_bus(server.url, name="test") as bus:
+
+            async def handle(message: Msg) -> None:
+                raise AssertionError(message.subject)
+
+            subscription = await bus.subscribe("here", handle)
+            back = asyncio.Event()
+            bus.on_return.append(back.set)
+            server.stop()
+            async with asyncio.timeout(5):
+                await bus.leave(subscription, 0.2)
+            with nats_server(tmp_path, port=port) as again:
+                async with connect_bus(again.url, name="other") as other, asyncio.timeout(10):
+                    await back.wait()
+                    with pytest.raises(PrismError, match="nobody answers"):
+                        await other.request("here", CancelRequest("r"), CancelRequest, timeout_s=5)
 
 
 async def test_a_handler_that_never_ends_does_not_keep_the_connection_open(fresh_nats: NatsServer) -> None:

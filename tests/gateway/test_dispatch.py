@@ -150,6 +150,7 @@ async def test_request_that_waits_its_turn_is_not_taken_for_stalled(make_stage: 
     await stage.register("m")
 
     async def busy_with_others(turn: Turn) -> None:
+        await turn.send()
         for done in range(1, 8):
             worker.loads["m"] = ModelLoad("m", ModelState.ACTIVE, queued=1, generated_tokens=done)
             await worker.report()
@@ -160,6 +161,23 @@ async def test_request_that_waits_its_turn_is_not_taken_for_stalled(make_stage: 
     answer = await complete(stage)
     assert answer.json()["choices"][0]["text"] == "at last"
     assert worker.turns.qsize() == 1
+
+
+async def test_request_that_no_worker_takes_up_is_sent_again(make_stage: MakeStage) -> None:
+    stage = await make_stage(Settings(accept_s=0.3, stall_s=1000))
+    await stage.register("m")
+
+    async def busy_with_others(turn: Turn) -> None:
+        for done in range(1, 100):
+            first.loads["m"] = ModelLoad("m", ModelState.ACTIVE, queued=1, generated_tokens=done)
+            await first.report()
+            await asyncio.sleep(0.05)
+
+    first = await stage.worker(busy_with_others, "m", name="worker-1")
+    await stage.worker(rest_after(stage), "m", name="worker-2")
+    async with asyncio.timeout(4):
+        await expect_all_of_it(stage, await complete(stage, **STREAM))
+    assert await first.cancels.get() == (await first.turns.get()).request.rid
 
 
 async def test_worker_that_falls_silent_is_left(make_stage: MakeStage) -> None:

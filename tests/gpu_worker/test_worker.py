@@ -436,7 +436,8 @@ async def test_a_minimum_of_tokens_keeps_stop_tokens_away_until_it_is_reached(ri
     await rig.command(CommandKind.ACTIVATE)
     greedy = tokens_of(await (await send(rig, "a", [5, 6, 7], 6)).all())
     stop = SamplingParams(12, temperature=0, stop_token_ids=(greedy[0],))
-    (only,) = await (await send(rig, "b", [5, 6, 7], 12, sampling=stop)).all()
+    accepted, only = await (await send(rig, "b", [5, 6, 7], 12, sampling=stop)).all()
+    assert not accepted.tokens
     assert only.finish is not None
     assert (only.finish.reason, only.finish.matched_token) == ("stop", greedy[0])
     sampling = msgspec.structs.replace(stop, min_new_tokens=4)

@@ -111,6 +111,20 @@ class Bus:
             pending_bytes_limit=PENDING_BYTES,
         )
 
+    async def leave(self, subscription: Subscription, timeout_s: float) -> None:
+        """Listen no more, once all that was on its way has been handled: unsubscribing alone would drop it
+        without a word to its senders. Past `timeout_s` it is dropped all the same."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.client._send_unsubscribe(subscription._id)
+                await self.flush()
+                await subscription._pending_queue.join()
+                await subscription.unsubscribe()
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            log.debug("left %s without its last messages: %r", subscription.subject, error)
+            # Else it would be subscribed again with the next connection.
+            self.client._remove_sub(subscription._id)
+
     async def finish_handlers(self, timeout_s: float) -> None:
         """Wait for handlers that still run, and cancel those that take longer than `timeout_s`."""
         if self._handling and timeout_s > 0:
@@ -121,8 +135,15 @@ class Bus:
         await asyncio.gather(*late, return_exceptions=True)
 
     async def flush(self, timeout_s: float = 10.0) -> None:
-        """Wait until the server has taken all that was published and subscribed so far."""
-        await self.client.flush(timeout=timeout_s)  # type: ignore[arg-type]
+        """Wait until the server has taken all that was published and subscribed so far.
+
+        Raises TimeoutError, or an error of NATS when the connection is lost.
+        """
+        async with asyncio.timeout(timeout_s):
+            # nats-py's own flush asks the server ahead of what it still holds back, so its answer alone
+            # would prove nothing.
+            await self.client._flush_pending(force_flush=True)
+            await self.client.flush()
 
     async def tell(self, event: Event) -> None:
         """Publish a life-cycle event; a bus that is away loses it, which is what events are allowed to be."""

@@ -202,9 +202,10 @@ class Dispatcher:
             try:
                 await self._send(job, replayed, worker, rid)
                 expected = 0
+                begun = False
                 while True:
                     try:
-                        frame = await self._next_frame(inbox, job, begun=expected > 0)
+                        frame = await self._next_frame(inbox, job, accepted=expected > 0, begun=begun)
                     except PrismError as error:
                         # Nobody there to be told to stop.
                         settled = error.code is ErrorCode.MOVED
@@ -221,6 +222,7 @@ class Dispatcher:
                     settled = frame.error is not None or frame.finish is not None
                     part = _content(frame, worker)
                     if part is not None:
+                        begun = True
                         yield part
                     if settled:
                         return
@@ -252,17 +254,20 @@ class Dispatcher:
             ) from error
         self._fleet.sent(worker)
 
-    async def _next_frame(self, inbox: Inbox, job: Job, *, begun: bool) -> TokenFrame:
+    async def _next_frame(self, inbox: Inbox, job: Job, *, accepted: bool, begun: bool) -> TokenFrame:
         """The next frame. Raises PrismError(engine_lost) when the worker stalls.
 
-        A request without a frame may be waiting its turn: as long as its model makes progress on that
-        worker, the worker is busy, not stalled.
+        A worker says at once that it has a request. One without a token after that may be waiting its turn:
+        as long as its model makes progress on that worker, the worker is busy, not stalled.
         """
         if not inbox.empty:
             return await inbox.get()
+        patience_s = self._settings.stall_s
+        if not accepted:
+            patience_s = min(self._settings.accept_s, patience_s)
         while True:
             progress = None if begun else self._fleet.tokens_done(job.model, inbox.worker)
-            stall_at = self._clock() + self._settings.stall_s
+            stall_at = self._clock() + patience_s
             try:
                 async with asyncio.timeout_at(min(stall_at, job.deadline)):
                     return await inbox.get()
@@ -271,12 +276,11 @@ class Dispatcher:
                     raise PrismError(
                         ErrorCode.DEADLINE_EXCEEDED, "the request's deadline passed before it was finished"
                     ) from None
-                if not begun and self._fleet.tokens_done(job.model, inbox.worker) != progress:
+                waiting = accepted and not begun
+                if waiting and self._fleet.tokens_done(job.model, inbox.worker) != progress:
                     continue
                 raise PrismError(
-                    ErrorCode.ENGINE_LOST,
-                    f"{inbox.worker} sent nothing for {self._settings.stall_s:g} s",
-                    retry=True,
+                    ErrorCode.ENGINE_LOST, f"{inbox.worker} sent nothing for {patience_s:g} s", retry=True
                 ) from None
 
     async def _cancel(self, worker: str, rid: str) -> None:

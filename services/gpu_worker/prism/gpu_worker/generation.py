@@ -83,6 +83,8 @@ class GenerationRequests:
             priority=request.priority,
             tenant=request.tenant,
         )
+        # The gateway waits for tokens with patience only once it knows that the request is here.
+        frames.alive()
         self.pump()
 
     def cancel(self, rid: str) -> None:

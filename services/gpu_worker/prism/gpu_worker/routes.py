@@ -62,7 +62,7 @@ class WorkerRoutes:
             self._wanted.discard(model)
             subscription = self._subscriptions.pop(model, None)
             if subscription is not None:
-                await self._unsubscribe(model, subscription)
+                await self._bus.leave(subscription, CLOSE_DEADLINE_S)
             closing = self._spawn(self._take_down(model), name=f"close route {model}")
             await asyncio.wait([closing], timeout=CLOSE_DEADLINE_S)
 
@@ -78,7 +78,7 @@ class WorkerRoutes:
                     subject = subjects.request(model, self._worker)
                     subscription = await self._bus.subscribe(subject, self._on_request, inline=True)
                     if model not in self._wanted or model in self._subscriptions:
-                        await self._unsubscribe(model, subscription)
+                        await self._bus.leave(subscription, CLOSE_DEADLINE_S)
                         continue
                     self._subscriptions[model] = subscription
                 await self._bus.flush()
@@ -106,12 +106,6 @@ class WorkerRoutes:
                 return
         # Gateways learn it from "no responders" instead.
         log.warning("route of %s not taken down: the bus is away", model)
-
-    async def _unsubscribe(self, model: str, subscription: Subscription) -> None:
-        try:
-            await subscription.unsubscribe()
-        except BUS_ERRORS as error:
-            log.debug("subscription for %s went with its connection: %r", model, error)
 
     def on_change(self, key: str, route: Route | None) -> None:
         """Write a key of ours again that somebody deleted: the leader does when a worker falls silent."""
