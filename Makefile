@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-core lint format clean
+.PHONY: setup demo test test-core lint format clean bench-gateway
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,18 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+PEERS := build/bench-peers
+PEERS_LOCK := libs/bench/prism/bench/gateway/requirements.lock
+
+$(PEERS)/.ready: $(PEERS_LOCK) | $(VENV)/.ready
+	@echo "== LiteLLM and SGLang's router in an environment of their own (0.7 GB)"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
+	@$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --no-deps -r $(PEERS_LOCK)
+	@touch $@
+
+bench-gateway: setup $(PEERS)/.ready
+	@$(BIN)/python -m prism.bench.gateway --peers $(PEERS)/bin/python
 
 format: setup
 	@$(BIN)/ruff check --fix .

@@ -1,0 +1,71 @@
+"""The gateway's benchmark measures what it says: its reader, its backend, its figures."""
+
+import msgspec
+import pytest
+
+from prism.bench.gateway.figures import Readings, rows_of
+from prism.bench.gateway.http_stream import StreamedAnswer
+from prism.bench.gateway.measuring import Measured, measure, percentile
+from prism.bench.gateway.stacks import openai_backend
+
+pytestmark = pytest.mark.core
+
+
+def events(*contents: str) -> bytes:
+    told = [{"choices": [{"delta": {"content": content}}]} for content in contents]
+    return b"".join(b"data: " + msgspec.json.encode(each) + b"\n\n" for each in told) + b"data: [DONE]\n\n"
+
+
+def chunked(body: bytes, size: int) -> bytes:
+    cut = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in cut) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 10_000])
+@pytest.mark.parametrize("received", [1, 13, 100_000])
+def test_the_reader_finds_the_text_however_it_was_cut(size: int, received: int) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    data = head + chunked(events("", "1", "23", "."), size)
+    answer = StreamedAnswer()
+    text = b"".join(answer.feed(data[start : start + received]) for start in range(0, len(data), received))
+    assert (answer.status, text, answer.ended) == (200, b"123.", True)
+
+
+def test_the_reader_takes_an_answer_of_known_length() -> None:
+    answer = StreamedAnswer()
+    assert answer.feed(b"HTTP/1.1 503 Unavailable\r\nContent-Length: 5\r\n\r\nso") == b""
+    assert not answer.ended
+    answer.feed(b"rry")
+    assert (answer.status, answer.ended) == (503, True)
+
+
+async def test_lags_of_the_backend_alone_are_measured_and_no_token_is_missed() -> None:
+    async with openai_backend() as backend:
+        await backend.pace(1)
+        measured = await measure(backend.alone(), 4, 60, rounds=2)
+    assert measured.failures == []
+    assert (measured.requests, measured.tokens) == (8, 480)
+    # Five groups an answer, of which the first two warm up.
+    assert len(measured.lags_ms) == 8 * 3
+    assert 0 <= min(measured.lags_ms) < 10_000
+    assert len(measured.first_ms) == 8
+
+
+def test_figures_that_could_not_be_measured_stay_with_the_reason() -> None:
+    readings = Readings(absent={"litellm": "not installed"})
+    own = Measured(1000, 100, [1.0, 3.0, 2.5], [5.0], [], cpu_s=0.01, wall_s=1.0)
+    for name in ("latency_64", "tokens", "requests"):
+        readings.taken.setdefault("prism", {})[name] = own
+    rows = {row.figure: row for row in rows_of(readings, (1, 64))}
+    assert (rows["added_p50_ms_64"].value, rows["added_p50_ms_64"].met) == (2.5, False)
+    assert (rows["tokens_per_s_one_token_frames"].value, rows["tokens_per_s_one_token_frames"].met) == (
+        100_000,
+        True,
+    )
+    over = rows["requests_per_core_over_litellm"]
+    assert (over.value, over.met, over.note) == (None, False, "not installed")
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    assert percentile([], 0.5) is None
+    assert [percentile([3.0, 1.0, 2.0, 4.0], share) for share in (0.0, 0.5, 0.99)] == [1.0, 3.0, 4.0]
