@@ -1,11 +1,14 @@
 """Incremental detokenisation gives exactly what decoding all at once gives."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.gateway.cutting import cut, cuts
 from tokenizers import Tokenizer, decoders, models
 
+from prism.common.messages.models import TokenizerBundle
 from prism.gateway.detokenizer import Detokenizer
 from prism.gateway.text_tokenizer import TextTokenizer
 
@@ -15,21 +18,28 @@ VOCABULARY = 402
 """Two ids more than there are tokens: models pad their vocabulary."""
 
 
-@given(tokens=st.lists(st.integers(0, VOCABULARY), max_size=60), sizes=cuts())
+def shortcut(tokenizer: TextTokenizer, *, plain: bool = True) -> Detokenizer:
+    """A detokenizer of `tokenizer`, with or without its short cut for plain tokens."""
+    if plain:
+        return Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.plain_text)
+    return Detokenizer(tokenizer.decode, tokenizer.special_ids)
+
+
+@given(tokens=st.lists(st.integers(0, VOCABULARY), max_size=60), sizes=cuts(), plain=st.booleans())
 def test_pieces_join_to_the_whole_decode(
-    tokenizer: TextTokenizer, tokens: list[int], sizes: list[int]
+    tokenizer: TextTokenizer, tokens: list[int], sizes: list[int], plain: bool
 ) -> None:
-    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    detokenizer = shortcut(tokenizer, plain=plain)
     text = "".join(detokenizer.push(piece) for piece in cut(tokens, sizes)) + detokenizer.finish()
     assert text == tokenizer.decode(tokens)
 
 
-@given(text=st.text(max_size=40), sizes=cuts())
+@given(text=st.text(max_size=40), sizes=cuts(), plain=st.booleans())
 def test_well_formed_text_never_shows_a_half_character(
-    tokenizer: TextTokenizer, text: str, sizes: list[int]
+    tokenizer: TextTokenizer, text: str, sizes: list[int], plain: bool
 ) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    detokenizer = shortcut(tokenizer, plain=plain)
     so_far = ""
     for piece in cut(tokens, sizes):
         so_far += detokenizer.push(piece)
@@ -40,25 +50,27 @@ def test_well_formed_text_never_shows_a_half_character(
 def test_character_appears_with_its_last_byte(tokenizer: TextTokenizer) -> None:
     tokens = tokenizer.encode("𐍈", add_special_tokens=False)
     assert len(tokens) == 4
-    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    detokenizer = shortcut(tokenizer)
     assert [detokenizer.push([token]) for token in tokens] == ["", "", "", "𐍈"]
     assert detokenizer.finish() == ""
 
 
 def test_half_a_character_at_the_end_is_shown_as_a_whole_decode_shows_it(tokenizer: TextTokenizer) -> None:
     tokens = tokenizer.encode("a𐍈", add_special_tokens=False)[:-1]
-    detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+    detokenizer = shortcut(tokenizer)
     assert detokenizer.push(tokens) == "a"
     assert detokenizer.finish() == "\ufffd"
 
 
 def test_sentencepiece_style_spaces_survive_between_pieces() -> None:
     words = ["▁the", "▁dog", "s", "<0xE2>", "<0x82>", "<0xAC>"]
-    tokenizer = Tokenizer(models.BPE(vocab={word: at for at, word in enumerate(words)}, merges=[]))
-    tokenizer.decoder = decoders.Sequence(
+    trained = Tokenizer(models.BPE(vocab={word: at for at, word in enumerate(words)}, merges=[]))
+    trained.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    detokenizer = Detokenizer(lambda tokens: tokenizer.decode(list(tokens)))
+    tokenizer = TextTokenizer(TokenizerBundle(trained.to_str()))
+    assert tokenizer.plain_text(2) is None
+    detokenizer = shortcut(tokenizer)
     pieces = [detokenizer.push([token]) for token in (0, 1, 2, 3, 4, 5, 1)]
     assert pieces == ["the", " dog", "s", "", "", "€", " dog"]
 
@@ -76,3 +88,20 @@ def test_work_per_token_does_not_grow_with_the_text(tokenizer: TextTokenizer) ->
     for token in words:
         detokenizer.push([token])
     assert longest < 10
+
+
+def test_plain_tokens_behind_whole_characters_are_not_decoded(tokenizer: TextTokenizer) -> None:
+    decoded: list[int] = []
+
+    def decode(tokens: Sequence[int]) -> str:
+        decoded.extend(tokens)
+        return tokenizer.decode(tokens)
+
+    detokenizer = Detokenizer(decode, tokenizer.special_ids, tokenizer.plain_text)
+    word = tokenizer.encode("brown", add_special_tokens=False)
+    euro = tokenizer.encode("€", add_special_tokens=False)
+    assert "".join(detokenizer.push([token]) for token in word) == "brown"
+    assert decoded == []
+    assert detokenizer.push(euro[:-1]) == ""
+    # Bytes of a character are awaited: what follows decides what they become.
+    assert detokenizer.push(word) == "\ufffdbrown"

@@ -111,6 +111,15 @@ def test_stamps_tell_when_their_first_character_was_said() -> None:
     assert said == "00000001000.00000001012."
 
 
+def test_a_stamp_is_that_of_the_moment_when_its_step_left() -> None:
+    tokens = StampedTokens(PRINTABLE)
+    first = tokens.next(1_000)
+    tokens.restamp(21_000)
+    rest = [tokens.next(0) for _ in range(STAMPED_GROUP - 1)]
+    tokens.restamp(99_000)
+    assert text([first, *rest]) == "00000021000."
+
+
 def test_costs_are_read_from_the_environment_and_refused_by_name() -> None:
     environment = {
         "PRISM_SIMULATED_DECODE_STEP_MS": "2.5",

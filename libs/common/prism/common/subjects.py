@@ -9,6 +9,7 @@ BUCKET_ROUTES = "prism_routes"
 BUCKET_LEADER = "prism_leader"
 OBJECTS_TOKENIZERS = "prism_tokenizers"
 LEADER_KEY = "global_scheduler"
+FRAMES = "frames"
 
 _SAFE = re.compile(r"[^a-z0-9_-]+")
 
@@ -38,6 +39,11 @@ def reply(gateway: str, rid: str) -> str:
 def replies(gateway: str) -> str:
     """All frames for `gateway`."""
     return f"{PREFIX}.reply.{gateway}.>"
+
+
+def reply_frames(gateway: str) -> str:
+    """Where `gateway` takes frames of several requests in one message."""
+    return f"{PREFIX}.reply.{gateway}.{FRAMES}"
 
 
 def cancel(worker: str) -> str:

@@ -1,6 +1,7 @@
 """`python -m prism.gateway`."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,8 @@ def main(host: str, port: int, nats: str, log_level: str, **limits: float) -> No
             connect_bus(nats, name="gateway") as bus,
             running_gateway(bus, host, port, settings) as gateway,
         ):
+            # What is there by now stays: no need to look through it again with every collection.
+            gc.freeze()
             print(f"gateway ready at {gateway.url}", flush=True)
             await stop.wait()
             await gateway.drain(settings.drain_s)

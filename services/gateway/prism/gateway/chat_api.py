@@ -9,6 +9,7 @@ import msgspec
 from starlette.datastructures import Headers
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.gateway.event_template import EventTemplate
 from prism.gateway.openai_fields import OpenAIFields, check_fields, shown, token_logprob
 from prism.gateway.plan import Choice, Plan, Planner, Servable, Wanted, count_usage
 from prism.gateway.request_fields import invalid, read_json, refuse_unsupported
@@ -188,6 +189,7 @@ class ChatAnswer:
         self._include_usage = include_usage
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
+        self._texts: dict[int, EventTemplate] = {}
 
     def opening(self, choices: Sequence[Choice]) -> list[object]:
         """The role of each choice."""
@@ -198,11 +200,20 @@ class ChatAnswer:
         """New text, then the ending."""
         chunks: list[object] = []
         scores = shown(piece.scores) if self._logprobs else []
-        if piece.text or scores:
+        if scores:
             chunks.append(self._chunk(index, {"content": piece.text}, scores, None))
+        elif piece.text:
+            chunks.append(self._text(index).fill(piece.text))
         if piece.ending is not None:
             chunks.append(self._chunk(index, {}, [], piece.ending.reason))
         return chunks
+
+    def _text(self, index: int) -> EventTemplate:
+        template = self._texts.get(index)
+        if template is None:
+            template = EventTemplate(lambda text: self._chunk(index, {"content": text}, [], None))
+            self._texts[index] = template
+        return template
 
     def closing(self, choices: Sequence[Choice]) -> list[object]:
         """The usage, if it was asked for."""

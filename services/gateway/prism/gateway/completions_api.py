@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 
+from prism.gateway.event_template import EventTemplate
 from prism.gateway.openai_fields import OpenAIFields, bytes_or_text, check_fields, shown
 from prism.gateway.plan import Choice, Plan, Planner, Servable, Wanted, count_usage
 from prism.gateway.request_fields import Allowed, check_ranges, invalid, read_json
@@ -88,6 +89,7 @@ class CompletionAnswer:
         self._include_usage = include_usage
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
+        self._texts: dict[int, EventTemplate] = {}
 
     def opening(self, choices: Sequence[Choice]) -> list[object]:
         """Nothing."""
@@ -96,16 +98,25 @@ class CompletionAnswer:
     def events(self, index: int, choice: Choice, piece: Piece) -> list[object]:
         """New text and the ending, in one chunk."""
         scores = shown(piece.scores) if self._logprobs is not None else []
-        if not piece.text and not scores and piece.ending is None:
-            return []
+        if not scores and piece.ending is None:
+            return [self._text(index).fill(piece.text)] if piece.text else []
+        return [self._chunk(index, piece.text, scores, piece.ending.reason if piece.ending else None)]
+
+    def _text(self, index: int) -> EventTemplate:
+        template = self._texts.get(index)
+        if template is None:
+            template = self._texts[index] = EventTemplate(lambda text: self._chunk(index, text, [], None))
+        return template
+
+    def _chunk(self, index: int, text: str, scores: list[TokenScore], reason: str | None) -> dict[str, Any]:
         told = {
             "index": index,
-            "text": piece.text,
+            "text": text,
             "logprobs": self._shown_logprobs(scores) if scores else None,
-            "finish_reason": piece.ending.reason if piece.ending else None,
+            "finish_reason": reason,
         }
         chunk = {**self._head(), "choices": [told]}
-        return [{**chunk, "usage": None} if self._include_usage else chunk]
+        return {**chunk, "usage": None} if self._include_usage else chunk
 
     def closing(self, choices: Sequence[Choice]) -> list[object]:
         """The usage, if it was asked for."""

@@ -17,20 +17,35 @@ class Detokenizer:
     Only a window of tokens is decoded each time: those since the last place where the text stood on a
     character boundary, behind those of one such stretch before as context, because some decoders treat the
     first token of a text in another way (they strip its leading space).
+
+    `plain` says what a token adds wherever it stands, None where that depends on its neighbours: behind a
+    character boundary such tokens need no decoding at all.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], skipped: Container[int] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        skipped: Container[int] = (),
+        plain: Callable[[int], str | None] = lambda token: None,
+    ) -> None:
         self._decode = decode
         self._skipped = skipped
+        self._plain = plain
+        self._held = False
         self._window: list[int] = []
         self._context = 0
         self._given = 0
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take `tokens`; the text that is settled now and was not before."""
+        if not self._held:
+            texts = [self._plain(token) for token in tokens]
+            if None not in texts:
+                return "".join(texts)  # type: ignore[arg-type]  # none is None
         self._window += [token for token in tokens if token not in self._skipped]
         text = self._decode(self._window)
         settled = _settled_length(text)
+        self._held = settled < len(text)
         if settled <= self._given:
             return ""
         new = text[self._given : settled]

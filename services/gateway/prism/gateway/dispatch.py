@@ -1,6 +1,5 @@
 """One generation on the bus: tries workers until one has finished it, and loses or doubles no token."""
 
-import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -51,8 +50,7 @@ class Job:
     priority: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one frame; the last one carries `finish`."""
 
     tokens: Sequence[int]
@@ -132,8 +130,9 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = clock
 
-    async def run(self, job: Job) -> AsyncGenerator[Tokens, None]:
-        """The tokens of `job`, each exactly once. Closing the generator cancels the work.
+    async def run(self, job: Job) -> AsyncGenerator[list[Tokens], None]:
+        """The tokens of `job`, each exactly once, as many frames at a time as have come. Closing the
+        generator cancels the work.
 
         Raises PrismError: what the worker said, overloaded when too many are parked already,
         deadline_exceeded, or engine_lost after too many lost workers.
@@ -145,16 +144,17 @@ class Dispatcher:
         self._refuse_oversized(job)
         while True:
             if (finish := already_over(job, done)) is not None:
-                yield Tokens((), None, finish)
+                yield [Tokens((), None, finish)]
                 return
             worker = await self._find_worker(job, shunned, waiting_since)
             try:
-                async with aclosing(self._attempt(replay(job, done), len(done), worker)) as parts:
-                    async for part in parts:
-                        done += part.tokens
-                        yield part
+                async with aclosing(self._attempt(replay(job, done), len(done), worker)) as batches:
+                    async for parts in batches:
+                        for part in parts:
+                            done += part.tokens
+                        yield parts
                         waiting_since = self._clock()
-                        if part.finish is not None:
+                        if parts[-1].finish is not None:
                             return
             except PrismError as error:
                 if not error.retry:
@@ -195,7 +195,7 @@ class Dispatcher:
                 until = min(limit, shunned.next_change(now) or limit)
                 await place.woken(until - now)
 
-    async def _attempt(self, job: Job, replayed: int, worker: str) -> AsyncGenerator[Tokens, None]:
+    async def _attempt(self, job: Job, replayed: int, worker: str) -> AsyncGenerator[list[Tokens], None]:
         rid = secrets.token_hex(16)
         settled = False
         with self._replies.open(rid, worker) as inbox:
@@ -205,25 +205,35 @@ class Dispatcher:
                 begun = False
                 while True:
                     try:
-                        frame = await self._next_frame(inbox, job, accepted=expected > 0, begun=begun)
+                        frames = await self._next_frames(inbox, job, accepted=expected > 0, begun=begun)
                     except PrismError as error:
                         # Nobody there to be told to stop.
                         settled = error.code is ErrorCode.MOVED
                         raise
-                    if frame.seq < expected:
-                        continue
-                    if frame.seq > expected:
-                        raise PrismError(
-                            ErrorCode.ENGINE_LOST,
-                            f"frames {expected} to {frame.seq - 1} from {worker} were lost",
-                            retry=True,
-                        )
-                    expected += 1
-                    settled = frame.error is not None or frame.finish is not None
-                    part = _content(frame, worker)
-                    if part is not None:
-                        begun = True
-                        yield part
+                    parts: list[Tokens] = []
+                    problem: PrismError | None = None
+                    for frame in frames:
+                        if frame.seq < expected:
+                            continue
+                        if frame.seq > expected:
+                            problem = _lost(expected, frame.seq, worker)
+                            break
+                        expected += 1
+                        settled = frame.error is not None or frame.finish is not None
+                        try:
+                            part = _content(frame, worker)
+                        except PrismError as error:
+                            problem = error
+                            break
+                        if part is not None:
+                            begun = True
+                            parts.append(part)
+                        if settled:
+                            break
+                    if parts:
+                        yield parts
+                    if problem is not None:
+                        raise problem
                     if settled:
                         return
             finally:
@@ -254,14 +264,12 @@ class Dispatcher:
             ) from error
         self._fleet.sent(worker)
 
-    async def _next_frame(self, inbox: Inbox, job: Job, *, accepted: bool, begun: bool) -> TokenFrame:
-        """The next frame. Raises PrismError(engine_lost) when the worker stalls.
+    async def _next_frames(self, inbox: Inbox, job: Job, *, accepted: bool, begun: bool) -> list[TokenFrame]:
+        """The next frames. Raises PrismError(engine_lost) when the worker stalls.
 
         A worker says at once that it has a request. One without a token after that may be waiting its turn:
         as long as its model makes progress on that worker, the worker is busy, not stalled.
         """
-        if not inbox.empty:
-            return await inbox.get()
         patience_s = self._settings.stall_s
         if not accepted:
             patience_s = min(self._settings.accept_s, patience_s)
@@ -269,8 +277,7 @@ class Dispatcher:
             progress = None if begun else self._fleet.tokens_done(job.model, inbox.worker)
             stall_at = self._clock() + patience_s
             try:
-                async with asyncio.timeout_at(min(stall_at, job.deadline)):
-                    return await inbox.get()
+                return await inbox.get(min(stall_at, job.deadline))
             except TimeoutError:
                 if self._clock() >= job.deadline:
                     raise PrismError(
@@ -301,6 +308,12 @@ class Dispatcher:
                 f"the prompt's {len(job.input_ids)} tokens make a message of {size} bytes; "
                 f"the bus takes {self._bus.max_payload}",
             )
+
+
+def _lost(expected: int, came: int, worker: str) -> PrismError:
+    return PrismError(
+        ErrorCode.ENGINE_LOST, f"frames {expected} to {came - 1} from {worker} were lost", retry=True
+    )
 
 
 def _content(frame: TokenFrame, worker: str) -> Tokens | None:

@@ -6,7 +6,7 @@ beside the work, so that a parked or queued request ends at once as well.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -26,6 +26,8 @@ from prism.gateway.settings import Settings
 from prism.gateway.text_assembler import Piece
 
 log = logging.getLogger(__name__)
+
+_encode = msgspec.json.Encoder().encode
 
 Planned = Callable[[bytes, Headers, Planner], Awaitable[Plan]]
 
@@ -142,20 +144,59 @@ class GenerationEndpoint:
         if plan.stream:
             await self._stream(plan, arrived, sender)
         else:
-            await self._runner.run(plan, arrived, _nothing)
+            await self._runner.run(plan, arrived, _NoStream())
             await sender.whole(plan.answer.whole(plan.choices))
 
     async def _stream(self, plan: Plan, arrived: float, sender: "_Sender") -> None:
-        answer = plan.answer
+        stream = _EventStream(plan, sender)
+        await self._runner.run(plan, arrived, stream)
+        await stream.close()
 
-        async def on_piece(index: int, choice: Choice, piece: Piece) -> None:
-            if not sender.started:
-                await sender.events(answer.opening(plan.choices))
-            await sender.events(answer.events(index, choice, piece))
 
-        await self._runner.run(plan, arrived, on_piece)
-        await sender.events(answer.closing(plan.choices))
-        await sender.done()
+class _NoStream:
+    """Where pieces go when the answer is told as a whole."""
+
+    def take(self, index: int, choice: Choice, piece: Piece) -> None:
+        return
+
+    async def flush(self) -> None:
+        return
+
+
+class _EventStream:
+    """Pieces as server-sent events: those taken between two flushes leave in one write."""
+
+    def __init__(self, plan: Plan, sender: "_Sender") -> None:
+        self._answer = plan.answer
+        self._choices = plan.choices
+        self._sender = sender
+        self._opened = False
+        self._waiting: list[bytes] = []
+
+    def take(self, index: int, choice: Choice, piece: Piece) -> None:
+        if not self._opened:
+            self._opened = True
+            self._add(self._answer.opening(self._choices))
+        # Encoded now: what an event shows of its choice changes with the next piece.
+        self._add(self._answer.events(index, choice, piece))
+
+    def _add(self, events: Sequence[object]) -> None:
+        for event in events:
+            payload = event if isinstance(event, bytes) else _encode(event)
+            self._waiting.append(b"data: %b\n\n" % payload)
+
+    async def flush(self) -> None:
+        data = b"".join(self._waiting)
+        self._waiting.clear()
+        await self._sender.write(data, more=True)
+
+    async def close(self) -> None:
+        """The end of a stream that has gone well."""
+        self._add(self._answer.closing(self._choices))
+        self._waiting.append(b"data: [DONE]\n\n")
+        data = b"".join(self._waiting)
+        self._waiting.clear()
+        await self._sender.write(data, more=False)
 
 
 class _Outcome:
@@ -173,25 +214,18 @@ class _Sender:
         self._send = send
         self._lock = asyncio.Lock()
         self._whole = False
+        self._head_sent = False
         self.started = False
 
     async def whole(self, content: object) -> None:
         await self._respond(Response(msgspec.json.encode(content), media_type="application/json"))
-
-    async def events(self, events: list[object]) -> None:
-        """Send server-sent events; with none at all, only begin the stream."""
-        data = b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
-        await self._write(data, more=True)
-
-    async def done(self) -> None:
-        await self._write(b"data: [DONE]\n\n", more=False)
 
     async def fail(self, error: PrismError) -> None:
         """Tell of `error`: as the answer, or within the stream, which then ends without [DONE]."""
         if self._whole:
             return
         if self.started:
-            await self._write(b"data: " + msgspec.json.encode(error_object(error)) + b"\n\n", more=False)
+            await self.write(b"data: " + msgspec.json.encode(error_object(error)) + b"\n\n", more=False)
         else:
             await self._respond(error_response(error))
 
@@ -199,19 +233,18 @@ class _Sender:
         self._whole = True
         await response(self._scope, self._receive, self._send)
 
-    async def _write(self, data: bytes, *, more: bool) -> None:
-        async with self._lock:
-            if not self.started:
-                self.started = True
-                await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-            if data or not more:
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+    async def write(self, data: bytes, *, more: bool) -> None:
+        """Send part of a stream (with no data: only begin it), waiting while the client is behind."""
+        if not self._head_sent:
+            async with self._lock:
+                if not self._head_sent:
+                    self.started = True
+                    await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+                    self._head_sent = True
+        if data or not more:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue
-
-
-async def _nothing(index: int, choice: Choice, piece: Piece) -> None:
-    return

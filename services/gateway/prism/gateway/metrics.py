@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from prism.common.errors import ErrorCode
+from prism.gateway.token_metrics import ModelTokens, TokenMetrics
 
 UNKNOWN_MODEL = "unknown"
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -37,18 +38,10 @@ class Metrics:
             buckets=TTFT_BUCKETS,
             registry=self.collectors,
         )
-        self._inter_token = Histogram(
-            named("inter_token_seconds"),
-            "time between frames over the tokens they brought",
-            ["model"],
-            buckets=INTER_TOKEN_BUCKETS,
-            registry=self.collectors,
-        )
+        self._tokens = TokenMetrics(named(""), INTER_TOKEN_BUCKETS)
+        self.collectors.register(self._tokens)
         self._prompt_tokens = Counter(
             named("prompt_tokens"), "tokens of prompts", ["model"], registry=self.collectors
-        )
-        self._generated_tokens = Counter(
-            named("generated_tokens"), "tokens received from workers", ["model"], registry=self.collectors
         )
         self._slo = Counter(
             named("slo"),
@@ -80,17 +73,13 @@ class Metrics:
         """A generation's first token came, so long after the request."""
         self._ttft.labels(model).observe(seconds)
 
-    def next_tokens(self, model: str, seconds: float, tokens: int) -> None:
-        """`tokens` more came, `seconds` after those before."""
-        self._inter_token.labels(model).observe(seconds / tokens)
+    def tokens(self, model: str) -> ModelTokens:
+        """What is counted for every token of `model`."""
+        return self._tokens.of(model)
 
     def prompt(self, model: str, tokens: int) -> None:
         """A prompt of so many tokens is sent on its way."""
         self._prompt_tokens.labels(model).inc(tokens)
-
-    def generated(self, model: str, tokens: int) -> None:
-        """So many tokens came."""
-        self._generated_tokens.labels(model).inc(tokens)
 
     def objective(self, model: str, objective: str, attained: bool) -> None:
         """A generation with a `ttft` or `tpot` objective ended, and kept it or not."""

@@ -95,7 +95,7 @@ def count_usage(choices: Sequence[Choice]) -> Usage:
 
 
 class Answer(Protocol):
-    """The form of an answer. Whatever these return goes out as JSON."""
+    """The form of an answer. Whatever these return goes out as JSON; bytes are JSON already."""
 
     def opening(self, choices: Sequence[Choice]) -> list[object]:
         """Events at the start of a stream."""

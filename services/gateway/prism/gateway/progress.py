@@ -1,8 +1,9 @@
 """Runs the choices of a plan: pieces of text out of tokens, with what the metrics want to know on the way."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import aclosing
+from typing import Protocol
 
 from prism.common.errors import PrismError
 from prism.gateway.demand import Demand
@@ -11,7 +12,15 @@ from prism.gateway.metrics import Metrics
 from prism.gateway.plan import Choice, Plan
 from prism.gateway.text_assembler import Piece, TextAssembler
 
-OnPiece = Callable[[int, Choice, Piece], Awaitable[None]]
+
+class PieceSink(Protocol):
+    """Where pieces go: each is taken at once, and what was taken goes out together."""
+
+    def take(self, index: int, choice: Choice, piece: Piece) -> None:
+        """A `piece` that has just been added to the choice `index`."""
+
+    async def flush(self) -> None:
+        """All that is there now has been taken; waits while the client is behind."""
 
 
 class ChoiceRunner:
@@ -25,8 +34,8 @@ class ChoiceRunner:
         self._metrics = metrics
         self._clock = clock
 
-    async def run(self, plan: Plan, arrived: float, on_piece: OnPiece) -> None:
-        """Run all choices at once and call `on_piece` for each piece, after it was added to its choice.
+    async def run(self, plan: Plan, arrived: float, sink: PieceSink) -> None:
+        """Run all choices at once and give each piece to `sink`, after it was added to its choice.
 
         `arrived` is when the request came in. The first choice that fails ends all: raises its PrismError.
         """
@@ -34,27 +43,32 @@ class ChoiceRunner:
             self._demand.arrived(choice.job.model)
             self._metrics.prompt(choice.job.model, len(choice.job.input_ids))
         if len(plan.choices) == 1:
-            await self._run_one(plan, 0, arrived, on_piece)
+            await self._run_one(plan, 0, arrived, sink)
             return
         try:
             async with asyncio.TaskGroup() as tasks:
                 for index in range(len(plan.choices)):
-                    tasks.create_task(self._run_one(plan, index, arrived, on_piece))
+                    tasks.create_task(self._run_one(plan, index, arrived, sink))
         except BaseExceptionGroup as group:
             raise _first(group) from None
 
-    async def _run_one(self, plan: Plan, index: int, arrived: float, on_piece: OnPiece) -> None:
+    async def _run_one(self, plan: Plan, index: int, arrived: float, sink: PieceSink) -> None:
         choice = plan.choices[index]
         assembler = TextAssembler(plan.model.tokenizer, plan.stops)
         timing = _Timing(choice.job, arrived, self._metrics)
         try:
-            async with aclosing(self._dispatcher.run(choice.job)) as parts:
-                async for part in parts:
-                    timing.saw(part, self._clock())
-                    piece = assembler.push(part.tokens, part.logprobs, part.finish)
-                    choice.add(piece)
-                    await on_piece(index, choice, piece)
-                    if piece.ending is not None:
+            async with aclosing(self._dispatcher.run(choice.job)) as batches:
+                async for parts in batches:
+                    now = self._clock()
+                    for part in parts:
+                        timing.saw(part, now)
+                        piece = assembler.push(part.tokens, part.logprobs, part.finish)
+                        choice.add(piece)
+                        sink.take(index, choice, piece)
+                        if piece.ending is not None:
+                            break
+                    await sink.flush()
+                    if choice.ending is not None:
                         break
         except PrismError:
             timing.failed()
@@ -69,6 +83,7 @@ class _Timing:
         self._job = job
         self._arrived = arrived
         self._metrics = metrics
+        self._counted = metrics.tokens(job.model)
         self._first: float | None = None
         self._last = arrived
         self._tokens = 0
@@ -76,15 +91,15 @@ class _Timing:
     def saw(self, part: Tokens, now: float) -> None:
         if not part.tokens:
             return
-        model = self._job.model
-        self._metrics.generated(model, len(part.tokens))
+        count = len(part.tokens)
+        self._counted.generated += count
         if self._first is None:
             self._first = now
-            self._metrics.first_token(model, now - self._arrived)
+            self._metrics.first_token(self._job.model, now - self._arrived)
         else:
-            self._metrics.next_tokens(model, now - self._last, len(part.tokens))
+            self._counted.interval((now - self._last) / count)
         self._last = now
-        self._tokens += len(part.tokens)
+        self._tokens += count
 
     def ended(self) -> None:
         if self._first is None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from nats.aio.msg import Msg
 
+from prism.common import subjects
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode
 from prism.common.messages.generation import TokenFrame
@@ -18,29 +19,78 @@ RETURN_GRACE_S = 2.0
 
 
 class Inbox:
-    """What has come for one attempt: frames, or the news that none will come."""
+    """What has come for one attempt: frames, or the news that none will come. One task reads it.
+
+    A frame comes for every token of every stream, so nothing here is made anew for each: a timer that is set
+    stays, and looks when it fires whether anyone waits beyond his time.
+    """
 
     def __init__(self, worker: str) -> None:
         self.worker = worker
         self.received = 0
-        self._queue: asyncio.Queue[TokenFrame | PrismError] = asyncio.Queue()
+        self._frames: list[TokenFrame] = []
+        self._error: PrismError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[bool] | None = None
+        self._until = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, item: TokenFrame | PrismError) -> None:
         """Add a frame, or the error that ends the attempt."""
         self.received += 1
-        self._queue.put_nowait(item)
+        if isinstance(item, TokenFrame):
+            if self._error is None:
+                self._frames.append(item)
+        elif self._error is None:
+            self._error = item
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(True)
 
-    @property
-    def empty(self) -> bool:
-        """Whether `get` would have to wait."""
-        return self._queue.empty()
+    async def get(self, until: float) -> list[TokenFrame]:
+        """All frames that are there, waited for until the loop's clock says `until`.
 
-    async def get(self) -> TokenFrame:
-        """The next frame. Raises the PrismError that was put."""
-        item = await self._queue.get()
-        if isinstance(item, PrismError):
-            raise item
-        return item
+        Raises the PrismError that was put, after the frames before it; TimeoutError when nothing came.
+        """
+        if not self._frames and self._error is None and not await self._wait(until):
+            raise TimeoutError
+        if self._frames:
+            frames, self._frames = self._frames, []
+            return frames
+        assert self._error is not None
+        raise self._error
+
+    async def _wait(self, until: float) -> bool:
+        self._until = until
+        if self._timer is None or self._timer.when() > until:
+            self._set_timer()
+        waiter: asyncio.Future[bool] = self._loop.create_future()
+        self._waiter = waiter
+        try:
+            return await waiter
+        finally:
+            self._waiter = None
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._until, self._time_passed)
+
+    def _time_passed(self) -> None:
+        self._timer = None
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self._loop.time() < self._until:
+            self._set_timer()
+        else:
+            waiter.set_result(False)
+
+    def close(self) -> None:
+        """Nobody reads it any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class Replies:
@@ -57,10 +107,15 @@ class Replies:
             yield inbox
         finally:
             del self._inboxes[rid]
+            inbox.close()
 
     async def take(self, message: Msg) -> None:
         """Hand a message to the attempt that it is for."""
-        inbox = self._inboxes.get(message.subject.rpartition(".")[2])
+        rid = message.subject.rpartition(".")[2]
+        if rid == subjects.FRAMES:
+            self._take_frames(message.data)
+            return
+        inbox = self._inboxes.get(rid)
         if inbox is None:
             return
         if not message.data and (message.headers or {}).get("Status") == NO_RESPONDERS:
@@ -71,6 +126,19 @@ class Replies:
         except PrismError as error:
             log.error("frame from %s: %s", inbox.worker, error.message)
             inbox.put(PrismError(ErrorCode.ENGINE_LOST, f"{inbox.worker}: {error.message}", retry=True))
+
+    def _take_frames(self, payload: bytes) -> None:
+        try:
+            frames = decode(payload, list[TokenFrame])
+        except PrismError as error:
+            # Each request that it concerns sees a gap, or stalls, and is replayed.
+            log.error("frames: %s", error.message)
+            return
+        inboxes = self._inboxes
+        for frame in frames:
+            inbox = inboxes.get(frame.rid)
+            if inbox is not None:
+                inbox.put(frame)
 
     def worker_lost(self, worker: str) -> None:
         """`worker` is gone: end all attempts on it."""

@@ -31,6 +31,7 @@ from prism.gateway.progress import ChoiceRunner
 from prism.gateway.registry import Registry
 from prism.gateway.replies import Replies
 from prism.gateway.settings import Settings
+from prism.gateway.straight_path import StraightPath
 from prism.gateway.tokenizer_cache import TokenizerCache
 
 log = logging.getLogger(__name__)
@@ -142,8 +143,12 @@ async def running_gateway(
         runner = ChoiceRunner(dispatcher, demand, metrics, clock)
         gateway = Gateway(name, bus, registry, fleet, exchanges)
 
+        endpoints: dict[str, GenerationEndpoint] = {}
+
         def endpoint(path: str, plan: Planned) -> GenerationEndpoint:
-            return GenerationEndpoint(path, plan, planner, runner, metrics, exchanges, settings)
+            made = GenerationEndpoint(path, plan, planner, runner, metrics, exchanges, settings)
+            endpoints[path] = made
+            return made
 
         app = build_app(
             registry=registry,
@@ -156,7 +161,9 @@ async def running_gateway(
         for work in (demand.run(bus, parking), _watch(bus, fleet, replies)):
             task = asyncio.create_task(work)
             stack.push_async_callback(end_task, task)
-        gateway.server = await stack.enter_async_context(http_server(app, host, port))
+        gateway.server = await stack.enter_async_context(
+            http_server(StraightPath(app, endpoints), host, port)
+        )
         stack.push_async_callback(gateway.drain, 0)
         yield gateway
 

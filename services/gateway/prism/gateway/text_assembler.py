@@ -2,7 +2,9 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from prism.common.messages.generation import Finish, TokenLogprob
 from prism.gateway.detokenizer import Detokenizer
@@ -30,13 +32,12 @@ class TokenScore:
     in_text: bool = True
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(msgspec.Struct):
     """What came of one frame. `tokens` count in usage, shown or not."""
 
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    scores: list[TokenScore] = field(default_factory=list)
+    tokens: list[int] = []
+    scores: list[TokenScore] = []
     ending: Ending | None = None
 
 
@@ -44,7 +45,7 @@ class TextAssembler:
     """Puts one choice together. No I/O and no clock."""
 
     def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids)
+        self._detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.plain_text)
         self._stops = StopStrings(stops)
         self._single_steps = bool(stops)
         self._decoded = 0
@@ -58,6 +59,11 @@ class TextAssembler:
         finish: Finish | None = None,
     ) -> Piece:
         """Take one frame's tokens. A piece with an ending is the last one."""
+        if finish is None and scores is None and not self._single_steps and not self._pending:
+            text = self._detokenizer.push(tokens)
+            self._decoded += len(text)
+            self._shown += len(text)
+            return Piece(text, list(tokens))
         piece = Piece()
         stop_token = None
         if finish is not None and finish.matched_token is not None and tokens:

@@ -39,6 +39,8 @@ class TextTokenizer:
         decoders = _decoder_types(json.loads(bundle.tokenizer_json).get("decoder"))
         self._byte_level = "ByteLevel" in decoders
         self._byte_fallback = "ByteFallback" in decoders
+        self._concatenates = decoders <= {"ByteLevel", "Sequence"} and self._byte_level
+        self._plain: dict[int, str | None] = {}
         self._template: ChatTemplate | None = None
         self._template_problem = "it has none"
         if bundle.chat_template is not None:
@@ -66,6 +68,16 @@ class TextTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def plain_text(self, token: int) -> str | None:
+        """What `token` adds to a text wherever it stands behind whole characters; None where that depends on
+        its neighbours. Byte-level decoders join bytes, so a token of nothing but ASCII is such a one."""
+        try:
+            return self._plain[token]
+        except KeyError:
+            text = self.decode([token]) if self._concatenates else None
+            self._plain[token] = plain = text if text is not None and text.isascii() else None
+            return plain
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that `token` stands for; special tokens as they are written."""

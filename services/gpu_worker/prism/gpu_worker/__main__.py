@@ -97,6 +97,15 @@ GB = 1_000_000_000
     help="An engine with requests that says nothing for so long is stuck, and ended.",
 )
 @click.option(
+    "--coalesce-ms",
+    type=click.FloatRange(0, 1000),
+    envvar="PRISM_COALESCE_MS",
+    show_envvar=True,
+    default=0.0,
+    show_default=True,
+    help="Collect a request's tokens for so long into one frame; its first one never waits.",
+)
+@click.option(
     "--drain-s",
     type=float,
     envvar="PRISM_DRAIN_S",
@@ -116,6 +125,7 @@ def main(
     max_running_requests: int,
     chunked_prefill_tokens: int,
     engine_stall_s: float,
+    coalesce_ms: float,
     drain_s: float,
     log_level: str,
 ) -> None:
@@ -131,7 +141,7 @@ def main(
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
             _device(device) as engines,
-            frame_publisher(bus) as publisher,
+            frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
                 identity,
                 bus,

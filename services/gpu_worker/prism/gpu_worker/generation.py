@@ -63,7 +63,7 @@ class GenerationRequests:
 
     def arrive(self, request: GenerateRequest, reply: str) -> None:
         """Take a request from the bus, or answer at once why not."""
-        frames = FrameStream(self._publisher, reply, request.rid)
+        frames = FrameStream(self._publisher, reply, request.rid, request.gateway)
         instance = self._find(request.model)
         if instance is None or instance.state is not ModelState.ACTIVE:
             frames.fail(ErrorBody(ErrorCode.MOVED, f"{request.model} is not served here now", retry=True))

@@ -63,10 +63,12 @@ class Finish(msgspec.Struct, frozen=True, omit_defaults=True):
     matched_token: int | None = None
 
 
-class TokenFrame(msgspec.Struct, frozen=True, omit_defaults=True):
+class TokenFrame(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Some tokens of one request. `seq` counts from 0 without gaps; the last frame has `finish` or `error`.
 
     A stop token that ended the generation is part of `tokens` (it counts in usage) and named in `finish`.
+    Frames for one gateway that were ready at the same moment travel as a JSON array of them, on
+    `prism.v1.reply.<gateway>.frames`.
     """
 
     rid: str

@@ -68,8 +68,13 @@ class SimulatedBatch:
         first = self._waiting[0]
         return min(self._chunk_tokens, len(first.request.input_ids) - first.prefilled)
 
+    def restamp(self, now_us: int) -> None:
+        """What the last step brought leaves at `now_us` microseconds, later than it was computed."""
+        for each in self._running.values():
+            each.tokens.restamp(now_us)
+
     def step(self, now_us: int) -> list[TokenOutput]:
-        """Do the next step, which ends at `now_us` microseconds; what it brought."""
+        """Do the next step, at `now_us` microseconds; what it brought."""
         self.steps += 1
         tokens = self.prefill_tokens
         if not tokens:

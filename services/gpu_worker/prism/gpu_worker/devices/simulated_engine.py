@@ -146,16 +146,21 @@ class SimulatedEngine:
                 continue
             prefill = self._batch.prefill_tokens
             cost = self._costs.prefill_s(prefill) if prefill else self._costs.decode_s
-            # Counted from the end of the step before, so that the work in between does not add up.
-            now = time.monotonic()
-            ends_at = max(ends_at + cost, now)
-            time.sleep(ends_at - now)
-            self._tell(self._batch.step(time.monotonic_ns() // 1000))
+            # Counted from the end of the step before, with our own work done within the step's time.
+            ends_at = max(ends_at + cost, time.monotonic())
+            told = self._message(self._batch.step(time.monotonic_ns() // 1000))
+            time.sleep(max(0.0, ends_at - time.monotonic()))
+            self._batch.restamp(time.monotonic_ns() // 1000)
+            self._link.send(told)
 
     def _tell(self, outputs: list[TokenOutput]) -> None:
+        self._link.send(self._message(outputs))
+
+    def _message(self, outputs: list[TokenOutput]) -> Outputs:
         batch = self._batch
-        self._memory.use_kv(batch.kv_tokens)
-        self._link.send(Outputs(outputs, batch.running, batch.waiting, batch.kv_tokens, batch.steps))
+        held = batch.kv_tokens
+        self._memory.use_kv(held)
+        return Outputs(outputs, batch.running, batch.waiting, held, batch.steps)
 
     def _take(self, message: ToEngine) -> None:
         match message:

@@ -20,6 +20,9 @@ class NumberedTokens:
         self._position += 1
         return ord(character) + self._offset
 
+    def restamp(self, now_us: int) -> None:
+        """Numbers know no time."""
+
 
 class StampedTokens:
     """The tokens of one `stamped` generation."""
@@ -37,6 +40,13 @@ class StampedTokens:
         character = self._group[self._place]
         self._place += 1
         return ord(character) + self._offset
+
+    def restamp(self, now_us: int) -> None:
+        """The step that began a group leaves the engine only now. The one digit that was said stays."""
+        if self._place == 1:
+            later = stamp(now_us)
+            if later[0] == self._group[0]:
+                self._group = later
 
 
 TokenSource = NumberedTokens | StampedTokens
