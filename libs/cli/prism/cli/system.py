@@ -2,6 +2,7 @@
 together. `prism up`, `prism demo` and the end-to-end tests all stand on it."""
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -34,7 +36,8 @@ _READY = re.compile(r"gateway ready at (http://\S+)")
 
 @dataclass(frozen=True)
 class SystemSettings:
-    """What to run. Counts are processes of each service; a port of 0 lets the kernel choose."""
+    """What to run. Counts are processes of each service; a port of 0 lets the kernel choose, further gateways
+    take the ports after it. Each worker counts as one GPU of the cluster and uses one of the stores."""
 
     placement: Path
     nats_url: str | None = None
@@ -48,19 +51,28 @@ class SystemSettings:
     device: str = "cpu"
     log_level: str = "INFO"
     drain_s: float = 30.0
+    gateways: int = 1
+    schedulers: int = 1
+    workers: int = 1
+    stores: int = 1
     environment: dict[str, str] = field(default_factory=dict)
 
 
 class ServiceProcess:
-    """One service: started again when it dies unasked, its output handed on line by line."""
+    """One service: started again when it dies unasked, its output handed on line by line.
+
+    `kind` is the service, `name` this process of it: the second gateway is `gateway-2`.
+    """
 
     def __init__(
         self,
+        kind: str,
         name: str,
         arguments: list[str],
         environment: dict[str, str],
         on_line: Callable[[str, str], None],
     ) -> None:
+        self.kind = kind
         self.name = name
         self.process: asyncio.subprocess.Process | None = None
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -79,7 +91,7 @@ class ServiceProcess:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            f"prism.{self.name}",
+            f"prism.{self.kind}",
             *self._arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -148,32 +160,129 @@ class ServiceProcess:
 
 
 class RunningSystem:
-    """The services of a running system: where they listen, and their processes."""
+    """The services of a running system: their processes by name, and where the gateways listen."""
 
-    def __init__(self, nats_url: str, folder: Path) -> None:
+    def __init__(
+        self, settings: SystemSettings, nats_url: str, folder: Path, on_line: Callable[[str, str], None]
+    ) -> None:
         self.nats_url = nats_url
         self.folder = folder
-        self.gateway_url = ""
         self.services: dict[str, ServiceProcess] = {}
+        self.gateway_urls: dict[str, str] = {}
+        self._settings = settings
+        self._on_line = on_line
+        self._ready: dict[str, asyncio.Event] = {}
+        self._changed = asyncio.Event()
 
-    async def first_failure(self) -> str:
-        """Wait until a service turns out not to run at all; say which and how."""
-        done, _ = await asyncio.wait(
-            [service.failed for service in self.services.values()], return_when=asyncio.FIRST_COMPLETED
-        )
-        return done.pop().result()
+    @property
+    def gateway_url(self) -> str:
+        """Where the first gateway listens."""
+        return next(iter(self.gateway_urls.values()))
+
+    def of(self, kind: str) -> list[ServiceProcess]:
+        """The processes of one service."""
+        return [service for service in self.services.values() if service.kind == kind]
+
+    async def add(self, kind: str) -> ServiceProcess:
+        """Start one more process of a service; a gateway is ready to serve when this returns.
+
+        Raises PrismError when it does not come up.
+        """
+        service = self._start_next(kind)
+        await service.start()
+        if kind == "gateway":
+            await self._wait_for_gateways()
+        return service
+
+    async def remove(self, name: str) -> None:
+        """Drain one process and end it for good."""
+        service = self.services.pop(name)
+        self._changed.set()
+        self.gateway_urls.pop(name, None)
+        await service.stop()
+
+    async def start(self) -> None:
+        """Start what the settings ask for. Raises PrismError when it does not come up."""
+        counts = {
+            "model_store": self._settings.stores,
+            "gpu_worker": self._settings.workers,
+            "global_scheduler": self._settings.schedulers,
+            "gateway": self._settings.gateways,
+        }
+        for kind, count in counts.items():
+            for _ in range(count):
+                await self._start_next(kind).start()
+        await self._wait_for_gateways()
+
+    async def stop(self) -> None:
+        """Drain and end everything, gateways first: what they have begun needs the others."""
+        for kind in STOP_ORDER:
+            await asyncio.gather(*(service.stop() for service in self.of(kind)))
 
     def kill(self) -> None:
         """End everything now."""
         for service in self.services.values():
             service.kill()
 
+    async def first_failure(self) -> str:
+        """Wait until a service turns out not to run at all; say which and how."""
+        while True:
+            self._changed.clear()
+            changed = asyncio.create_task(self._changed.wait(), name="services changed")
+            failures = [service.failed for service in self.services.values()]
+            waited: list[asyncio.Future[Any]] = [changed, *failures]
+            try:
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+            for failure in failures:
+                if failure.done():
+                    return failure.result()
+
+    def _start_next(self, kind: str) -> ServiceProcess:
+        taken = {service.name for service in self.of(kind)}
+        number = next(number for number in itertools.count(1) if _name(kind, number) not in taken)
+        name = _name(kind, number)
+        arguments = _arguments(self._settings, self.nats_url, self.folder, kind, number)
+        service = ServiceProcess(kind, name, arguments, self._settings.environment, self._watch_line)
+        self.services[name] = service
+        self._ready[name] = asyncio.Event()
+        self._changed.set()
+        return service
+
+    def _watch_line(self, name: str, line: str) -> None:
+        found = _READY.search(line)
+        if found and name in self.services:
+            self.gateway_urls[name] = found.group(1)
+            self._ready[name].set()
+        self._on_line(name, line)
+
+    async def _wait_for_gateways(self) -> None:
+        failure = asyncio.create_task(self.first_failure(), name="first failure")
+        try:
+            async with asyncio.timeout(READY_DEADLINE_S):
+                for service in self.of("gateway"):
+                    listening = asyncio.create_task(self._ready[service.name].wait(), name="listening")
+                    await asyncio.wait([listening, failure], return_when=asyncio.FIRST_COMPLETED)
+                    listening.cancel()
+                    if failure.done():
+                        raise PrismError(ErrorCode.INTERNAL, failure.result())
+                    await _wait_for_readyz(self.gateway_urls[service.name], failure)
+        except TimeoutError as error:
+            raise PrismError(
+                ErrorCode.INTERNAL,
+                f"the system is not ready after {READY_DEADLINE_S:.0f} s; see its log above",
+            ) from error
+        finally:
+            failure.cancel()
+            await asyncio.gather(failure, return_exceptions=True)
+
 
 @asynccontextmanager
 async def running_system(
     settings: SystemSettings, on_line: Callable[[str, str], None]
 ) -> AsyncIterator[RunningSystem]:
-    """Start everything, yield when the gateway answers, drain and end everything.
+    """Start everything, yield when the gateways answer, drain and end everything.
 
     `on_line(service, line)` gets every log line. Raises PrismError when a service does not come up.
     """
@@ -182,87 +291,44 @@ async def running_system(
         url = settings.nats_url
         if url is None:
             url = stack.enter_context(nats_server(folder / "nats")).url
-        system = RunningSystem(url, folder)
-        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        def watch_line(service: str, line: str) -> None:
-            found = _READY.search(line)
-            if found:
-                system.gateway_url = found.group(1)
-                if not ready.done():
-                    ready.set_result(found.group(1))
-            on_line(service, line)
-
-        for name, arguments in _services(settings, url, folder).items():
-            service = ServiceProcess(name, arguments, settings.environment, watch_line)
-            system.services[name] = service
+        system = RunningSystem(settings, url, folder, on_line)
         try:
-            for service in system.services.values():
-                await service.start()
-            await _wait_until_ready(system, ready)
+            await system.start()
             yield system
         finally:
-            for name in STOP_ORDER:
-                await system.services[name].stop()
+            await system.stop()
 
 
-def _services(settings: SystemSettings, nats_url: str, folder: Path) -> dict[str, list[str]]:
+def _name(kind: str, number: int) -> str:
+    return kind if number == 1 else f"{kind}-{number}"
+
+
+def _arguments(settings: SystemSettings, nats_url: str, folder: Path, kind: str, number: int) -> list[str]:
     common = ["--nats", nats_url, "--log-level", settings.log_level]
-    socket = str(folder / "store.sock")
-    store = [*common, "--socket", socket]
-    if settings.image_dir is not None:
-        store += ["--image-dir", str(settings.image_dir)]
-    if settings.store_memory_gb is not None:
-        store += ["--memory-gb", str(settings.store_memory_gb)]
-    return {
-        "model_store": store,
-        "gpu_worker": [
-            *common,
-            "--device",
-            settings.device,
-            "--store-socket",
-            socket,
-            "--worker-memory-gb",
-            str(settings.worker_memory_gb),
-            "--drain-s",
-            str(settings.drain_s),
-        ],
-        "global_scheduler": [
-            *common,
-            "--placement",
-            str(settings.placement),
-            "--mode",
-            settings.mode,
-            "--policy",
-            settings.policy,
-        ],
-        "gateway": [
-            *common,
-            "--host",
-            settings.host,
-            "--port",
-            str(settings.port),
-            "--drain-s",
-            str(settings.drain_s),
-        ],
-    }
+    match kind:
+        case "model_store":
+            store = [*common, "--socket", _store_socket(folder, number)]
+            if settings.image_dir is not None:
+                store += ["--image-dir", str(settings.image_dir)]
+            if settings.store_memory_gb is not None:
+                store += ["--memory-gb", str(settings.store_memory_gb)]
+            return store
+        case "gpu_worker":
+            worker = [*common, "--device", settings.device, "--first-gpu-id", str(number - 1)]
+            worker += ["--store-socket", _store_socket(folder, 1 + (number - 1) % settings.stores)]
+            worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
+            return [*worker, "--drain-s", str(settings.drain_s)]
+        case "global_scheduler":
+            scheduler = [*common, "--placement", str(settings.placement)]
+            return [*scheduler, "--mode", settings.mode, "--policy", settings.policy]
+        case _:
+            port = settings.port + number - 1 if settings.port else 0
+            gateway = [*common, "--host", settings.host, "--port", str(port)]
+            return [*gateway, "--drain-s", str(settings.drain_s)]
 
 
-async def _wait_until_ready(system: RunningSystem, ready: "asyncio.Future[str]") -> None:
-    failure = asyncio.create_task(system.first_failure(), name="first failure")
-    try:
-        async with asyncio.timeout(READY_DEADLINE_S):
-            await asyncio.wait([ready, failure], return_when=asyncio.FIRST_COMPLETED)
-            if failure.done():
-                raise PrismError(ErrorCode.INTERNAL, failure.result())
-            await _wait_for_readyz(ready.result(), failure)
-    except TimeoutError as error:
-        raise PrismError(
-            ErrorCode.INTERNAL, f"the system is not ready after {READY_DEADLINE_S:.0f} s; see its log above"
-        ) from error
-    finally:
-        failure.cancel()
-        await asyncio.gather(failure, return_exceptions=True)
+def _store_socket(folder: Path, number: int) -> str:
+    return str(folder / f"{_name('store', number)}.sock")
 
 
 async def _wait_for_readyz(url: str, failure: "asyncio.Task[str]") -> None:

@@ -16,14 +16,15 @@ from prism.common.errors import PrismError
 from prism.common.placement_file import read_placement_file
 
 COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store": 35}
-NAME_WIDTH = 16
+NAME_WIDTH = 18
+COUNT = click.IntRange(min=1)
 
 
 def print_service_line(service: str, line: str) -> None:
     """One log line of a service, its name in front."""
     name = f"{service:<{NAME_WIDTH}}"
     if sys.stderr.isatty():
-        name = f"\x1b[{COLOURS.get(service, 37)}m{name}\x1b[0m"
+        name = f"\x1b[{COLOURS.get(service.partition('-')[0], 37)}m{name}\x1b[0m"
     click.echo(f"{name} | {line}", err=True)
 
 
@@ -65,7 +66,8 @@ async def run_until_stopped(settings: SystemSettings) -> int:
     try:
         async with running_system(settings, print_service_line) as system:
             running.append(system)
-            click.echo(f"gateway ready at {system.gateway_url}")
+            for url in system.gateway_urls.values():
+                click.echo(f"gateway ready at {url}")
             click.echo(f"nats at {system.nats_url}")
             if models:
                 click.echo(curl_line(system.gateway_url, models[0].model_name))
@@ -102,6 +104,10 @@ async def run_until_stopped(settings: SystemSettings) -> int:
 @click.option("--mode", type=click.Choice(["static", "elastic", "full"]), default="full", show_default=True)
 @click.option("--policy", default="lru", show_default=True, help="Placement policy.")
 @click.option("--device", default="cpu", show_default=True, help="What the engines run on.")
+@click.option("--gateways", type=COUNT, default=1, show_default=True, help="Processes of the gateway.")
+@click.option("--schedulers", type=COUNT, default=1, show_default=True, help="Schedulers: one leads.")
+@click.option("--workers", type=COUNT, default=1, show_default=True, help="Workers: a GPU each.")
+@click.option("--stores", type=COUNT, default=1, show_default=True, help="Model stores.")
 @click.option("--log-level", default="INFO", show_default=True)
 def up_command(placement: Path, **options: object) -> None:
     """Run the whole system for the models of PLACEMENT (a placement file) until Ctrl-C."""
