@@ -55,6 +55,41 @@ async def test_stream_and_registry_survive_a_restart_of_the_bus(
                 await stage.ready("m")
 
 
+async def test_the_silence_of_a_bus_that_is_away_is_no_loss_of_a_worker(
+    tmp_path: Path, bundle: TokenizerBundle
+) -> None:
+    go_on = asyncio.Event()
+
+    async def script(turn: Turn) -> None:
+        await turn.send(stage.ids("one "))
+        await go_on.wait()
+        await turn.send(stage.ids("two"), finish="stop")
+
+    with nats_server(tmp_path) as first:
+        port = urlsplit(first.url).port
+        assert port is not None
+        async with (
+            connect_bus(first.url, name="test") as bus,
+            open_stage(bus, first, bundle, Settings(accept_s=0.7, stall_s=0.7, max_losses=0)) as stage,
+        ):
+            await stage.register("m")
+            worker = await stage.worker(script, "m")
+            body = {"model": "m", "prompt": "hello", "stream": True}
+            request = asyncio.create_task(stage.http.post("/v1/completions", json=body))
+            await worker.turns.get()
+            seen = 'time_to_first_token_seconds_count{model="m"} 1.0'
+            await stage.eventually("/metrics", lambda answer: seen in answer.text)
+            first.stop()
+            await stage.eventually("/readyz", lambda answer: answer.status_code == 503)
+            # Several times what a worker may be silent.
+            await asyncio.sleep(2.0)
+            bus.on_return.append(go_on.set)
+            with nats_server(tmp_path, port=port):
+                events = read_events((await asyncio.wait_for(request, 20)).text)
+            assert joined(events) == "one two"
+            assert worker.turns.qsize() == 0
+
+
 async def test_a_request_whose_last_frame_the_bus_lost_is_made_anew_at_once(
     tmp_path: Path, bundle: TokenizerBundle
 ) -> None:

@@ -74,6 +74,13 @@ def on(*gpu_ids: int, **fields: Any) -> list[InitialPlacement]:
 
 
 class TestDemand:
+    def test_a_worker_that_still_starts_comes_after_one_that_is_ready(self) -> None:
+        starting = msgspec.structs.replace(worker("a", limit=1000), ready=False)
+        ready = worker("b", limit=100)
+        snapshot = cluster([starting, ready], [model("m")], demand={"m": parked()})
+        assert told(snapshot) == [("Activate", "m", "b")]
+        assert told(cluster([starting], [model("m")], demand={"m": parked()})) == [("Activate", "m", "a")]
+
     def test_a_model_in_demand_is_activated_with_its_quota(self) -> None:
         snapshot = cluster([worker()], [model("a")], demand={"a": parked(requests=200)})
         assert plan(snapshot).actions == (Activate("a", "w", KV, 30, "200 requests parked"),)

@@ -283,6 +283,9 @@ class Dispatcher:
                     raise PrismError(
                         ErrorCode.DEADLINE_EXCEEDED, "the request's deadline passed before it was finished"
                     ) from None
+                if not self._bus.client.is_connected:
+                    # Nobody can be heard: what that cost is looked at once the bus is back.
+                    continue
                 waiting = accepted and not begun
                 if waiting and self._fleet.tokens_done(job.model, inbox.worker) != progress:
                     continue

@@ -156,7 +156,14 @@ def _gist(report: LoadReport) -> object:
         )
         for model in report.models
     }
-    return report.memory_limit_bytes, report.memory_reserved_bytes, report.draining, report.gpu_ids, models
+    return (
+        report.memory_limit_bytes,
+        report.memory_reserved_bytes,
+        report.draining,
+        report.ready,
+        report.gpu_ids,
+        models,
+    )
 
 
 def _view(seen: SeenWorker, now: float) -> WorkerView:
@@ -170,6 +177,7 @@ def _view(seen: SeenWorker, now: float) -> WorkerView:
         reserved_bytes=report.memory_reserved_bytes,
         element_bytes=report.element_bytes,
         draining=report.draining,
+        ready=report.ready,
         models={
             model.model: ResidentModel(
                 state=model.state,

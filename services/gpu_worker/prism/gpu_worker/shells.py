@@ -63,6 +63,11 @@ class Shell:
 class ShellSource(Protocol):
     """Where a device's shells come from."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether `take` would not have to wait for anything but the shell itself."""
+        ...
+
     async def take(self) -> Shell:
         """A shell, ready to become an engine. Raises PrismError when none can be had."""
 
@@ -80,6 +85,11 @@ class ForkServerShells:
         self._shells: dict[int, Shell] = {}
         self._early_exits: dict[int, str] = {}
         self._taking = asyncio.Lock()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the import is done."""
+        return self._ready.is_set()
 
     def start(self) -> None:
         """Start importing; returns at once."""

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 class StartedShells:
     """Starts `python -m <module> FD <arguments>` for each shell. Made by `started_shells`."""
 
+    ready = True
+
     def __init__(self, module: str, arguments: Sequence[str]) -> None:
         self._module = module
         self._arguments = list(arguments)

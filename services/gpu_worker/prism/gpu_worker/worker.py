@@ -251,6 +251,7 @@ class Worker:
             element_bytes=self._device.element_bytes,
             epoch=self.epoch,
             draining=self.draining,
+            ready=self._device.shells.ready,
         )
 
     async def retire(self, drain_s: float) -> None:

@@ -30,7 +30,8 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `memory_reserved_bytes` is what the worker has promised away (weights + KV quotas + fixed cost) of
     `memory_limit_bytes`; it never exceeds it. `element_bytes` is the size of a weight or KV element on
-    this device, None for the checkpoint's own. `epoch` is the newest command epoch seen.
+    this device, None for the checkpoint's own. `epoch` is the newest command epoch seen. A worker that is not
+    `ready` takes commands, but starts engines only once it is (it still imports what they need).
     """
 
     worker: str
@@ -43,6 +44,7 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
     element_bytes: int | None = None
     epoch: int = 0
     draining: bool = False
+    ready: bool = True
 
 
 class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):

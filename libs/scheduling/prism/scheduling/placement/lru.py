@@ -168,12 +168,13 @@ class _Planning:
     def _best(
         self, wanted: Wanted, rooms: list[WorkerRoom], missing: Callable[[WorkerRoom], int]
     ) -> WorkerRoom | None:
-        """Of those where nothing is missing: one where it dozes already, else that with most free memory."""
+        """Of those where nothing is missing: one where it dozes already, else one that is ready to start
+        engines, with most free memory."""
 
-        def rank(room: WorkerRoom) -> tuple[bool, int, str]:
+        def rank(room: WorkerRoom) -> tuple[bool, bool, int, str]:
             here = room.worker.models.get(wanted.name)
             dozes = here is not None and here.state is ModelState.DOZING
-            return not dozes, room.missing(0), room.worker.id
+            return not dozes, not room.worker.ready, room.missing(0), room.worker.id
 
         return min((room for room in rooms if missing(room) <= 0), key=rank, default=None)
 

@@ -45,6 +45,7 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     reserved_bytes: int
     element_bytes: int | None = None
     draining: bool = False
+    ready: bool = True
     models: Mapping[str, ResidentModel] = {}
 
 
