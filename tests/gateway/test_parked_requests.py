@@ -135,6 +135,20 @@ async def test_model_that_fails_to_wake_ends_the_wait_with_the_reason(stage: Sta
     assert "its weights do not fit" in model["reason"]
 
 
+async def test_model_that_failed_a_while_ago_is_tried_again_by_the_next_request(stage: Stage) -> None:
+    await stage.register("m")
+    worker = await stage.worker(saying(stage.ids("mended")))
+    worker.loads["m"] = ModelLoad("m", ModelState.FAILED, state_s=60.0, failure="its weights do not fit")
+    await worker.report()
+    await stage.ready("m", "failed")
+    async with demand_reports(stage) as reports, asyncio.timeout(5):
+        request = asyncio.create_task(complete(stage))
+        while parked(await reports.get()) == 0:
+            continue
+        await worker.serve("m")
+        assert (await request).json()["choices"][0]["text"] == "mended"
+
+
 async def test_model_whose_folder_cannot_be_used_is_refused(stage: Stage) -> None:
     await stage.register("m", error="config.json is missing")
     response = await complete(stage)

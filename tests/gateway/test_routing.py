@@ -4,7 +4,7 @@ import pytest
 
 from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelState
-from prism.gateway.routing import WorkerView, choose_worker, common_failure
+from prism.gateway.routing import Failure, WorkerView, choose_worker, common_failure
 
 pytestmark = pytest.mark.core
 
@@ -54,8 +54,10 @@ def test_route_of_an_unknown_worker_is_no_choice() -> None:
 
 
 def test_failure_counts_when_every_worker_reports_it() -> None:
-    failed = ModelLoad("m", ModelState.FAILED, failure="no memory")
-    assert common_failure("m", [view(failed), view(failed)]) == "no memory"
-    assert common_failure("m", [view(failed), view(busy(0, 0))]) is None
-    assert common_failure("m", [view(failed), view()]) is None
-    assert common_failure("m", []) is None
+    failed = ModelLoad("m", ModelState.FAILED, state_s=3.0, failure="no memory")
+    earlier = ModelLoad("m", ModelState.FAILED, state_s=60.0, failure="no memory")
+    workers = [view(failed, heard_at=NOW - 0.5), view(earlier)]
+    assert common_failure("m", workers, NOW) == Failure("no memory", 3.5)
+    assert common_failure("m", [view(failed), view(busy(0, 0))], NOW) is None
+    assert common_failure("m", [view(failed), view()], NOW) is None
+    assert common_failure("m", [], NOW) is None

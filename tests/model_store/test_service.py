@@ -24,6 +24,7 @@ from prism.common.messages.models import ModelFacts, ModelSpec, TokenizerBundle
 from prism.common.messages.store import (
     ImageKind,
     LeaseRequest,
+    StoreInspection,
     StoreModelOutcome,
     StoreModelRequest,
     StoreReport,
@@ -206,6 +207,39 @@ async def test_stage_evict_and_list_answer_with_the_outcome_and_events_tell_of_i
         assert "staged" in kinds
         services = await bus.client.request("$SRV.INFO.prism-model-store", timeout=5)
         assert b'"node": "here"' in services.data or b'"node":"here"' in services.data
+
+
+async def test_a_mended_folder_is_looked_at_when_asked(
+    fresh_nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    whole, changed_at = weights.read_bytes(), weights.stat().st_mtime_ns
+    weights.write_bytes(whole[:-4])
+    await register(bus, ModelSpec("m", str(folder)), ModelSpec("hub", "nobody/nothing"))
+
+    async def inspect(model: str) -> StoreInspection:
+        request = StoreModelRequest(model)
+        return await bus.request(subjects.store("here", "inspect"), request, StoreInspection, timeout_s=20)
+
+    with store_process(fresh_nats, tmp_path):
+        async with watch_facts(bus) as facts:
+            assert "it is cut off" in str((await facts.of("m")).error)
+            # As if it had always been whole.
+            weights.write_bytes(whole)
+            os.utime(weights, ns=(changed_at, changed_at))
+            found = (await inspect("m")).facts
+            assert found is not None
+            assert found.parameters
+            bucket = await bus.bucket(subjects.BUCKET_MODELS)
+            assert decode((await bucket.get(subjects.facts_key("m"))).value or b"", ModelFacts) == found
+            await facts.of("hub")
+            still = (await inspect("hub")).facts
+            assert still is not None
+            assert "the hub cannot be reached" in str(still.error)
+            unknown = (await inspect("unknown")).error
+            assert unknown is not None
+            assert unknown.code is ErrorCode.MODEL_NOT_FOUND
 
 
 async def test_a_killed_store_is_replaced_and_its_successor_serves_from_disk(

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from prism.gpu_worker.engine.arena import COPY_CHUNK_BYTES, MemoryArena
+from prism.gpu_worker.engine.arena import COPY_CHUNK_BYTES, PAGE, MemoryArena
 
 pytestmark = pytest.mark.core
 
@@ -73,3 +73,16 @@ def test_an_image_that_is_too_short_is_an_error() -> None:
     with pytest.raises(OSError, match="image ends at 100 of 200 bytes"):
         arena.copy_in(source, 200, threads=1)
     os.close(source)
+
+
+def test_what_nothing_was_written_to_is_known_page_by_page() -> None:
+    arena = MemoryArena("test", 8 * PAGE)
+    assert arena.untouched_bytes(0, 8 * PAGE) == 8 * PAGE
+    arena.view(2 * PAGE, (PAGE,), torch.uint8).zero_()
+    assert arena.untouched_bytes(0, 8 * PAGE) == 7 * PAGE
+    assert arena.untouched_bytes(2 * PAGE, PAGE) == 0
+    assert arena.untouched_bytes(PAGE - 1, PAGE + 2) == PAGE
+    assert arena.untouched_bytes(2 * PAGE + 1, PAGE) == 0, "no whole page"
+    arena.unmap()
+    arena.map()
+    assert arena.untouched_bytes(0, 8 * PAGE) == 8 * PAGE

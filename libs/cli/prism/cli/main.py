@@ -6,6 +6,7 @@ import click
 
 COMMANDS = {
     "up": ("prism.cli.up", "up_command"),
+    "models": ("prism.cli.models", "models_command"),
     "demo": ("prism.cli.demo", "demo_command"),
     "make-tiny-models": ("prism.cli.tiny_models", "make_tiny_models_command"),
 }

@@ -71,8 +71,13 @@ def scheduler_plan(instance: str = "") -> str:
     return f"{PREFIX}.scheduler.plan.{instance}" if instance else f"{PREFIX}.scheduler.plan"
 
 
+def scheduler_retry(instance: str = "") -> str:
+    """Where the leading global scheduler takes up failed models; with `instance`, where that one does."""
+    return f"{PREFIX}.scheduler.retry.{instance}" if instance else f"{PREFIX}.scheduler.retry"
+
+
 def store(node: str, verb: str) -> str:
-    """Where the store of `node` answers `verb` (stage, evict, list)."""
+    """Where the store of `node` answers `verb` (stage, evict, inspect, list)."""
     return f"{PREFIX}.store.{node}.{verb}"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 
 from prism.common.messages.load import LoadReport
 from prism.common.messages.placement import Route
-from prism.gateway.routing import WorkerView, choose_worker, common_failure
+from prism.gateway.routing import Failure, WorkerView, choose_worker, common_failure
 
 
 class Fleet:
@@ -49,11 +49,11 @@ class Fleet:
         views = [self._workers.get(worker) for worker in self._serving.get(model, ())]
         return tuple(sorted({view.report.device for view in views if view is not None}))
 
-    def failure(self, model: str) -> str | None:
+    def failure(self, model: str) -> Failure | None:
         """Why no worker can serve `model`, if that is what they all say and nobody does serve it."""
         if self.choose(model) is not None:
             return None
-        return common_failure(model, self._alive())
+        return common_failure(model, self._alive(), self._clock())
 
     def tokens_done(self, model: str, worker: str) -> int | None:
         """What `worker` has done for `model` so far by its own account (tokens and engine steps, which show a

@@ -8,6 +8,9 @@ from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.mirror import BucketMirror
 from prism.gateway.fleet import Fleet
 
+FAILED_FOR_S = 15.0
+"""How long requests for a failed model are refused at once; the first one after that has it tried again."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
@@ -80,11 +83,14 @@ class Registry:
         return facts
 
     def refuse_failed(self, name: str) -> None:
-        """Raises PrismError(model_failed) when every worker reports `name` as failed and none serves it."""
+        """Raises PrismError(model_failed) when every worker reports `name` as failed, one of them since less
+        than FAILED_FOR_S, and none serves it."""
         failure = self._fleet.failure(name)
-        if failure is not None:
+        if failure is not None and failure.age_s < FAILED_FOR_S:
             raise PrismError(
-                ErrorCode.MODEL_FAILED, f"model {name!r} failed on every worker: {failure}", param="model"
+                ErrorCode.MODEL_FAILED,
+                f"model {name!r} failed on every worker: {failure.reason}",
+                param="model",
             )
 
     def status(self, name: str) -> ModelStatus:
@@ -94,10 +100,13 @@ class Registry:
         length = facts.context_length if facts is not None and facts.context_length > 0 else None
         try:
             self.facts(name)
-            self.refuse_failed(name)
         except PrismError as error:
             state = "failed" if error.code is ErrorCode.MODEL_FAILED else "sleeping"
             return ModelStatus(name, state, error.message, length)
+        failure = self._fleet.failure(name)
+        if failure is not None:
+            reason = f"{failure.reason}; `prism models retry` or a later request tries it again"
+            return ModelStatus(name, "failed", reason, length)
         if self._fleet.choose(name) is not None:
             return ModelStatus(name, "ready", None, length, self._fleet.devices(name))
         return ModelStatus(name, "sleeping", "the next request wakes it", length)

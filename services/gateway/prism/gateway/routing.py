@@ -53,10 +53,21 @@ def choose_worker(
     return min(usable)[1] if usable else None
 
 
-def common_failure(model: str, workers: Sequence[WorkerView]) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a model cannot be served, and the seconds since the last worker that tried it failed."""
+
+    reason: str
+    age_s: float
+
+
+def common_failure(model: str, workers: Sequence[WorkerView], now: float) -> Failure | None:
     """Why `model` cannot be served, if every one of these (living) workers reports it as failed."""
-    entries = [view.of(model) for view in workers]
-    if not entries or any(entry is None or entry.state is not ModelState.FAILED for entry in entries):
-        return None
-    reasons = {entry.failure or "no reason given" for entry in entries if entry is not None}
-    return "; ".join(sorted(reasons))
+    reasons, ages = set(), []
+    for view in workers:
+        entry = view.of(model)
+        if entry is None or entry.state is not ModelState.FAILED:
+            return None
+        reasons.add(entry.failure or "no reason given")
+        ages.append(entry.state_s + now - view.heard_at)
+    return Failure("; ".join(sorted(reasons)), min(ages)) if ages else None

@@ -53,6 +53,10 @@ class ClusterState:
         elif (gone := self._specs.pop(key, None)) is not None:
             self._removed[gone.model_name] = gone
 
+    def spec(self, model: str) -> ModelSpec | None:
+        """The registered spec of `model`."""
+        return next((spec for spec in self._specs.values() if spec.model_name == model), None)
+
     def set_facts(self, key: str, facts: ModelFacts | None) -> None:
         """What a model store found in a model's folder, None for gone."""
         if facts is not None:
@@ -87,6 +91,18 @@ class ClusterState:
     def seen_epoch(self) -> int:
         """The highest epoch in which any worker has been commanded."""
         return max((seen.report.epoch for seen in self.workers.values()), default=0)
+
+    def forgive(self, model: str) -> list[str]:
+        """Start `model`'s failures anew; the workers that still remember one."""
+        for worker in self.workers:
+            self.backoff.works(worker, model)
+        return sorted(
+            worker
+            for worker, seen in self.workers.items()
+            for entry in seen.report.models
+            if entry.model == model
+            and (entry.state is ModelState.FAILED or (entry.state is ModelState.COLD and entry.failure))
+        )
 
     def demand(self, report: DemandReport, now: float) -> None:
         """Take a gateway's report, which replaces its last one."""

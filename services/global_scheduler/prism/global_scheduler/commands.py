@@ -72,14 +72,35 @@ class CommandRunner:
             for (worker, model), pending in self._pending.items()
         )
 
+    def awaits(self, worker: str, model: str) -> bool:
+        """Whether the outcome of a command for this model on this worker is not known yet."""
+        pending = self._pending.get((worker, model))
+        return pending is not None and pending.outcome is None
+
     def start(self, worker: str, command: Command, *, footprint_bytes: int, reason: str) -> None:
         """Send `command`; there must be none in flight for this model on this worker."""
+        self._begin(worker, command, footprint_bytes, reason)
+
+    async def carry_out(self, worker: str, command: Command, *, reason: str) -> CommandOutcome:
+        """As `start`, and wait for the outcome: the command's deadline and some seconds at most."""
+        pending = self._begin(worker, command, 0, reason)
+        assert pending.task is not None
+        await asyncio.wait({pending.task})
+        return pending.outcome or CommandOutcome(
+            worker,
+            command.spec.model_name,
+            ModelState.FAILED,
+            ErrorBody(ErrorCode.CANCELLED, "this scheduler is about to end", retry=True),
+        )
+
+    def _begin(self, worker: str, command: Command, footprint_bytes: int, reason: str) -> _Pending:
         model = command.spec.model_name
         pending = _Pending(command, worker, reason, footprint_bytes, monotonic())
         self._pending[worker, model] = pending
         self._recent.append(pending)
         log.info("%s %s on %s: %s", command.kind, model, worker, reason)
         pending.task = self._tasks.create_task(self._follow(pending), name=f"{command.kind} {model}")
+        return pending
 
     def report(self, report: LoadReport, now: float) -> bool:
         """Compare a worker's report with what was asked of it. Whether a command ended by that."""

@@ -1,7 +1,7 @@
 """The micro service that shows the scheduler on the bus, and answers why things are as they are."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from nats.micro.request import Request
@@ -11,7 +11,7 @@ from prism.common.bus import Bus
 from prism.common.errors import PrismError
 from prism.common.messages.codec import encode
 from prism.common.messages.explain import PlanReport
-from prism.common.micro import micro_service
+from prism.common.micro import EndpointHandler, micro_service
 from prism.global_scheduler.election import Election
 from prism.global_scheduler.scheduler import GlobalScheduler
 
@@ -21,8 +21,14 @@ FORWARD_DEADLINE_S = 2.0
 
 
 @asynccontextmanager
-async def explain_service(bus: Bus, scheduler: GlobalScheduler, election: Election) -> AsyncIterator[None]:
-    """Answer `PlanReport`s: the leader's on the common subject, whoever is asked, and each one's own."""
+async def explain_service(
+    bus: Bus,
+    scheduler: GlobalScheduler,
+    election: Election,
+    others: Mapping[str, tuple[str, EndpointHandler]],
+) -> AsyncIterator[None]:
+    """Answer `PlanReport`s: the leader's on the common subject, whoever is asked, and each one's own.
+    `others` are further endpoints of the service."""
 
     async def own(request: Request) -> None:
         await request.respond(encode(scheduler.explain()))
@@ -45,6 +51,7 @@ async def explain_service(bus: Bus, scheduler: GlobalScheduler, election: Electi
         endpoints={
             "plan": (subjects.scheduler_plan(), leaders),
             "plan-of": (subjects.scheduler_plan(election.instance), own),
+            **others,
         },
     ):
         yield

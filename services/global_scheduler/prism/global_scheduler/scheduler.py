@@ -8,6 +8,7 @@ from time import monotonic
 import msgspec
 from nats.aio.msg import Msg
 
+from prism.common import subjects
 from prism.common.bus import Bus
 from prism.common.errors import ErrorCode
 from prism.common.messages.codec import decode
@@ -128,6 +129,21 @@ class GlobalScheduler:
             now = monotonic()
         snapshot = self.cluster.snapshot(self._commands.in_flight(), now)
         self._carry_out(self._policy.plan(snapshot, now), snapshot, election)
+
+    async def forgive(self, spec: ModelSpec, facts: ModelFacts) -> list[CommandOutcome]:
+        """Forget that a model failed, here and on the workers: what those that had it failed answer."""
+        self.cluster.set_facts(subjects.facts_key(spec.model_name), facts)
+        workers = [
+            worker
+            for worker in self.cluster.forgive(spec.model_name)
+            if not self._commands.awaits(worker, spec.model_name)
+        ]
+        self._wake.set()
+        epoch = self._election.epoch if self._election else 0
+        command = Command(CommandKind.RELEASE, epoch, spec, facts, self._deadlines.release_s)
+        return await asyncio.gather(
+            *(self._commands.carry_out(worker, command, reason="to be tried again") for worker in workers)
+        )
 
     def close(self) -> None:
         """Follow no command any longer."""

@@ -16,6 +16,7 @@ from prism.common.tasks import end_task
 from prism.global_scheduler.election import stand_for_election
 from prism.global_scheduler.explain import explain_service
 from prism.global_scheduler.registration import registered
+from prism.global_scheduler.retry import retry_endpoints
 from prism.global_scheduler.scheduler import Deadlines, GlobalScheduler
 from prism.scheduling.placement import PlacementPolicy
 
@@ -54,7 +55,8 @@ async def run_global_scheduler(
         )
         planning = tasks.create_task(scheduler.run(election, routes), name="planning")
         stack.push_async_callback(end_task, planning)
-        await stack.enter_async_context(explain_service(bus, scheduler, election))
+        retries = await stack.enter_async_context(retry_endpoints(bus, scheduler, election))
+        await stack.enter_async_context(explain_service(bus, scheduler, election, retries))
         yield scheduler
 
 

@@ -23,7 +23,6 @@ from prism.scheduling.memory import weights_bytes
 log = logging.getLogger(__name__)
 
 STORE_DEADLINE_S = 600.0
-FAILED_FOR_S = 15.0
 IMAGE_DEADLINE_S = 20.0
 SLOWEST_COPY_BYTES_PER_S = 500e6
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
@@ -83,7 +82,6 @@ class ModelInstance:
         self._watch: asyncio.Task[None] | None = None
         self._image_settled = asyncio.Event()
         self._image_error: str | None = None
-        self._forgiving: asyncio.TimerHandle | None = None
 
     @property
     def name(self) -> str:
@@ -91,19 +89,13 @@ class ModelInstance:
         return self.spec.model_name
 
     def set_state(self, state: ModelState, failure: str | None = None) -> None:
-        """Enter `state`, and tell. A failed model may be tried again after FAILED_FOR_S; its reason stays."""
-        if self._forgiving is not None:
-            self._forgiving.cancel()
-            self._forgiving = None
+        """Enter `state`, and tell. A failed model stays failed until it is tried again, or released."""
         self.failure = failure
         if state is self.state and failure is None:
             return
         self.state = state
         self.state_since = time.monotonic()
         self._on_state(self)
-        if state is ModelState.FAILED:
-            loop = asyncio.get_running_loop()
-            self._forgiving = loop.call_later(FAILED_FOR_S, self.set_state, ModelState.COLD, failure)
 
     async def activate(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         """Serve: wake if dozing, else start an engine. Returns the seconds of each phase.
@@ -319,7 +311,7 @@ class ModelInstance:
 
 def _after(error: BaseException, what: str = "") -> tuple[ModelState, str | None]:
     """The state that a failed transition leaves, and the reason to keep: what may pass by itself leaves the
-    model cold, to be tried again; anything else makes it failed for a while."""
+    model cold, to be tried again; anything else makes it failed."""
     if isinstance(error, asyncio.CancelledError):
         return ModelState.COLD, None
     message = error.message if isinstance(error, PrismError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The store on the bus: stage, evict and list, as a NATS micro service."""
+"""The store on the bus: stage, evict, inspect and list, as a NATS micro service."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,9 @@ from prism.common.bus import Bus
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.models import ModelSpec
-from prism.common.messages.store import StoreModelOutcome, StoreModelRequest
+from prism.common.messages.store import StoreInspection, StoreModelOutcome, StoreModelRequest
 from prism.common.micro import micro_service
+from prism.model_store.inspection import Inspector
 from prism.model_store.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -22,14 +23,15 @@ log = logging.getLogger(__name__)
 
 @contextlib.asynccontextmanager
 async def serve_endpoints(
-    bus: Bus, store: ModelStore, specs: Mapping[str, ModelSpec], instance: str
+    bus: Bus, store: ModelStore, inspector: Inspector, specs: Mapping[str, ModelSpec], instance: str
 ) -> AsyncIterator[None]:
     """Answer on the subjects of the store's node until the end of the `async with`. A request without a
     path is for a model in `specs` (by their keys in `prism_models`)."""
 
     async def stage(request: StoreModelRequest) -> StoreModelOutcome:
         began = asyncio.get_running_loop().time()
-        nbytes = await store.prefetch(request.model, request.model_path or _path(specs, request.model))
+        path = request.model_path or _spec(specs, request.model).model_path
+        nbytes = await store.prefetch(request.model, path)
         seconds = asyncio.get_running_loop().time() - began
         return StoreModelOutcome(request.model, nbytes, seconds)
 
@@ -55,10 +57,18 @@ async def serve_endpoints(
 
         return tracked(handle)
 
+    async def inspect(request: Request) -> None:
+        await _respond(request, await _inspection(request, inspector, specs))
+
     async def listing(request: Request) -> None:
         await _respond(request, store.report())
 
-    handlers = {"stage": on_model(stage), "evict": on_model(evict), "list": listing}
+    handlers = {
+        "stage": on_model(stage),
+        "evict": on_model(evict),
+        "inspect": tracked(inspect),
+        "list": listing,
+    }
     try:
         async with micro_service(
             bus,
@@ -93,6 +103,20 @@ async def _outcome(
         return StoreModelOutcome(model, error=ErrorBody(ErrorCode.INTERNAL, repr(error)))
 
 
+async def _inspection(
+    request: Request, inspector: Inspector, specs: Mapping[str, ModelSpec]
+) -> StoreInspection:
+    try:
+        model = decode(request.data, StoreModelRequest).model
+        return StoreInspection(await inspector.look_now(_spec(specs, model)))
+    except PrismError as error:
+        log.warning("%s: %s", request.subject, error)
+        return StoreInspection(error=error.body)
+    except Exception as error:
+        log.exception("%s failed", request.subject)
+        return StoreInspection(error=ErrorBody(ErrorCode.INTERNAL, repr(error)))
+
+
 async def _respond(request: Request, answer: object) -> None:
     try:
         await request.respond(encode(answer))
@@ -100,11 +124,11 @@ async def _respond(request: Request, answer: object) -> None:
         log.warning("answer on %s not sent: %s", request.subject, error)
 
 
-def _path(specs: Mapping[str, ModelSpec], model: str) -> str:
+def _spec(specs: Mapping[str, ModelSpec], model: str) -> ModelSpec:
     spec = specs.get(subjects.spec_key(model))
     if spec is None:
         raise PrismError(
             ErrorCode.MODEL_NOT_FOUND,
             f"{model} is not registered; register it, or name its folder in model_path",
         )
-    return spec.model_path
+    return spec

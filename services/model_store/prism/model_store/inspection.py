@@ -29,7 +29,10 @@ BUS_ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError)
 
 class Inspector:
     """Writes the facts of each model whose spec changes, and looks again every RECHECK_S seconds: folders
-    appear and change without telling. An error of this node replaces nothing that another node found."""
+    appear and change without telling. An error of this node replaces nothing that another node found.
+
+    Each model is looked at by a task of its own, since a look at one of the hub's can take hours.
+    """
 
     def __init__(self, bus: Bus, store: ModelStore) -> None:
         self._bus = bus
@@ -37,6 +40,9 @@ class Inspector:
         self._written: dict[str, ModelFacts] = {}
         self._changed = asyncio.Event()
         self._pending: set[str] = set()
+        self._looking: dict[str, asyncio.Task[None]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._slots = asyncio.Semaphore(AT_ONCE)
         self._hub_retry_at: dict[str, float] = {}
         self._bundles: dict[tuple[str, str], str] = {}
         self._look_at_all = False
@@ -46,6 +52,9 @@ class Inspector:
         self._pending.add(key)
         if spec is not None:
             self._hub_retry_at.pop(spec.model_name, None)
+        if key in self._looking:
+            # It looks at what is not asked for any more.
+            self._looking[key].cancel()
         self._changed.set()
 
     def bus_returned(self) -> None:
@@ -58,32 +67,60 @@ class Inspector:
     async def run(self, specs: BucketMirror[ModelSpec]) -> None:
         """Inspect until cancelled."""
         self._pending.update(specs.values)
-        while True:
-            pending, self._pending = self._pending, set()
-            self._changed.clear()
-            slots = asyncio.Semaphore(AT_ONCE)
-            async with asyncio.TaskGroup() as tasks:
-                for key in sorted(pending):
-                    tasks.create_task(self._look(key, specs.values.get(key), slots))
-            try:
-                async with asyncio.timeout(RECHECK_S):
-                    await self._changed.wait()
-            except TimeoutError:
-                self._look_at_all = True
-            if self._look_at_all:
-                self._look_at_all = False
-                self._pending.update(specs.values)
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._changed.clear()
+                for key in sorted(self._pending - self._looking.keys()):
+                    self._pending.discard(key)
+                    look = self._look(key, specs.values.get(key))
+                    self._looking[key] = task = tasks.create_task(look, name=f"look at {key}")
+                    task.add_done_callback(lambda _, key=key: self._looked(key))  # type: ignore[misc]
+                try:
+                    async with asyncio.timeout(RECHECK_S):
+                        await self._changed.wait()
+                except TimeoutError:
+                    self._look_at_all = True
+                if self._look_at_all:
+                    self._look_at_all = False
+                    self._pending.update(specs.values.keys() - self._looking.keys())
 
-    async def _look(self, key: str, spec: ModelSpec | None, slots: asyncio.Semaphore) -> None:
+    def _looked(self, key: str) -> None:
+        del self._looking[key]
+        if key in self._pending:
+            self._changed.set()
+
+    async def look_now(self, spec: ModelSpec) -> ModelFacts:
+        """The facts of a model as they stand now, written and with nothing remembered from before.
+
+        Raises PrismError(store_unavailable) when the bus is away.
+        """
+        self._hub_retry_at.pop(spec.model_name, None)
+        self._store.forget_folder(spec.model_path)
+        key = subjects.facts_key(spec.model_name)
+        try:
+            async with self._lock(key):
+                self._hub_retry_at.pop(spec.model_name, None)
+                facts = await self.inspect(spec)
+                assert facts is not None
+                return await self._write(key, facts)
+        except BUS_ERRORS as error:
+            raise PrismError(
+                ErrorCode.STORE_UNAVAILABLE, f"facts of {spec.model_name} not written: {error}", retry=True
+            ) from error
+
+    def _lock(self, key: str) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
+
+    async def _look(self, key: str, spec: ModelSpec | None) -> None:
         facts_key = f"facts.{key.partition('.')[2]}"
-        async with slots:
-            try:
+        try:
+            async with self._lock(facts_key):
                 if spec is None:
                     await self._forget(facts_key)
                 elif (facts := await self.inspect(spec)) is not None:
                     await self._write(facts_key, facts)
-            except BUS_ERRORS as error:
-                log.warning("facts of %s not written, the bus is away: %s", key, error)
+        except BUS_ERRORS as error:
+            log.warning("facts of %s not written, the bus is away: %s", key, error)
 
     async def inspect(self, spec: ModelSpec) -> ModelFacts | None:
         """The facts of a model, its tokenizer in the object store; None if it is not time to look again.
@@ -94,16 +131,11 @@ class Inspector:
         if self._hub_retry_at.get(spec.model_name, now) > now:
             return None
         try:
-            fingerprint = await self._store.fingerprint(spec.model_path)
+            # Either may have to be fetched first, which keeps nobody else from being looked at.
             folder = await self._store.folder(spec.model_path)
             tokenizer_folder = await self._store.folder(spec.tokenizer_path or spec.model_path)
-            tokenizer = await self._store_tokenizer(tokenizer_folder)
-            known = self._written.get(subjects.facts_key(spec.model_name))
-            if known and (known.fingerprint, known.tokenizer) == (fingerprint, tokenizer):
-                return known
-            return await asyncio.to_thread(
-                lambda: facts_of(spec.model_name, read_checkpoint(folder), fingerprint, tokenizer)
-            )
+            async with self._slots:
+                return await self._read(spec, folder, tokenizer_folder)
         except PrismError as error:
             if is_hub_id(spec.model_path) or is_hub_id(spec.tokenizer_path or "."):
                 self._hub_retry_at[spec.model_name] = now + HUB_RETRY_S
@@ -115,6 +147,16 @@ class Inspector:
             return ModelFacts(
                 model=spec.model_name, error=f"{spec.model_path} could not be inspected: {error!r}"
             )
+
+    async def _read(self, spec: ModelSpec, folder: Path, tokenizer_folder: Path) -> ModelFacts:
+        fingerprint = await self._store.fingerprint(spec.model_path)
+        tokenizer = await self._store_tokenizer(tokenizer_folder)
+        known = self._written.get(subjects.facts_key(spec.model_name))
+        if known and (known.fingerprint, known.tokenizer) == (fingerprint, tokenizer):
+            return known
+        return await asyncio.to_thread(
+            lambda: facts_of(spec.model_name, read_checkpoint(folder), fingerprint, tokenizer)
+        )
 
     async def _store_tokenizer(self, folder: Path) -> str:
         signature = await asyncio.to_thread(_tokenizer_signature, folder)
@@ -131,17 +173,20 @@ class Inspector:
         self._bundles[str(folder), signature] = key
         return key
 
-    async def _write(self, key: str, facts: ModelFacts) -> None:
+    async def _write(self, key: str, facts: ModelFacts) -> ModelFacts:
+        """Put `facts` into the registry, unless better ones are there. The ones that stand there now."""
         if self._written.get(key) == facts:
-            return
+            return facts
         bucket = await self._bus.bucket(subjects.BUCKET_MODELS)
         try:
             entry = await bucket.get(key)
             present = decode(entry.value or b"", ModelFacts)
         except (nats.js.errors.KeyNotFoundError, PrismError):
             present = None
+        stands = facts
         if facts.error and present and not present.error and self._written.get(key) != present:
             log.warning("%s: %s; the facts that another store found stay", facts.model, facts.error)
+            stands = present
         elif present != facts:
             await bucket.put(key, encode(facts))
             if facts.error:
@@ -149,6 +194,7 @@ class Inspector:
             else:
                 log.info("%s: %s, %d parameters", facts.model, facts.architecture, facts.parameters)
         self._written[key] = facts
+        return stands
 
     async def _forget(self, key: str) -> None:
         self._written.pop(key, None)

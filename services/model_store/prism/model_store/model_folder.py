@@ -8,11 +8,7 @@ from pathlib import Path
 from prism.common.errors import ErrorCode, PrismError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_DOWNLOAD = """
-import sys, huggingface_hub
-wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-print(huggingface_hub.snapshot_download(sys.argv[1], allow_patterns=wanted))
-"""
+DOWNLOAD_DEADLINE_S = 4 * 3600.0
 
 
 async def resolve_folder(path: str) -> Path:
@@ -37,15 +33,18 @@ async def _download(hub_id: str) -> Path:
     # In a process rather than a thread: a process can be stopped when nobody wants its result any more.
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        "-c",
-        _DOWNLOAD,
+        "-m",
+        "prism.model_store.hub_download",
         hub_id,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        printed, complaints = await process.communicate()
+        async with asyncio.timeout(DOWNLOAD_DEADLINE_S):
+            printed, complaints = await process.communicate()
+    except TimeoutError as error:
+        raise _not_fetched(hub_id, f"not done after {DOWNLOAD_DEADLINE_S / 3600:g} h") from error
     finally:
         if process.returncode is None:
             process.kill()
@@ -53,10 +52,14 @@ async def _download(hub_id: str) -> Path:
     if process.returncode == 0:
         return Path(printed.decode().strip().splitlines()[-1])
     lines = [line.strip() for line in complaints.decode(errors="replace").splitlines() if line.strip()]
-    raise PrismError(
+    raise _not_fetched(hub_id, (lines or ["no reason given"])[-1][:300])
+
+
+def _not_fetched(hub_id: str, reason: str) -> PrismError:
+    return PrismError(
         ErrorCode.MODEL_FAILED,
         f"{hub_id} is neither a folder on this node nor could it be fetched from the Hugging Face hub: "
-        f"{(lines or ['no reason given'])[-1][:300]}",
+        f"{reason}",
         retry=True,
     )
 

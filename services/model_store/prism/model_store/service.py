@@ -58,7 +58,7 @@ async def serve(settings: StoreSettings, stop: asyncio.Event) -> None:
                 pattern="spec.*",
                 on_change=inspector.on_change,
             ) as specs,
-            serve_endpoints(bus, store, specs.values, instance),
+            serve_endpoints(bus, store, inspector, specs.values, instance),
         ):
             inspecting = background.create_task(inspector.run(specs), name="inspector")
             log.info(

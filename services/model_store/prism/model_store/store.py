@@ -204,6 +204,12 @@ class ModelStore:
             folder = self._folders[model_path] = await resolve_folder(model_path)
         return folder
 
+    def forget_folder(self, model_path: str) -> None:
+        """Look at `model_path` afresh when it is next asked for."""
+        folder = self._folders.pop(model_path, None)
+        if folder is not None:
+            self._fingerprints.pop(folder, None)
+
     async def fingerprint(self, model_path: str) -> str:
         """The fingerprint of the model at `model_path`, remembered while its files stay as they are."""
         folder = await self.folder(model_path)

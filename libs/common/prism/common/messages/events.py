@@ -7,7 +7,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """`prism.v1.event.<kind>.<model>`: `kind` is a word, `source` the instance that says it.
 
     A state entered (staging, starting, active, draining, dozing, waking, failed, cold), a command done with
-    its seconds (activated, dozed, released), or staged, evicted, leader.
+    its seconds (activated, dozed, released), or staged, evicted, retried, leader.
     """
 
     kind: str

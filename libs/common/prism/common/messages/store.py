@@ -2,7 +2,7 @@
 
 Over its Unix socket, with the engines of its node: each message is a `SOCK_SEQPACKET` datagram of JSON;
 memfds travel beside a message as SCM_RIGHTS. One connection is one lease: it ends when the connection
-does. On the bus (`prism.v1.store.<node>.stage|evict|list`) with people and schedulers.
+does. On the bus (`prism.v1.store.<node>.stage|evict|inspect|list`) with people and schedulers.
 """
 
 import enum
@@ -10,6 +10,7 @@ import enum
 import msgspec
 
 from prism.common.errors import ErrorBody
+from prism.common.messages.models import ModelFacts
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -118,7 +119,7 @@ class StoreReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StoreModelRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Payload of `stage` and `evict` on the bus."""
+    """Payload of `stage`, `evict` and `inspect` on the bus."""
 
     model: str
     model_path: str = ""
@@ -130,4 +131,12 @@ class StoreModelOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     model: str
     nbytes: int = 0
     seconds: float = 0.0
+    error: ErrorBody | None = None
+
+
+class StoreInspection(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Answer to `inspect`: what the store finds in the model's folder now, and has told the registry. `error`
+    instead says why it could not look; what is wrong with the model stands in the facts."""
+
+    facts: ModelFacts | None = None
     error: ErrorBody | None = None

@@ -7,6 +7,7 @@ what the kernel says of its memfd, to this process and to any other that may loo
 """
 
 import ctypes
+import errno
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,21 @@ class MemoryArena:
     def resident_bytes(self) -> int:
         """Bytes of memory behind the arena now."""
         return os.fstat(self.fd).st_blocks * 512
+
+    def untouched_bytes(self, offset: int, nbytes: int) -> int:
+        """Bytes of whole pages in this part of a mapped arena that nothing has been written to yet."""
+        begin, end = align(offset, PAGE), (offset + nbytes) // PAGE * PAGE
+        untouched = 0
+        while begin < end:
+            hole = min(os.lseek(self.fd, begin, os.SEEK_HOLE), end)
+            try:
+                begin = min(os.lseek(self.fd, hole, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                begin = end  # No data behind it.
+            untouched += begin - hole
+        return untouched
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor over the next free bytes, not initialised beyond what fresh pages are: zero."""

@@ -96,6 +96,20 @@ class ModelWeights:
         # Not closed by hand: the mapping goes when the last tensor over it does.
         content = mmap.mmap(self._lease.fd, self._lease.nbytes, access=mmap.ACCESS_COPY)
         DefaultModelLoader.load_weights_and_postprocess(model, _checkpoint_tensors(manifest, content), target)
+        self._check_filled()
+
+    def _check_filled(self) -> None:
+        """Raises PrismError when the checkpoint had nothing for a part of the weights: SGLang passes that
+        over, and the model would answer with noise."""
+        assert self.arena is not None
+        for entry in self._layout:
+            missing = self.arena.untouched_bytes(entry.offset, entry.nbytes)
+            if missing:
+                raise PrismError(
+                    ErrorCode.MODEL_FAILED,
+                    f"the checkpoint holds nothing for {missing} of {entry.nbytes} bytes of {entry.name}; "
+                    "do config.json and the weights belong together, and are all weight files there?",
+                )
 
     @property
     def imaged(self) -> bool:
