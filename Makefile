@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-core lint format clean bench-gateway
+.PHONY: setup demo test test-core chaos lint format clean bench-gateway
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,11 @@ test: setup
 
 test-core: setup
 	@for run in 1 2 3 4 5; do $(BIN)/python -m pytest tests -q -m core || exit 1; done
+
+SEED ?= 1
+
+chaos: setup
+	@$(BIN)/python -m tests.chaos --seed $(SEED)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """`prism up` as a person runs it: a process to start, talk to, and stop in several ways."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 
 from prism.cli.demo import tiny_placement
@@ -34,15 +32,12 @@ def placement(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
 def prism_up(placement: Path, folder: Path) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
     """A running `prism up` and the lines it printed when ready; killed at the end if it still runs."""
     arguments = ["up", str(placement), "--port", "0", "--worker-memory-gb", "0.1", "--store-memory-gb", "0.5"]
-    temporary = folder / "tmp"
-    temporary.mkdir()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [*PRISM, *arguments, "--image-dir", str(folder / "images")],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "TMPDIR": str(temporary)},
         )
         try:
             assert process.stdout is not None
@@ -54,7 +49,7 @@ def prism_up(placement: Path, folder: Path) -> Iterator[tuple["subprocess.Popen[
             process.stdout.close()
 
 
-def test_it_prints_a_curl_line_that_works_and_ctrl_c_ends_everything(placement: Path, tmp_path: Path) -> None:
+def test_it_prints_a_curl_line_that_works(placement: Path, tmp_path: Path) -> None:
     with prism_up(placement, tmp_path) as (process, lines):
         assert re.fullmatch(r"gateway ready at http://127\.0\.0\.1:\d+", lines[0])
         answer = subprocess.run(
@@ -63,33 +58,8 @@ def test_it_prints_a_curl_line_that_works_and_ctrl_c_ends_everything(placement: 
         events = [line for line in answer.stdout.splitlines() if line.startswith("data: ")]
         assert events[-1] == "data: [DONE]"
         assert json.loads(events[0].removeprefix("data: "))["model"] == "tiny-llama"
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) >= 6  # nats-server, four services, fork server, engine
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE_S) == 0
-    assert not psutil.wait_procs(children, timeout=10)[1]
-    assert list((tmp_path / "tmp").iterdir()) == []
-
-
-def test_nothing_outlives_a_launcher_that_is_killed(placement: Path, tmp_path: Path) -> None:
-    with prism_up(placement, tmp_path) as (process, _):
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.wait()
-    assert not psutil.wait_procs(children, timeout=60)[1]
-
-
-def test_a_service_that_dies_is_started_again(placement: Path, tmp_path: Path) -> None:
-    with prism_up(placement, tmp_path) as (process, lines):
-        url = lines[0].split()[-1]
-        (worker,) = [
-            child for child in psutil.Process(process.pid).children() if "prism.gpu_worker" in child.cmdline()
-        ]
-        worker.kill()
-        chat = ["curl", "-sf", "--max-time", str(DEADLINE_S), f"{url}/v1/completions", "-d"]
-        body = json.dumps({"model": "tiny-llama", "prompt": "Hello", "max_tokens": 4})
-        answer = subprocess.run([*chat, body], capture_output=True, text=True, check=True)
-        assert json.loads(answer.stdout)["usage"]["completion_tokens"] <= 4
 
 
 @pytest.mark.parametrize("mode", ["static", "elastic"])

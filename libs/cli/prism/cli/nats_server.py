@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,8 +48,11 @@ def find_nats_server() -> str:
 
 
 @contextmanager
-def nats_server(folder: Path, *, port: int = -1, max_payload: int = 8 * 1024 * 1024) -> Iterator[NatsServer]:
-    """Run a server with its JetStream state and logs in `folder`; port -1 lets the kernel choose one."""
+def nats_server(
+    folder: Path, *, port: int = -1, max_payload: int = 8 * 1024 * 1024, inherited: Sequence[int] = ()
+) -> Iterator[NatsServer]:
+    """Run a server with its JetStream state and logs in `folder`; port -1 lets the kernel choose one. It gets
+    the file descriptors `inherited`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "nats.conf"
     config.write_text(
@@ -65,6 +68,7 @@ def nats_server(folder: Path, *, port: int = -1, max_payload: int = 8 * 1024 * 1
         env={**os.environ, "GOMAXPROCS": "2"},
         start_new_session=True,
         preexec_fn=die_with_parent,
+        pass_fds=tuple(inherited),
     )
     server = NatsServer(process, "")
     try:

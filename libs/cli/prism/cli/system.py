@@ -8,9 +8,8 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import httpx
 
 from prism.cli.nats_server import nats_server
+from prism.cli.scratch_folder import ScratchFolder, scratch_folder
 from prism.common.errors import ErrorCode, PrismError
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class SystemSettings:
 class ServiceProcess:
     """One service: started again when it dies unasked, its output handed on line by line.
 
-    `kind` is the service, `name` this process of it: the second gateway is `gateway-2`.
+    `kind` is the service, `name` this process of it: the second gateway is `gateway-2`. It gets the file
+    descriptors `inherited`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ServiceProcess:
         arguments: list[str],
         environment: dict[str, str],
         on_line: Callable[[str, str], None],
+        inherited: Sequence[int] = (),
     ) -> None:
         self.kind = kind
         self.name = name
@@ -79,6 +81,7 @@ class ServiceProcess:
         self._arguments = arguments
         self._environment = environment
         self._on_line = on_line
+        self._inherited = tuple(inherited)
         self._stopping = False
         self._keeper: asyncio.Task[None] | None = None
 
@@ -98,6 +101,7 @@ class ServiceProcess:
             stderr=asyncio.subprocess.STDOUT,
             env={**os.environ, **self._environment, "PRISM_PARENT_PID": str(os.getpid())},
             start_new_session=True,
+            pass_fds=self._inherited,
             limit=LONGEST_LINE_BYTES,
         )
 
@@ -163,13 +167,18 @@ class RunningSystem:
     """The services of a running system: their processes by name, and where the gateways listen."""
 
     def __init__(
-        self, settings: SystemSettings, nats_url: str, folder: Path, on_line: Callable[[str, str], None]
+        self,
+        settings: SystemSettings,
+        nats_url: str,
+        scratch: ScratchFolder,
+        on_line: Callable[[str, str], None],
     ) -> None:
         self.nats_url = nats_url
-        self.folder = folder
+        self.folder = scratch.path
         self.services: dict[str, ServiceProcess] = {}
         self.gateway_urls: dict[str, str] = {}
         self._settings = settings
+        self._users_fd = scratch.users_fd
         self._on_line = on_line
         self._ready: dict[str, asyncio.Event] = {}
         self._changed = asyncio.Event()
@@ -244,7 +253,9 @@ class RunningSystem:
         number = next(number for number in itertools.count(1) if _name(kind, number) not in taken)
         name = _name(kind, number)
         arguments = _arguments(self._settings, self.nats_url, self.folder, kind, number)
-        service = ServiceProcess(kind, name, arguments, self._settings.environment, self._watch_line)
+        service = ServiceProcess(
+            kind, name, arguments, self._settings.environment, self._watch_line, [self._users_fd]
+        )
         self.services[name] = service
         self._ready[name] = asyncio.Event()
         self._changed.set()
@@ -287,11 +298,12 @@ async def running_system(
     `on_line(service, line)` gets every log line. Raises PrismError when a service does not come up.
     """
     async with AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prism-")))
+        scratch = stack.enter_context(scratch_folder("prism-"))
         url = settings.nats_url
         if url is None:
-            url = stack.enter_context(nats_server(folder / "nats")).url
-        system = RunningSystem(settings, url, folder, on_line)
+            server = nats_server(scratch.path / "nats", inherited=[scratch.users_fd])
+            url = stack.enter_context(server).url
+        system = RunningSystem(settings, url, scratch, on_line)
         try:
             await system.start()
             yield system

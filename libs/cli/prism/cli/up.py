@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import click
 
 from prism.cli.system import RunningSystem, SystemSettings, running_system
-from prism.common.errors import PrismError
+from prism.common.errors import ErrorCode, PrismError
 from prism.common.placement_file import read_placement_file
 
 COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store": 35}
@@ -42,6 +41,11 @@ def curl_line(gateway_url: str, model: str) -> str:
 
 async def run_until_stopped(settings: SystemSettings) -> int:
     """Run the system until SIGINT or SIGTERM, or until it cannot run. Returns the exit status."""
+    if settings.mode != "full":
+        raise PrismError(
+            ErrorCode.UNSUPPORTED,
+            f"--mode {settings.mode} is not there yet; it arrives later. Use --mode full",
+        )
     models = read_placement_file(settings.placement)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -53,7 +57,6 @@ async def run_until_stopped(settings: SystemSettings) -> int:
         if stop.is_set():
             if running:
                 running[0].kill()
-                shutil.rmtree(running[0].folder, ignore_errors=True)
             # What is left dies with this process.
             os._exit(130)
         stop.set()

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from prism.bench.gateway.openai_backend import MODEL as BACKEND_MODEL
-from prism.cli.system import ServiceProcess, SystemSettings, running_system
+from prism.cli.system import SystemSettings, running_system
 from prism.common.errors import ErrorCode, PrismError
 
 READY_DEADLINE_S = 90.0
@@ -93,24 +93,11 @@ async def prism_stack(
         device="simulated",
         log_level="WARNING",
         drain_s=2.0,
+        workers=workers,
         environment=environment,
     )
 
-    async with AsyncExitStack() as stack:
-        system = await stack.enter_async_context(running_system(settings, _tell))
-        for index in range(1, workers):
-            worker = ServiceProcess(
-                "gpu_worker",
-                [
-                    "--nats", system.nats_url, "--device", "simulated", "--first-gpu-id", str(index),
-                    "--store-socket", str(system.folder / "store.sock"), "--worker-memory-gb", "1.0",
-                    "--drain-s", "2.0", "--log-level", "WARNING",
-                ],
-                environment,
-                _tell,
-            )  # fmt: skip
-            await worker.start()
-            stack.push_async_callback(worker.stop)
+    async with running_system(settings, _tell) as system:
         await _until_ready(system.gateway_url, names)
         process = system.services["gateway"].process
         assert process is not None

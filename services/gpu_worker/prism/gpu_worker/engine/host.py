@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import socket
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -84,21 +83,22 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
     kv = MemoryArena("prism-kv", start.kv_bytes * KV_ARENA_SLACK)
     memory_saver.install(kv)
     seeds.install()
-    with tempfile.TemporaryDirectory(prefix="prism-engine-") as folder:
-        # A file instead of a TCP port for the (one-rank) process group: nothing to collide with.
-        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{folder}/group"
-        server_args = _server_args(start, weights)
-        ports = PortArgs(
-            tokenizer_ipc_name="",
-            scheduler_input_ipc_name="",
-            detokenizer_ipc_name="",
-            nccl_port=0,
-            rpc_ipc_name="",
-            metrics_ipc_name="",
-            tokenizer_worker_ipc_name=None,
-            decoupled_spec_ipc_config=None,
-        )
-        scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, kv=kv)
+    # Memory instead of a TCP port for the (one-rank) process group: nothing to collide with, nothing that an
+    # engine killed here would leave on disk.
+    group = os.memfd_create("prism-process-group")
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file:///proc/self/fd/{group}"
+    server_args = _server_args(start, weights)
+    ports = PortArgs(
+        tokenizer_ipc_name="",
+        scheduler_input_ipc_name="",
+        detokenizer_ipc_name="",
+        nccl_port=0,
+        rpc_ipc_name="",
+        metrics_ipc_name="",
+        tokenizer_worker_ipc_name=None,
+        decoupled_spec_ipc_config=None,
+    )
+    scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, kv=kv)
     if kv.used > start.kv_bytes:
         raise PrismError(
             ErrorCode.OUT_OF_MEMORY,
