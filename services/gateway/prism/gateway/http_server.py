@@ -64,6 +64,7 @@ async def http_server(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpS
         app,
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         lifespan="off",
         ws="none",
         server_header=False,
