@@ -1,7 +1,6 @@
 """`python -m prism.bench.gateway`: what the gateway adds, beside what others add, in one run."""
 
 import asyncio
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from prism.bench.gateway.cores import ALL, PINNED, leave_gateway_its_core
 from prism.bench.gateway.figures import Readings, rows_of
 from prism.bench.gateway.measuring import Measured, measure
 from prism.bench.gateway.stacks import (
@@ -36,6 +36,7 @@ THROUGHPUT_STREAMS = 64
 THROUGHPUT_TOKENS = 1500
 COALESCE_MS = 20.0
 PARAMETERS: dict[str, object] = {
+    "cores": f"{len(ALL)}, {'one of them the gateway alone has' if PINNED else 'shared by all'}",
     "latency": f"{LATENCY_TOKENS} tokens a stream, one each {STEP_MS:g} ms, all streams in step",
     "first_token": f"{FIRST_ROUNDS} requests one after the other",
     "requests": f"{REQUEST_STREAMS} at once, {REQUEST_TOKENS} tokens each, one each {REQUEST_STEP_MS:g} ms",
@@ -71,7 +72,7 @@ async def read_prism(folder: Path, models: Path, seconds: float, readings: Readi
         await read_latency(stack, told)
     async with prism_stack(folder, models, step_ms=REQUEST_STEP_MS, coalesce_ms=0) as stack:
         await read_requests(stack, seconds, told)
-    workers = max(1, min(6, (len(os.sched_getaffinity(0)) - 2) // 2))
+    workers = max(1, min(6, (len(ALL) - 2) // 2))
     for name, coalesce_ms in (("tokens", 0.0), ("tokens_coalesced", COALESCE_MS)):
         async with prism_stack(folder, models, step_ms=0, coalesce_ms=coalesce_ms, workers=workers) as stack:
             await read_throughput(stack, seconds, name, told)
@@ -128,6 +129,7 @@ def peer_versions(peers: Path | None) -> dict[str, str]:
 def main(root: Path, peers: Path | None, seconds: float, command: str) -> None:
     """Measure the gateway and write docs/results/gateway.json."""
     models = root / "build" / "tiny-models"
+    leave_gateway_its_core()
     make_tiny_models(models, report=lambda line: print(line, file=sys.stderr))
     with tempfile.TemporaryDirectory(prefix="prism-bench-") as folder:
         readings = asyncio.run(run(Path(folder), models, peers, seconds))

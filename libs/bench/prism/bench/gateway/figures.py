@@ -137,6 +137,15 @@ def _rows_of_stack(readings: Readings, stack: str, prefix: str, streams: Sequenc
             note=note,
         )
     )
+    paced = readings.get(stack, f"latency_{streams[-1]}")
+    rows.append(
+        row(
+            f"{prefix}tokens_per_s_one_token_writes",
+            None if paced is None else round(paced.tokens_per_cpu_s),
+            "tokens/s",
+            note=absent or f"{PER_CORE}, at {streams[-1]} streams' pace: each token is a write of its own",
+        )
+    )
     requests = readings.get(stack, "requests")
     rows.append(
         row(

@@ -1,13 +1,13 @@
 """Load on a stack, and what it came to."""
 
 import asyncio
-import os
 import sys
 import time
 from dataclasses import dataclass
 
 import msgspec
 
+from prism.bench.gateway.cores import ALL
 from prism.bench.gateway.load import LoadOrder, LoadReport
 from prism.bench.gateway.stacks import Stack
 
@@ -53,8 +53,7 @@ def percentile(values: list[float], share: float) -> float | None:
 
 def processes_for(streams: int, models: int) -> int:
     """How many load processes: at least one a model, not more than streams, and half of the cores."""
-    cores = len(os.sched_getaffinity(0))
-    wanted = max(models, min(MOST_LOAD_PROCESSES, cores // 2))
+    wanted = max(models, min(MOST_LOAD_PROCESSES, len(ALL) // 2))
     return max(1, min(wanted, streams))
 
 

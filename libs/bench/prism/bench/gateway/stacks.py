@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from prism.bench.gateway.cores import give_gateway_its_core
 from prism.bench.gateway.openai_backend import MODEL as BACKEND_MODEL
 from prism.cli.system import SystemSettings, running_system
 from prism.common.errors import ErrorCode, PrismError
@@ -25,7 +26,6 @@ READY_DEADLINE_S = 90.0
 END_DEADLINE_S = 10.0
 PRISM_MODEL = "tiny-llama"
 MOST_RUNNING = 1024
-CORES_FOR_PINNING = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,6 @@ class Stack:
                 times = process.cpu_times()
                 total += times.user + times.system
         return total
-
-
-def pin(process: psutil.Process) -> None:
-    """Give the gateway one core of its own, and all others the rest, where there are enough of them."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= CORES_FOR_PINNING:
-        for each in [process, *process.children(recursive=True)]:
-            for thread in each.threads():
-                os.sched_setaffinity(thread.id, {cores[0]})
 
 
 def free_port() -> int:
@@ -102,7 +93,7 @@ async def prism_stack(
         process = system.services["gateway"].process
         assert process is not None
         gateway = psutil.Process(process.pid)
-        pin(gateway)
+        give_gateway_its_core(gateway)
         url = httpx.URL(system.gateway_url)
         yield Stack("prism", url.host, url.port or 80, tuple(names), gateway)
 
@@ -229,7 +220,7 @@ async def _proxy(
     try:
         await _until_answers(process, f"http://127.0.0.1:{port}{health}", folder / f"{name}.log")
         gateway = psutil.Process(process.pid)
-        pin(gateway)
+        give_gateway_its_core(gateway)
         yield Stack(name, "127.0.0.1", port, (BACKEND_MODEL,), gateway)
     finally:
         await _end(process)
