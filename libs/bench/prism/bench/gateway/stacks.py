@@ -90,7 +90,7 @@ async def prism_stack(
 
     async with running_system(settings, _tell) as system:
         await _until_ready(system.gateway_url, names)
-        process = system.services["gateway"].process
+        process = system.of("gateway")[0].process
         assert process is not None
         gateway = psutil.Process(process.pid)
         give_gateway_its_core(gateway)
