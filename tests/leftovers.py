@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -38,10 +39,15 @@ class Leftovers:
 
     def _look(self) -> list[str]:
         left = [f"process {process.pid}: {_title(process)}" for process in self._processes()]
-        left += [f"temporary file {path}" for path in sorted(self.folder.rglob("*"))]
+        left += [f"temporary file {path}" for path in self._files()]
         left += [f"socket {path}" for path in _unix_sockets() if path.startswith(f"{self.folder}/")]
         left += [f"shared memory {name}" for name in set(os.listdir(SHARED_MEMORY)) - self._shared_memory]
         return left
+
+    def _files(self) -> list[str]:
+        # os.walk, unlike pathlib, bears that what it walks through is being removed.
+        walk = os.walk(self.folder)
+        return sorted(os.path.join(parent, name) for parent, *names in walk for name in chain(*names))
 
     def _processes(self) -> set[psutil.Process]:
         mark = f"TMPDIR={self.folder}".encode()
