@@ -252,7 +252,8 @@ class RunningSystem:
         taken = {service.name for service in self.of(kind)}
         number = next(number for number in itertools.count(1) if _name(kind, number) not in taken)
         name = _name(kind, number)
-        arguments = _arguments(self._settings, self.nats_url, self.folder, kind, number)
+        stores = [store.name for store in self.of("model_store")]
+        arguments = _arguments(self._settings, self.nats_url, self.folder, kind, number, stores)
         service = ServiceProcess(
             kind, name, arguments, self._settings.environment, self._watch_line, [self._users_fd]
         )
@@ -315,11 +316,14 @@ def _name(kind: str, number: int) -> str:
     return kind if number == 1 else f"{kind}-{number}"
 
 
-def _arguments(settings: SystemSettings, nats_url: str, folder: Path, kind: str, number: int) -> list[str]:
+def _arguments(
+    settings: SystemSettings, nats_url: str, folder: Path, kind: str, number: int, stores: Sequence[str]
+) -> list[str]:
+    """The command line of process `number` of a service; a worker takes its share of the `stores`."""
     common = ["--nats", nats_url, "--log-level", settings.log_level]
     match kind:
         case "model_store":
-            store = [*common, "--socket", _store_socket(folder, number)]
+            store = [*common, "--socket", _socket(folder, _name(kind, number))]
             if settings.image_dir is not None:
                 store += ["--image-dir", str(settings.image_dir)]
             if settings.store_memory_gb is not None:
@@ -327,7 +331,7 @@ def _arguments(settings: SystemSettings, nats_url: str, folder: Path, kind: str,
             return store
         case "gpu_worker":
             worker = [*common, "--device", settings.device, "--first-gpu-id", str(number - 1)]
-            worker += ["--store-socket", _store_socket(folder, 1 + (number - 1) % settings.stores)]
+            worker += ["--store-socket", _socket(folder, stores[(number - 1) % len(stores)])]
             worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
             return [*worker, "--drain-s", str(settings.drain_s)]
         case "global_scheduler":
@@ -339,8 +343,8 @@ def _arguments(settings: SystemSettings, nats_url: str, folder: Path, kind: str,
             return [*gateway, "--drain-s", str(settings.drain_s)]
 
 
-def _store_socket(folder: Path, number: int) -> str:
-    return str(folder / f"{_name('store', number)}.sock")
+def _socket(folder: Path, store: str) -> str:
+    return str(folder / f"{store}.sock")
 
 
 async def _wait_for_readyz(url: str, failure: "asyncio.Task[str]") -> None:

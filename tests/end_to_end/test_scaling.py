@@ -1,0 +1,94 @@
+"""Each service is scaled from one to two and back, under load, without a failed request."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from tests.chaos.campaign import learn_answers
+from tests.chaos.cluster_view import ClusterView, cluster_view
+from tests.chaos.stage import prompts_of
+from tests.chaos.traffic import COMPLETE, Question, Traffic, traffic
+
+from prism.cli.demo import tiny_placement
+from prism.cli.system import RunningSystem, SystemSettings, running_system
+
+pytestmark = pytest.mark.engine
+
+DEADLINE_S = 120.0
+CLIENTS = 6
+MEANWHILE = 8
+
+
+@pytest.fixture(scope="module")
+async def growing(
+    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[RunningSystem]:
+    """A system of its own, with one of each."""
+    folder = tmp_path_factory.mktemp("scaling")
+    placement = folder / "placement.json"
+    placement.write_bytes(msgspec.json.encode(tiny_placement(list(tiny_models.values()))))
+    with (folder / "services.log").open("w", buffering=1) as log:
+        settings = SystemSettings(
+            placement=placement, worker_memory_gb=0.24, store_memory_gb=1.0, image_dir=folder / "images"
+        )
+        async with running_system(settings, lambda name, line: print(name, line, file=log)) as system:
+            yield system
+
+
+@pytest.fixture(scope="module")
+async def view(growing: RunningSystem) -> AsyncIterator[ClusterView]:
+    async with cluster_view(growing.nats_url) as seen:
+        yield seen
+
+
+@pytest.fixture(scope="module")
+async def questions(growing: RunningSystem, tiny_models: dict[str, Path]) -> list[Question]:
+    return await learn_answers(growing.gateway_url, prompts_of(list(tiny_models.values())))
+
+
+async def right(view: ClusterView, workers: int) -> None:
+    """Wait until the cluster has `workers` workers, a leader, and routes that are true."""
+    assert await view.until_right(workers, DEADLINE_S) == []
+
+
+async def used(flow: Traffic) -> None:
+    await flow.more(MEANWHILE, DEADLINE_S)
+
+
+async def swap(system: RunningSystem, flow: Traffic, kind: str) -> None:
+    """A second one joins, and the first one leaves."""
+    (first,) = system.of(kind)
+    await system.add(kind)
+    await used(flow)
+    await system.remove(first.name)
+    await used(flow)
+    assert len(system.of(kind)) == 1
+
+
+async def test_every_service_is_replaced_by_a_second_one_without_a_failed_request(
+    growing: RunningSystem, view: ClusterView, questions: list[Question]
+) -> None:
+    system = growing
+    async with traffic(
+        lambda: list(system.gateway_urls.values()), questions, clients=CLIENTS, seed=11
+    ) as flow:
+        await used(flow)
+        await swap(system, flow, "global_scheduler")
+        await right(view, workers=1)
+
+        await system.add("model_store")
+        await system.add("gpu_worker")
+        await right(view, workers=2)
+        await used(flow)
+        assert len({report.gpu_ids[0] for report in view.living().values()}) == 2
+        await system.remove("gpu_worker")
+        await right(view, workers=1)
+        await system.remove("model_store")
+        await used(flow)
+        assert sum(exchange.reconnects for exchange in flow.exchanges) == 0
+
+        await swap(system, flow, "gateway")
+    failed = [exchange for exchange in flow.exchanges if exchange.outcome != COMPLETE]
+    assert failed == []
+    assert len(flow.exchanges) >= 5 * MEANWHILE
