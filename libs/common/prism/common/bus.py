@@ -200,10 +200,10 @@ async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[B
 
     async def on_disconnect() -> None:
         if not closing:
-            log.warning("bus: lost %s, reconnecting", url)
+            log.warning("bus: lost %s, reconnecting until it is back; see that its NATS server runs", url)
 
     async def on_reconnect() -> None:
-        log.warning("bus: connected to %s again", url)
+        log.info("bus: connected to %s again", url)
         for call in bus.on_return if bus else []:
             call()
 

@@ -91,7 +91,7 @@ class BucketMirror(Generic[T]):
             try:
                 await self._follow(bus, await bus.bucket(bucket), pattern)
             except (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError) as error:
-                log.warning("watch of %s broke (%s), setting it up again", bucket, error)
+                log.info("watch of %s broke (%s), setting it up again", bucket, error)
             await asyncio.sleep(0.5)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from prism.common.bus import connect_bus
+from prism.common.identity import instance_id
 from prism.common.process import exit_with, run_service
-from prism.common.telemetry import configure_logging
+from prism.common.telemetry import LOG_FORMATS, configure_logging
 from prism.gateway.service import running_gateway
 from prism.gateway.settings import Settings
 
@@ -50,6 +51,15 @@ def option(flag: str, default: float, text: str, low: float = 0) -> Callable[[An
     help="The bus.",
 )
 @click.option("--log-level", default="INFO", envvar="PRISM_LOG_LEVEL", show_envvar=True, show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    envvar="PRISM_LOG_FORMAT",
+    show_envvar=True,
+    default="text",
+    show_default=True,
+    help="json: one object a line.",
+)
 @option("max-body-bytes", DEFAULTS.max_body_bytes, "Largest request body.", 1)
 @option("deadline-s", DEFAULTS.deadline_s, "Longest time for a whole request.", 0.001)
 @option("park-s", DEFAULTS.park_s, "Longest wait for a model to wake.")
@@ -60,15 +70,16 @@ def option(flag: str, default: float, text: str, low: float = 0) -> Callable[[An
 @option("max-losses", DEFAULTS.max_losses, "Workers that one request may lose before it fails.")
 @option("max-choices", DEFAULTS.max_choices, "Generations in one request (prompts times n).", 1)
 @option("drain-s", DEFAULTS.drain_s, "Time for requests in progress to finish after SIGTERM.")
-def main(host: str, port: int, nats: str, log_level: str, **limits: float) -> None:
+def main(host: str, port: int, nats: str, log_level: str, log_format: str, **limits: float) -> None:
     """OpenAI-compatible HTTP in front of the bus."""
-    configure_logging("gateway", log_level)
+    name = instance_id("gateway")
+    configure_logging("gateway", log_level, log_format, gateway=name)
     settings = Settings(**limits)  # type: ignore[arg-type]  # click has made each of its field's type
 
     async def serve(stop: asyncio.Event) -> None:
         async with (
-            connect_bus(nats, name="gateway") as bus,
-            running_gateway(bus, host, port, settings) as gateway,
+            connect_bus(nats, name=name) as bus,
+            running_gateway(bus, host, port, settings, name) as gateway,
         ):
             # What is there by now stays: no need to look through it again with every collection.
             gc.freeze()

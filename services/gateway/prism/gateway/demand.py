@@ -101,4 +101,4 @@ class Demand:
         try:
             await bus.publish(subjects.demand(self._gateway), report)
         except (nats.errors.Error, OSError) as error:
-            log.warning("demand not reported: %s", error or type(error).__name__)
+            log.debug("demand not reported: %s", error or type(error).__name__)

@@ -20,6 +20,7 @@ from prism.common.messages.generation import (
     TokenFrame,
     TokenLogprob,
 )
+from prism.common.telemetry import about
 from prism.gateway.fleet import Fleet
 from prism.gateway.metrics import Metrics
 from prism.gateway.parking import Parking
@@ -147,8 +148,9 @@ class Dispatcher:
                 yield [Tokens((), None, finish)]
                 return
             worker = await self._find_worker(job, shunned, waiting_since)
+            rid = secrets.token_hex(16)
             try:
-                async with aclosing(self._attempt(replay(job, done), len(done), worker)) as batches:
+                async with aclosing(self._attempt(replay(job, done), len(done), worker, rid)) as batches:
                     async for parts in batches:
                         for part in parts:
                             done += part.tokens
@@ -157,17 +159,22 @@ class Dispatcher:
                         if parts[-1].finish is not None:
                             return
             except PrismError as error:
+                names = about(rid=rid, model=job.model, worker=worker)
                 if not error.retry:
+                    log.warning("request failed: %s", error.message, extra=names)
                     raise
                 if error.code not in NOT_STARTED:
                     losses += 1
                 if losses > self._settings.max_losses:
+                    log.warning(
+                        "request given up, %d workers lost it: %s", losses, error.message, extra=names
+                    )
                     raise PrismError(
                         ErrorCode.ENGINE_LOST,
                         f"gave up after losing {losses} workers, the last one: {error.message}",
                         retry=True,
                     ) from error
-                log.info("%s: %s after %d tokens, routing again", job.model, error.message, len(done))
+                log.info("%s after %d tokens, routing again", error.message, len(done), extra=names)
                 self._metrics.replayed(job.model, error.code)
                 shunned.add(worker, self._clock())
 
@@ -187,6 +194,11 @@ class Dispatcher:
                 self._registry.refuse_failed(job.model)
                 if now >= limit:
                     waited = now - waiting_since
+                    log.warning(
+                        "request failed: its model was not ready after %.0f s",
+                        waited,
+                        extra=about(model=job.model),
+                    )
                     raise PrismError(
                         ErrorCode.DEADLINE_EXCEEDED,
                         f"model {job.model!r} was not ready after {waited:.0f} s; try again later",
@@ -195,8 +207,9 @@ class Dispatcher:
                 until = min(limit, shunned.next_change(now) or limit)
                 await place.woken(until - now)
 
-    async def _attempt(self, job: Job, replayed: int, worker: str) -> AsyncGenerator[list[Tokens], None]:
-        rid = secrets.token_hex(16)
+    async def _attempt(
+        self, job: Job, replayed: int, worker: str, rid: str
+    ) -> AsyncGenerator[list[Tokens], None]:
         settled = False
         with self._replies.open(rid, worker) as inbox:
             try:
@@ -297,7 +310,8 @@ class Dispatcher:
         try:
             await self._bus.publish(subjects.cancel(worker), CancelRequest(rid))
         except (nats.errors.Error, OSError) as error:
-            log.warning("%s was not told to cancel %s: %s", worker, rid, error or type(error).__name__)
+            why = error or type(error).__name__
+            log.info("not told to cancel: %s", why, extra=about(rid=rid, worker=worker))
 
     def _refuse_oversized(self, job: Job) -> None:
         """Raises PrismError(payload_too_large) now rather than after a wait for the model."""

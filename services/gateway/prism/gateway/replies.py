@@ -11,6 +11,7 @@ from prism.common import subjects
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode
 from prism.common.messages.generation import TokenFrame
+from prism.common.telemetry import about
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class Replies:
         try:
             inbox.put(decode(message.data, TokenFrame))
         except PrismError as error:
-            log.error("frame from %s: %s", inbox.worker, error.message)
+            log.error("unreadable frame: %s", error.message, extra=about(rid=rid, worker=inbox.worker))
             inbox.put(PrismError(ErrorCode.ENGINE_LOST, f"{inbox.worker}: {error.message}", retry=True))
 
     def _take_frames(self, payload: bytes) -> None:
@@ -132,7 +133,7 @@ class Replies:
             frames = decode(payload, list[TokenFrame])
         except PrismError as error:
             # Each request that it concerns sees a gap, or stalls, and is replayed.
-            log.error("frames: %s", error.message)
+            log.error("unreadable frames: %s", error.message)
             return
         inboxes = self._inboxes
         for frame in frames:

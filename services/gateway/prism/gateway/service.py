@@ -18,6 +18,7 @@ from prism.common.messages.placement import Route
 from prism.common.micro import micro_service
 from prism.common.mirror import mirror_bucket
 from prism.common.tasks import end_task
+from prism.common.telemetry import about
 from prism.gateway.app import build_app
 from prism.gateway.demand import Demand
 from prism.gateway.dispatch import Dispatcher
@@ -82,14 +83,15 @@ class Gateway:
 
 @asynccontextmanager
 async def running_gateway(
-    bus: Bus, host: str = "127.0.0.1", port: int = 0, settings: Settings | None = None
+    bus: Bus, host: str = "127.0.0.1", port: int = 0, settings: Settings | None = None, name: str = ""
 ) -> AsyncIterator[Gateway]:
-    """A gateway on `bus`, listening and with its registry mirrored; ended with the block.
+    """A gateway on `bus`, listening and with its registry mirrored; ended with the block. Without a `name` it
+    gives itself one.
 
     Raises PrismError(internal) when the address is taken.
     """
     settings = settings or Settings()
-    name = instance_id("gateway")
+    name = name or instance_id("gateway")
     clock = asyncio.get_running_loop().time
     metrics = Metrics()
     demand = Demand(name, clock)
@@ -176,5 +178,6 @@ async def _watch(bus: Bus, fleet: Fleet, replies: Replies) -> None:
             fleet.excuse_silence()
             continue
         for worker in fleet.drop_silent():
-            log.warning("%s has gone silent", worker)
+            # A lost worker is the leading scheduler's to tell.
+            log.info("a worker has gone silent", extra=about(worker=worker))
             replies.worker_lost(worker)

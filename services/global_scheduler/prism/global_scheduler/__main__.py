@@ -12,7 +12,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.identity import instance_id
 from prism.common.placement_file import read_placement_file
 from prism.common.process import run_service
-from prism.common.telemetry import configure_logging
+from prism.common.telemetry import LOG_FORMATS, configure_logging
 from prism.global_scheduler.scheduler import Deadlines
 from prism.global_scheduler.service import run_global_scheduler
 from prism.scheduling.placement import policies
@@ -98,6 +98,15 @@ log = logging.getLogger(__name__)
     help="How long an activation may take, the first build of a model included.",
 )
 @click.option("--log-level", envvar="PRISM_LOG_LEVEL", show_envvar=True, default="INFO", show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    envvar="PRISM_LOG_FORMAT",
+    show_envvar=True,
+    default="text",
+    show_default=True,
+    help="json: one object a line.",
+)
 def main(
     nats_url: str,
     placement: Path | None,
@@ -109,10 +118,11 @@ def main(
     drain_s: float,
     activate_deadline_s: float,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Decide which model is where, and have the workers do it."""
-    configure_logging("global_scheduler", log_level)
     instance = instance_id("scheduler")
+    configure_logging("global_scheduler", log_level, log_format, scheduler=instance)
 
     async def serve(stop: asyncio.Event) -> None:
         if mode != "full":

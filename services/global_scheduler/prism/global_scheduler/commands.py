@@ -16,6 +16,7 @@ from prism.common.messages.explain import ExplainedAction
 from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome
+from prism.common.telemetry import about
 from prism.scheduling.placement.snapshot import InFlight
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class CommandRunner:
         pending = _Pending(command, worker, reason, footprint_bytes, monotonic())
         self._pending[worker, model] = pending
         self._recent.append(pending)
-        log.info("%s %s on %s: %s", command.kind, model, worker, reason)
+        log.info("%s: %s", command.kind, reason, extra=about(model=model, worker=worker))
         pending.task = self._tasks.create_task(self._follow(pending), name=f"{command.kind} {model}")
         return pending
 
@@ -132,7 +133,11 @@ class CommandRunner:
                 del self._pending[key]
                 if pending.outcome is None:
                     pending.outcome = CommandOutcome(worker, key[1], ModelState.COLD)
-                    log.warning("%s %s: %s is gone", pending.command.kind, key[1], worker)
+                    log.info(
+                        "%s given up: its worker is gone",
+                        pending.command.kind,
+                        extra=about(model=key[1], worker=worker),
+                    )
                 pending.stop_following()
 
     def recent(self, now: float) -> list[ExplainedAction]:
@@ -157,31 +162,32 @@ class CommandRunner:
     async def _follow(self, pending: _Pending) -> None:
         command, model = pending.command, pending.command.spec.model_name
         timeout_s = command.deadline_s + command.drain_s + ANSWER_SLACK_S
+        unanswered = True
         try:
             outcome = await self._bus.request(
                 subjects.command(pending.worker), command, CommandOutcome, timeout_s=timeout_s
             )
+            unanswered = False
         except PrismError as error:
             outcome = CommandOutcome(pending.worker, model, ModelState.FAILED, error.body)
         except (nats.errors.Error, OSError) as error:
             body = ErrorBody(ErrorCode.INTERNAL, f"not sent: {error or type(error).__name__}", retry=True)
             outcome = CommandOutcome(pending.worker, model, ModelState.FAILED, body)
         if pending.outcome is None:
-            self._end(pending, outcome)
+            self._end(pending, outcome, unanswered=unanswered)
 
-    def _end(self, pending: _Pending, outcome: CommandOutcome) -> None:
+    def _end(self, pending: _Pending, outcome: CommandOutcome, *, unanswered: bool = False) -> None:
+        # What a worker answers, a failure too, the worker has told.
         pending.outcome = outcome
         pending.ended_at = monotonic()
         took = pending.ended_at - pending.sent_at
-        level = logging.WARNING if outcome.error else logging.INFO
         log.log(
-            level,
-            "%s %s on %s: %s after %.2f s",
+            logging.WARNING if unanswered else logging.INFO,
+            "%s: %s after %.2f s",
             pending.command.kind,
-            outcome.model,
-            pending.worker,
             _told(outcome),
             took,
+            extra=about(model=pending.command.spec.model_name, worker=pending.worker),
         )
         self._on_outcome(pending.command, outcome)
 

@@ -15,6 +15,7 @@ from prism.common.messages.codec import decode, encode
 from prism.common.messages.models import ModelSpec
 from prism.common.mirror import mirror_bucket
 from prism.common.tasks import end_task
+from prism.common.telemetry import about
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ async def register(bus: Bus, specs: Sequence[ModelSpec], *, prune: bool = False)
             known = None
         if known != spec:
             await bucket.put(key, encode(spec))
-            log.info("%s %s: %s", "changed" if known else "registered", spec.model_name, spec.model_path)
+            done = "changed" if known else "registered"
+            log.info("%s from %s", done, spec.model_path, extra=about(model=spec.model_name))
     if prune:
         wanted = {subjects.spec_key(spec.model_name) for spec in specs}
         async with mirror_bucket(bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*") as known_specs:

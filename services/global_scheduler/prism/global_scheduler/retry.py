@@ -22,6 +22,7 @@ from prism.common.messages.retry import RetryOutcome, RetryRequest
 from prism.common.messages.store import StoreInspection, StoreModelRequest
 from prism.common.micro import EndpointHandler
 from prism.common.tasks import end_task
+from prism.common.telemetry import about
 from prism.global_scheduler.election import Election
 from prism.global_scheduler.scheduler import GlobalScheduler
 
@@ -90,7 +91,7 @@ async def _answer(bus: Bus, scheduler: GlobalScheduler, election: Election, requ
         )
         return RetryOutcome(model, ModelState.FAILED, late.body)
     except Exception as error:
-        log.exception("retry of %s failed", model)
+        log.exception("retry failed", extra=about(model=model))
         fault = PrismError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
         return RetryOutcome(model, ModelState.FAILED, fault.body)
 

@@ -40,6 +40,6 @@ class DeadRoutes:
             bucket = await self._bus.bucket(subjects.BUCKET_ROUTES)
             for key in keys:
                 await bucket.delete(key)
-                log.warning("route %s taken down: its worker is gone", key)
+                log.info("route %s taken down: its worker is gone", key)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             log.warning("routes of lost workers not taken down: %s", error)

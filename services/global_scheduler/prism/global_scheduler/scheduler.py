@@ -23,7 +23,8 @@ from prism.common.messages.load import DemandReport, LoadReport
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome, Route
 from prism.common.mirror import BucketMirror
-from prism.global_scheduler.cluster import ClusterState
+from prism.common.telemetry import about
+from prism.global_scheduler.cluster import WORKER_SILENT_S, ClusterState
 from prism.global_scheduler.commands import CommandRunner
 from prism.global_scheduler.election import Election
 from prism.global_scheduler.routes import DeadRoutes
@@ -118,8 +119,9 @@ class GlobalScheduler:
 
     async def _step(self, election: Election, dead_routes: DeadRoutes) -> None:
         now = monotonic()
+        retiring = {name for name, seen in self.cluster.workers.items() if seen.report.draining}
         for worker in self.cluster.forget_silent(now):
-            log.warning("%s has not been heard of for too long and counts as gone", worker)
+            self._tell_gone(worker, election, retired=worker in retiring)
             self._commands.worker_lost(worker)
         gone = dead_routes.find(set(self.cluster.workers), now)
         if not election.leading or now < self._settled_at:
@@ -129,6 +131,21 @@ class GlobalScheduler:
             now = monotonic()
         snapshot = self.cluster.snapshot(self._commands.in_flight(), now)
         self._carry_out(self._policy.plan(snapshot, now), snapshot, election)
+
+    def _tell_gone(self, worker: str, election: Election, *, retired: bool) -> None:
+        if not election.leading:
+            return
+        if retired:
+            log.info("worker has retired", extra=about(worker=worker))
+            return
+        log.warning(
+            "nothing heard of a worker for %.1f s: it counts as gone, its requests go on elsewhere; "
+            "see its own log",
+            WORKER_SILENT_S,
+            extra=about(worker=worker),
+        )
+        event = Event("lost", "", election.instance, worker, "no load report")
+        self._tasks.create_task(self._bus.tell(event))
 
     async def forgive(self, spec: ModelSpec, facts: ModelFacts) -> list[CommandOutcome]:
         """Forget that a model failed, here and on the workers: what those that had it failed answer."""
@@ -184,7 +201,7 @@ class GlobalScheduler:
         for note in plan.notes:
             if note not in self._notes:
                 level = logging.INFO if note.passing else logging.WARNING
-                log.log(level, "%s %s", note.model, note.text)
+                log.log(level, "%s", note.text, extra=about(model=note.model))
         self._notes = plan.notes
         for action in plan.actions:
             if not (election.leading and self._bus.client.is_connected):

@@ -13,11 +13,12 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.identity import instance_id, node_name
 from prism.common.micro import micro_service
 from prism.common.process import run_service
-from prism.common.telemetry import configure_logging
+from prism.common.telemetry import LOG_FORMATS, configure_logging
 from prism.gpu_worker.devices.cpu import cpu_device
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.devices.simulated import simulated_device
 from prism.gpu_worker.devices.simulated_costs import costs_from
+from prism.gpu_worker.engine_logs import logging_environment
 from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.worker import WorkerIdentity, run_worker
@@ -114,6 +115,15 @@ GB = 1_000_000_000
     help="How long requests may finish after SIGTERM.",
 )
 @click.option("--log-level", envvar="PRISM_LOG_LEVEL", show_envvar=True, default="INFO")
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    envvar="PRISM_LOG_FORMAT",
+    show_envvar=True,
+    default="text",
+    show_default=True,
+    help="json: one object a line.",
+)
 def main(
     nats_url: str,
     node: str,
@@ -128,12 +138,14 @@ def main(
     coalesce_ms: float,
     drain_s: float,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Host the engines of this node's GPUs."""
-    configure_logging("gpu_worker", log_level)
+    identity = WorkerIdentity(instance_id("worker"), node, [first_gpu_id])
+    configure_logging("gpu_worker", log_level, log_format, worker=identity.worker)
+    os.environ.update(logging_environment(log_level, log_format, identity.worker))
     # The front holds no CUDA context, whatever its engines do.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    identity = WorkerIdentity(instance_id("worker"), node, [first_gpu_id])
 
     async def serve(stop: asyncio.Event) -> None:
         if worker_memory_gb <= 0:

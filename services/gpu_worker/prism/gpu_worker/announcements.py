@@ -12,6 +12,7 @@ from prism.common.bus import Bus
 from prism.common.messages.events import Event
 from prism.common.messages.load import LoadReport
 from prism.common.messages.placement import CommandKind
+from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import Progress
 from prism.gpu_worker.model_instance import ModelInstance
 from prism.scheduling.ledger import Parts
@@ -65,8 +66,8 @@ class Announcements:
 
     def state_entered(self, instance: ModelInstance, held: Parts) -> None:
         """An event for the state that `instance` is in now, with what it has reserved."""
-        because = f": {instance.failure}" if instance.failure else ""
-        log.info("%s is %s%s", instance.name, instance.state, because)
+        # Why it is, if something failed, is told by whoever noticed.
+        log.info("%s", instance.state, extra=about(model=instance.name))
         self.changed()
         self._tell(
             str(instance.state),

@@ -195,7 +195,7 @@ class EngineProcess:
         except Exception:
             # Whatever it said can't be dealt with: an engine that nobody listens to must not seem alive.
             log.exception("engine %d said something that can't be dealt with, ending it", self.pid)
-            self.kill()
+            self.kill("it said something that can't be dealt with")
         try:
             async with asyncio.timeout(EXIT_DEADLINE_S):
                 how = await asyncio.shield(self._shell.exited)

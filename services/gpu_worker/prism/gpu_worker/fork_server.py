@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from prism.common.process import die_with_parent
-from prism.common.telemetry import configure_logging
+from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.shells import ForkServerReply, decode_exit, encode_reply
 
 log = logging.getLogger("fork_server")
@@ -37,7 +37,7 @@ def prepare_environment() -> None:
 def main() -> None:
     """Import, say so, and fork on demand until the worker is gone."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    configure_logging("engine", os.environ.get("PRISM_LOG_LEVEL", "INFO"))
+    configure_engine_logging()
     die_with_parent(signal.SIGKILL)
     # A scheduler of SGLang's that gives up signals its parent this way; we learn of it by its socket.
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import Finish, GenerateRequest
 from prism.common.messages.models import ModelState
+from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
@@ -69,7 +70,7 @@ class GenerationRequests:
             frames.fail(ErrorBody(ErrorCode.MOVED, f"{request.model} is not served here now", retry=True))
             return
         if request.rid in self._queued or request.rid in self._running:
-            log.warning("rid %s arrived twice", request.rid)
+            log.warning("a request arrived twice", extra=about(rid=request.rid, model=request.model))
             return
         now = time.monotonic()
         self._queued[request.rid] = RunningRequest(request, frames, instance)

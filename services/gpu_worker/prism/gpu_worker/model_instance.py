@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.load import ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.common.telemetry import about
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
 from prism.gpu_worker.engine_protocol import Imaged, Outputs, Progress, Ready, StartEngine
@@ -189,7 +190,7 @@ class ModelInstance:
             try:
                 self._ledger.resize(self.name, weights=nbytes, kv=kv_bytes, fixed=self._device.fixed_bytes)
             except PrismError as error:
-                log.warning("%s: %s", self.name, error.message)
+                log.info("its weights do not fit: %s", error.message, extra=about(model=self.name))
                 return False
             self._weights_bytes, self._kv_bytes = nbytes, kv_bytes
             self.set_state(ModelState.STARTING)
@@ -203,9 +204,13 @@ class ModelInstance:
             self._image_settled.set()
             if message.error is not None:
                 self._image_error = message.error.message
-                log.warning("%s: no image for waking: %s", self.name, message.error.message)
+                log.warning(
+                    "no image for waking, it will start anew instead of dozing: %s",
+                    message.error.message,
+                    extra=about(model=self.name),
+                )
             else:
-                log.info("%s: image exported in %.2f s", self.name, message.seconds)
+                log.info("image exported in %.2f s", message.seconds, extra=about(model=self.name))
 
         return EngineEvents(
             on_outputs=outputs,

@@ -19,6 +19,7 @@ from prism.common.bus import Bus, Handler
 from prism.common.messages.codec import encode
 from prism.common.messages.placement import Route
 from prism.common.mirror import mirror_bucket
+from prism.common.telemetry import about
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class WorkerRoutes:
                 bucket = await self._bus.bucket(subjects.BUCKET_ROUTES)
                 await bucket.put(subjects.route_key(model, self._worker), route)
             except BUS_ERRORS as error:
-                log.warning("route of %s not open yet, trying again: %r", model, error)
+                log.info("route not open yet, trying again: %r", error, extra=about(model=model))
                 await asyncio.sleep(RETRY_S)
             else:
                 break
@@ -100,12 +101,12 @@ class WorkerRoutes:
                 bucket = await self._bus.bucket(subjects.BUCKET_ROUTES)
                 await bucket.delete(subjects.route_key(model, self._worker))
             except BUS_ERRORS as error:
-                log.debug("route of %s not taken down yet: %r", model, error)
+                log.debug("route not taken down yet: %r", error, extra=about(model=model))
                 await asyncio.sleep(RETRY_S)
             else:
                 return
         # Gateways learn it from "no responders" instead.
-        log.warning("route of %s not taken down: the bus is away", model)
+        log.info("route not taken down: the bus is away", extra=about(model=model))
 
     def on_change(self, key: str, route: Route | None) -> None:
         """Write a key of ours again that somebody deleted: the leader does when a worker falls silent."""
@@ -113,7 +114,7 @@ class WorkerRoutes:
             return
         for model in self._subscriptions:
             if subjects.route_key(model, self._worker) == key:
-                log.warning("route of %s was taken down by somebody else, written again", model)
+                log.warning("route was taken down by somebody else, written again", extra=about(model=model))
                 self._spawn(self._establish(model), name=f"route {model}")
 
 

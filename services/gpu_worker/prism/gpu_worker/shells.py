@@ -117,7 +117,7 @@ class ForkServerShells:
         """Fork a shell. Raises PrismError(internal) when the fork server does not answer."""
         async with self._taking:
             if not self.alive:
-                log.warning("the fork server is gone, starting it again")
+                log.error("the fork server is gone, starting it again; its engines ended with it")
                 await self.stop()
                 self.start()
             try:

@@ -19,6 +19,7 @@ from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome
 from prism.common.tasks import end_task
+from prism.common.telemetry import about
 from prism.gpu_worker.announcements import Announcements
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.frames import FramePublisher
@@ -124,13 +125,31 @@ class Worker:
             outcome = await self._execute(command)
         except PrismError as error:
             outcome = self._outcome(command, error=error)
+            self._tell_failure(command, error)
         except Exception as error:
-            log.exception("%s of %s failed", command.kind, command.spec.model_name)
+            log.exception("%s failed", command.kind, extra=about(model=command.spec.model_name))
             outcome = self._outcome(
                 command, error=PrismError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
             )
         await message.respond(encode(outcome))
         self.announcements.changed()
+
+    def _tell_failure(self, command: Command, error: PrismError) -> None:
+        # A scheduler whose time is over tells so itself; what cannot be done now is asked for again.
+        level = logging.INFO if error.code is ErrorCode.STALE_EPOCH else logging.WARNING
+        then = "it is tried again"
+        instance = self.instances.get(command.spec.model_name)
+        if instance is not None and instance.state is ModelState.FAILED:
+            level = logging.ERROR
+            then = "later requests try it again, `prism models retry` does at once"
+        log.log(
+            level,
+            "%s failed: %s; %s",
+            command.kind,
+            error.message,
+            then,
+            extra=about(model=command.spec.model_name),
+        )
 
     def _outcome(
         self, command: Command, seconds: dict[str, float] | None = None, error: PrismError | None = None
@@ -206,7 +225,9 @@ class Worker:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"{instance.name} is {instance.state}, not active")
         if not await instance.can_doze():
             # Without an image there is nothing to wake from; the memory is wanted all the same.
-            log.warning("%s has no image to wake from, its engine is released instead", instance.name)
+            log.info(
+                "no image to wake from: its engine is released instead", extra=about(model=instance.name)
+            )
             return await self._release(instance, drain_s)
         drained = await self._drain(instance, drain_s)
         return {**await instance.doze(deadline_s), "drain": drained}
@@ -229,7 +250,11 @@ class Worker:
         self.announcements.state_entered(instance, self.ledger.held(instance.name))
 
     def _on_engine_lost(self, instance: ModelInstance, how: str) -> None:
-        log.error("engine of %s ended: %s; its requests go on elsewhere", instance.name, how)
+        log.error(
+            "engine ended: %s; its requests are tried elsewhere, the next one starts it again",
+            how,
+            extra=about(model=instance.name),
+        )
         self.requests.engine_lost(instance, how)
         self.spawn(self.routes.close(instance.name), name=f"close route {instance.name}")
 
@@ -269,7 +294,7 @@ class Worker:
                 async with instance.lock:
                     await self._release(instance, drain_s)
             except (PrismError, OSError, TimeoutError) as error:
-                log.error("engine of %s did not end cleanly: %s", instance.name, error)
+                log.error("engine did not end cleanly: %s", error, extra=about(model=instance.name))
 
         # Not of the worker's task group: it may be what is coming to an end.
         ends = [
@@ -281,7 +306,7 @@ class Worker:
         _, late = await asyncio.wait(ends, timeout=drain_s + RETIRE_DEADLINE_S)
         for task in late:
             # Engines die with their shells' source, right after this.
-            log.error("%s: not within its deadline", task.get_name())
+            log.error("%s: not within its deadline, it is killed", task.get_name())
             await end_task(task)
 
 

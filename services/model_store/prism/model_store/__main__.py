@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from prism.common.identity import node_name
+from prism.common.identity import instance_id, node_name
 from prism.common.process import exit_with, run_service
 from prism.common.store_client import default_socket_path
-from prism.common.telemetry import configure_logging
+from prism.common.telemetry import LOG_FORMATS, configure_logging
 from prism.model_store.service import StoreSettings, default_budget_bytes, serve
 
 
@@ -50,6 +50,15 @@ from prism.model_store.service import StoreSettings, default_budget_bytes, serve
     help="Threads that read one model.",
 )
 @click.option("--log-level", default="INFO", envvar="PRISM_LOG_LEVEL", show_envvar=True, show_default=True)
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    envvar="PRISM_LOG_FORMAT",
+    show_envvar=True,
+    default="text",
+    show_default=True,
+    help="json: one object a line.",
+)
 def main(
     nats: str,
     node: str,
@@ -58,10 +67,13 @@ def main(
     memory_gb: float | None,
     threads: int,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Stage the weights of this node's models in shared memory and lend them to engines."""
-    configure_logging("model_store", log_level)
+    instance = instance_id("store")
+    configure_logging("model_store", log_level, log_format, store=instance)
     settings = StoreSettings(
+        instance=instance,
         nats_url=nats,
         node=node,
         socket_path=socket_path,

@@ -15,6 +15,7 @@ from prism.common.messages.codec import decode, encode
 from prism.common.messages.models import ModelSpec
 from prism.common.messages.store import StoreInspection, StoreModelOutcome, StoreModelRequest
 from prism.common.micro import micro_service
+from prism.common.telemetry import about
 from prism.model_store.inspection import Inspector
 from prism.model_store.store import ModelStore
 
@@ -96,10 +97,10 @@ async def _outcome(
         model = message.model
         return await act(message)
     except PrismError as error:
-        log.warning("%s of %s: %s", request.subject, model, error)
+        log.info("%s refused: %s", request.subject, error, extra=about(model=model))
         return StoreModelOutcome(model, error=error.body)
     except Exception as error:
-        log.exception("%s of %s failed", request.subject, model)
+        log.exception("%s failed", request.subject, extra=about(model=model))
         return StoreModelOutcome(model, error=ErrorBody(ErrorCode.INTERNAL, repr(error)))
 
 
@@ -110,7 +111,7 @@ async def _inspection(
         model = decode(request.data, StoreModelRequest).model
         return StoreInspection(await inspector.look_now(_spec(specs, model)))
     except PrismError as error:
-        log.warning("%s: %s", request.subject, error)
+        log.info("%s refused: %s", request.subject, error)
         return StoreInspection(error=error.body)
     except Exception as error:
         log.exception("%s failed", request.subject)

@@ -100,7 +100,7 @@ class ImageDisk:
     def delete(self, key: ImageKey, why: str) -> None:
         """Remove an image that can't be trusted."""
         folder = self._folder(key)
-        log.warning("deleting the image in %s: %s", folder, why)
+        log.warning("deleting the image in %s: %s; it is made anew", folder, why)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, key: ImageKey) -> Path:

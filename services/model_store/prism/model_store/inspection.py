@@ -13,6 +13,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.mirror import BucketMirror
+from prism.common.telemetry import about
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.facts import facts_of
 from prism.model_store.model_folder import is_hub_id
@@ -120,7 +121,7 @@ class Inspector:
                 elif (facts := await self.inspect(spec)) is not None:
                     await self._write(facts_key, facts)
         except BUS_ERRORS as error:
-            log.warning("facts of %s not written, the bus is away: %s", key, error)
+            log.info("facts under %s not written, the bus is away: %s", key, error)
 
     async def inspect(self, spec: ModelSpec) -> ModelFacts | None:
         """The facts of a model, its tokenizer in the object store; None if it is not time to look again.
@@ -143,7 +144,7 @@ class Inspector:
         except BUS_ERRORS:
             raise
         except Exception as error:
-            log.exception("inspection of %s failed", spec.model_name)
+            log.exception("inspection failed", extra=about(model=spec.model_name))
             return ModelFacts(
                 model=spec.model_name, error=f"{spec.model_path} could not be inspected: {error!r}"
             )
@@ -185,14 +186,21 @@ class Inspector:
             present = None
         stands = facts
         if facts.error and present and not present.error and self._written.get(key) != present:
-            log.warning("%s: %s; the facts that another store found stay", facts.model, facts.error)
+            log.warning(
+                "%s; the facts that another store found stay", facts.error, extra=about(model=facts.model)
+            )
             stands = present
         elif present != facts:
             await bucket.put(key, encode(facts))
             if facts.error:
-                log.error("%s: %s", facts.model, facts.error)
+                log.error(
+                    "cannot be served: %s; mend it, then `prism models retry`",
+                    facts.error,
+                    extra=about(model=facts.model),
+                )
             else:
-                log.info("%s: %s, %d parameters", facts.model, facts.architecture, facts.parameters)
+                found = f"{facts.architecture}, {facts.parameters} parameters"
+                log.info("in order: %s", found, extra=about(model=facts.model))
         self._written[key] = facts
         return stands
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
-from prism.common.identity import instance_id
 from prism.common.messages.events import Event
 from prism.common.messages.models import ModelSpec
 from prism.common.mirror import mirror_bucket
@@ -26,6 +25,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 class StoreSettings:
     """How to run a store. `budget_bytes` bounds the images in memory; `threads` read one image."""
 
+    instance: str
     nats_url: str
     node: str
     socket_path: Path
@@ -36,7 +36,7 @@ class StoreSettings:
 
 async def serve(settings: StoreSettings, stop: asyncio.Event) -> None:
     """Run a store until `stop` is set. Raises PrismError when the bus or the socket can't be had."""
-    instance = instance_id("store")
+    instance = settings.instance
     async with connect_bus(settings.nats_url, name=instance) as bus, asyncio.TaskGroup() as background:
         store = ModelStore(
             node=settings.node,

@@ -167,10 +167,11 @@ async def _answer(store: ModelStore, sock: socket.socket, payload: bytes, fds: l
             else:
                 await _lend(store, sock, request)
     except PrismError as error:
-        log.warning("request refused: %s", error)
+        # Whoever asked tells: it fails, or does without.
+        log.info("request refused: %s", error)
         await _send_failure(sock, error.body)
     except OSError as error:
-        log.warning("connection lost: %s", error)
+        log.info("connection lost: %s", error)
     except Exception as error:
         log.exception("request failed")
         await _send_failure(sock, ErrorBody(ErrorCode.INTERNAL, f"the model store failed: {error!r}"))

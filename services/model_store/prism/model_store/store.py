@@ -22,6 +22,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd, mapped, seal_size
 from prism.common.messages.events import Event
 from prism.common.messages.store import ImageKind, ImageManifest, StagedImage, StoreReport
+from prism.common.telemetry import about
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.fingerprint import Signature, fingerprint_of, signature_of
 from prism.model_store.flights import Flight, Flights, OnProgress
@@ -148,7 +149,7 @@ class ModelStore:
             except PrismError as error:
                 if error.code is not ErrorCode.OUT_OF_MEMORY:
                     raise
-                log.warning("%s: the engine image goes to disk only: %s", model, error)
+                log.warning("the engine image goes to disk only: %s", error, extra=about(model=model))
                 await _in_thread(lambda: self.disk.write(manifest, fd))
                 self._on_disk.add(key)
                 return content_hash
@@ -251,7 +252,7 @@ class ModelStore:
         except PrismError as error:
             if error.code is not ErrorCode.MODEL_FAILED:
                 raise
-            log.error("%s; it is staged from its checkpoint", error)
+            log.info("%s; it is staged from its checkpoint", error, extra=about(model=model))
             self._tell(Event("staging", model, self._source, detail=error.message))
             return False
         return True
@@ -306,7 +307,7 @@ class ModelStore:
 
     def _tell_staged(self, model: str, what: str, nbytes: int, began: float) -> None:
         seconds = time.monotonic() - began
-        log.info("%s: %s of %.2f GB staged in %.2f s", model, what, nbytes / 1e9, seconds)
+        log.info("%s of %.2f GB staged in %.2f s", what, nbytes / 1e9, seconds, extra=about(model=model))
         self._tell(
             Event(
                 "staged",
@@ -328,7 +329,7 @@ class ModelStore:
             try:
                 await _in_thread(lambda: self.disk.write(manifest, image.fd))
             except PrismError as error:
-                log.error("%s", error)
+                log.error("%s", error, extra=about(model=",".join(sorted(image.models))))
             else:
                 self._on_disk.add(ImageKey(manifest.fingerprint, manifest.layout))
 

@@ -203,9 +203,9 @@ class _Planning:
     def _backs_off(self, room: WorkerRoom, name: str) -> bool:
         failure = self.backing_off.get((room.worker.id, name))
         if failure is not None:
-            self._note(
-                name, f"failed on {failure.worker}, {failure.count} in a row, will retry: {failure.reason}"
-            )
+            text = f"failed on {failure.worker}, {failure.count} in a row, will retry: {failure.reason}"
+            # Its worker has told of the failure.
+            self.notes[Note(name, text, passing=True)] = None
             return True
         here = room.worker.models.get(name)
         return here is not None and here.state is ModelState.FAILED and here.state_s < FIRST_S

@@ -5,6 +5,7 @@ the store and holds a copy of it as its weights, so that staging, dozing, waking
 only the computing is not.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -20,15 +21,16 @@ from prism.common.memfd import create_memfd
 from prism.common.messages.store import LeaseRequest
 from prism.common.process import die_with_parent
 from prism.common.store_client import Lease, lease
-from prism.common.telemetry import configure_logging
 from prism.gpu_worker.devices.simulated_batch import SimulatedBatch
 from prism.gpu_worker.devices.simulated_costs import Script, SimulatedCosts
 from prism.gpu_worker.devices.simulated_tokens import NumberedTokens, StampedTokens, TokenSource
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
+from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.engine_protocol import (
     Abort,
     Done,
     Doze,
+    Dying,
     Failed,
     Generate,
     Outputs,
@@ -220,6 +222,7 @@ def serve(connection: socket.socket, costs: SimulatedCosts) -> int:
         if not isinstance(start, StartEngine):
             raise TypeError(f"the first message must be StartEngine, not {type(start).__name__}")
         setproctitle(f"prism-engine {start.model} (simulated)")
+        configure_engine_logging(start.model)
         try:
             engine = SimulatedEngine(link, start, costs)
         except (PrismError, OSError) as error:
@@ -229,14 +232,16 @@ def serve(connection: socket.socket, costs: SimulatedCosts) -> int:
         engine.run()
     except WorkerGone:
         return 0
-    except Exception:
-        log.exception("simulated engine died")
+    except Exception as error:
+        log.info("what ends this engine", exc_info=error)
+        with contextlib.suppress(WorkerGone):
+            link.send(Dying(f"{type(error).__name__}: {error}"))
     return EXIT_FAILED
 
 
 def main() -> None:
     """Be an engine on the inherited socket that the first argument names."""
-    configure_logging("engine", os.environ.get("PRISM_LOG_LEVEL", "INFO"))
+    configure_engine_logging()
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     costs = msgspec.json.decode(sys.argv[2], type=SimulatedCosts)

@@ -19,6 +19,7 @@ from prism.gpu_worker.engine.arena import MemoryArena
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.scheduler import EngineScheduler
 from prism.gpu_worker.engine.weights import ModelWeights, loader_for
+from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.engine_protocol import (
     Dying,
     Failed,
@@ -47,6 +48,7 @@ def serve(connection: socket.socket) -> int:
         if not isinstance(start, StartEngine):
             raise TypeError(f"the first message must be StartEngine, not {type(start).__name__}")
         setproctitle(f"prism-engine {start.model}")
+        configure_engine_logging(start.model)
         try:
             scheduler = _build(link, start)
         except WorkerGone:
@@ -58,7 +60,8 @@ def serve(connection: socket.socket) -> int:
     except WorkerGone:
         return 0
     except Exception as error:
-        log.exception("engine died")
+        # The worker tells of its end, with the reason; here is where it came from.
+        log.info("what ends this engine", exc_info=error)
         with contextlib.suppress(WorkerGone):
             link.send(Dying(_first_line(error)))
         return EXIT_FAILED
@@ -174,7 +177,7 @@ def _reason(error: Exception, start: StartEngine) -> ErrorBody:
     if isinstance(error, PrismError):
         return error.body
     where = traceback.extract_tb(error.__traceback__)[-1]
-    log.error("engine for %s failed to start", start.model, exc_info=error)
+    log.debug("why it did not start", exc_info=error)
     return ErrorBody(
         ErrorCode.MODEL_FAILED,
         f"{start.model} from {start.model_path} failed to start: {type(error).__name__}: {error} "
