@@ -1,5 +1,6 @@
 """What the scheduler makes of reports: ages, sums, losses, failures."""
 
+import msgspec
 import pytest
 
 from prism.common.messages.load import DemandReport, LoadReport, ModelDemand, ModelLoad
@@ -30,6 +31,18 @@ def test_times_in_reports_go_on_between_them() -> None:
     assert (later.workers[0].models["a"].idle_s, later.workers[0].models["a"].state_s) == (5.25, 9.25)
     assert later.workers[0].models["b"].idle_s == 0.0
     assert later.demand["c"].oldest_parked_s == 0.75
+
+
+def test_gpus_are_gone_since_a_worker_that_stays_last_had_them() -> None:
+    state = ClusterState()
+    state.load(load(worker="u"), 0.0)
+    assert seen(state, 0.5).gone_gpus == {}
+    state.load(msgspec.structs.replace(load(worker="u"), draining=True), 1.0)
+    assert seen(state, 3.0).gone_gpus == {0: 3.0}
+    state.forget_silent(9.0)
+    assert seen(state, 9.0).gone_gpus == {0: 9.0}
+    state.load(load(worker="v"), 10.0)
+    assert seen(state, 10.0).gone_gpus == {}
 
 
 def test_demand_of_all_gateways_adds_up_and_the_longest_wait_counts() -> None:

@@ -283,7 +283,7 @@ class TestInitialPlacement:
         models = [model("a"), model("b", started=False, init_placements=on(0))]
         snapshot = cluster([worker(limit=40, a=active())], models)
         assert told(snapshot) == []
-        assert "initial placement waits" in plan(snapshot).notes[0].text
+        assert "waits for free memory (initial placement)" in plan(snapshot).notes[0].text
 
     def test_it_happens_once(self) -> None:
         there = worker(a=dozing())
@@ -396,10 +396,88 @@ def test_a_removed_model_is_released_wherever_it_is() -> None:
     assert [(type(action), action.worker) for action in actions] == [(Release, "w"), (Release, "v")]
 
 
-def test_replicas_are_one_and_that_is_told() -> None:
-    snapshot = cluster([worker(), worker("v")], [model("a", replicas=2)], demand={"a": parked()})
-    assert len(told(snapshot)) == 1
-    assert "2 replicas" in plan(snapshot).notes[0].text
+class TestReplicas:
+    def test_they_come_once_the_first_is_active_each_on_a_worker_of_its_own(self) -> None:
+        models = [model("a", replicas=3)]
+        several = [worker("u"), worker("v"), worker("w")]
+        assert told(cluster(several, models, demand={"a": parked()})) == [("Activate", "a", "u")]
+        starting = worker("u", a=ResidentModel(ModelState.STARTING, weights_bytes=20, kv_quota_bytes=10))
+        assert told(cluster([starting, *several[1:]], models)) == []
+        serving = [worker("u", a=active()), *several[1:]]
+        assert told(cluster(serving, models)) == [("Activate", "a", "v"), ("Activate", "a", "w")]
+
+    def test_one_on_its_way_counts(self) -> None:
+        there = [worker("u", a=active()), worker("v")]
+        flying = (InFlight("v", "a", CommandKind.ACTIVATE, 30),)
+        assert told(cluster(there, [model("a", replicas=2)], in_flight=flying)) == []
+
+    def test_a_sleeping_one_wakes_rather_than_another_starts(self) -> None:
+        there = [worker("u", a=active()), worker("v", limit=500), worker("w", a=dozing())]
+        assert told(cluster(there, [model("a", replicas=2)])) == [("Activate", "a", "w")]
+
+    def test_they_put_nobody_to_sleep_and_that_is_told(self) -> None:
+        there = [worker("u", a=active()), worker("v", limit=40, b=active())]
+        snapshot = cluster(there, [model("a", replicas=2), model("b")])
+        assert told(snapshot) == []
+        assert plan(snapshot).notes[0].text == "waits for free memory (2 replicas asked for)"
+
+    def test_more_than_there_are_workers_is_told(self) -> None:
+        snapshot = cluster([worker("u", a=active())], [model("a", replicas=1_000_000)])
+        assert told(snapshot) == []
+        assert "waits for a further worker (1000000 replicas asked for)" in plan(snapshot).notes[0].text
+
+    def test_memory_goes_first_to_models_that_requests_wait_for(self) -> None:
+        there = [worker("u", limit=30, a=active()), worker("v", limit=40)]
+        snapshot = cluster(there, [model("a", replicas=2), model("b")], demand={"b": parked()})
+        assert told(snapshot) == [("Activate", "b", "v")]
+
+    def test_one_that_a_draining_worker_takes_along_is_replaced(self) -> None:
+        leaving = msgspec.structs.replace(worker("u", a=active()), draining=True)
+        there = [leaving, worker("v", a=active()), worker("w")]
+        assert told(cluster(there, [model("a", replicas=2)])) == [("Activate", "a", "w")]
+
+    def test_all_that_are_idle_for_too_long_sleep_together_or_none(self) -> None:
+        models = [model("a", replicas=2, idle_timeout_s=30)]
+        one_busy = [worker("u", a=active(idle_s=31)), worker("v", a=busy())]
+        assert told(cluster(one_busy, models)) == []
+        all_idle = [worker("u", a=active(idle_s=31)), worker("v", a=active(idle_s=40))]
+        assert told(cluster(all_idle, models)) == [("Doze", "a", "u"), ("Doze", "a", "v")]
+
+    def test_none_is_added_to_a_model_that_sleeps_or_is_gone(self) -> None:
+        there = [worker("u", a=dozing(), b=active()), worker("v")]
+        models = [model("a", replicas=2), model("b", replicas=2, removed=True)]
+        assert told(cluster(there, models)) == [("Release", "b", "u")]
+
+
+class TestHomesThatAreGone:
+    @pytest.mark.parametrize("spec", [{"pin": True}, {}])
+    def test_a_model_whose_gpus_are_gone_goes_elsewhere_after_a_while(self, spec: dict[str, Any]) -> None:
+        def after(seconds: float) -> ClusterSnapshot:
+            homeless = model("a", started=False, init_placements=on(1), **spec)
+            return cluster([worker("u")], [homeless], gone_gpus={1: seconds})
+
+        assert told(after(14.0)) == []
+        assert "GPU ids [1]" in plan(after(14.0)).notes[0].text
+        assert told(after(16.0)) == [("Activate", "a", "u")]
+        assert "its GPU ids [1] are gone" in plan(after(16.0)).actions[0].reason
+
+    def test_but_puts_nobody_to_sleep_there(self) -> None:
+        snapshot = cluster(
+            [worker("u", limit=40, b=active())],
+            [model("a", pin=True, init_placements=on(1)), model("b")],
+            gone_gpus={1: 99.0},
+        )
+        assert told(snapshot) == []
+        assert "waits for free memory" in plan(snapshot).notes[0].text
+
+    def test_gpus_that_never_were_there_are_waited_for(self) -> None:
+        snapshot = cluster([worker("u")], [model("a", pin=True, init_placements=on(7))], gone_gpus={1: 99.0})
+        assert told(snapshot) == []
+        assert "GPU ids [7]" in plan(snapshot).notes[0].text
+
+    def test_it_stays_where_it_is_when_they_are_back(self) -> None:
+        there = [worker("u", a=active()), worker("v", gpu_ids=(1,))]
+        assert told(cluster(there, [model("a", pin=True, init_placements=on(1))])) == []
 
 
 def test_it_is_registered_by_name() -> None:

@@ -44,6 +44,7 @@ class ClusterState:
         self._specs: dict[str, ModelSpec] = {}
         self._facts: dict[str, ModelFacts] = {}
         self._removed: dict[str, ModelSpec] = {}
+        self._gpu_seen_at: dict[int, float] = {}
 
     def set_spec(self, key: str, spec: ModelSpec | None) -> None:
         """The registry's entry `key` is `spec` now, None for gone."""
@@ -72,6 +73,8 @@ class ClusterState:
         if seen is None:
             seen = self.workers[report.worker] = SeenWorker(report, now)
         seen.report, seen.seen_at = report, now
+        if not report.draining:
+            self._gpu_seen_at.update(dict.fromkeys(report.gpu_ids, now))
         for model in report.models:
             self._learn(seen, model, before.get(model.model), now)
         return changed
@@ -132,7 +135,13 @@ class ClusterState:
             for removed, specs in ((True, self._removed), (False, self._specs))
             for spec in specs.values()
         }
-        return ClusterSnapshot(workers, models, self._demand(now), in_flight, self.backoff.failures())
+        return ClusterSnapshot(
+            workers, models, self._demand(now), in_flight, self.backoff.failures(), self._gone_gpus(workers, now)
+        )
+
+    def _gone_gpus(self, workers: tuple[WorkerView, ...], now: float) -> dict[int, float]:
+        there = {gpu for worker in workers if not worker.draining for gpu in worker.gpu_ids}
+        return {gpu: now - at for gpu, at in self._gpu_seen_at.items() if gpu not in there}
 
     def _forget_released(self, workers: tuple[WorkerView, ...]) -> None:
         if not self._removed:

@@ -94,9 +94,9 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
     priority: Annotated[
         int, Meta(ge=-MOST, le=MOST, description="Who gives way when memory is short: lower sleeps first")
     ] = 0
-    pin: Annotated[bool, Meta(description="Never sleeps and never leaves its GPUs")] = False
+    pin: Annotated[bool, Meta(description="Never sleeps; elsewhere than on its GPUs only while those are gone")] = False
     replicas: Annotated[
-        int, Meta(ge=1, le=MOST, description="How many instances (the present policy places one)")
+        int, Meta(ge=1, le=MOST, description="How many instances at most, each on a worker of its own, where memory is free")
     ] = 1
     minimum_tier: Annotated[Tier, Meta(description="Never sinks below this")] = Tier.COLD
     idle_timeout_s: Annotated[

@@ -10,26 +10,29 @@ from prism.scheduling.placement.actions import Action, Activate, Doze, Note, Pla
 from prism.scheduling.placement.backoff import FIRST_S
 from prism.scheduling.placement.room import WorkerRoom
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ResidentModel
-from prism.scheduling.placement.wants import NO_DEMAND, Wanted, wanted_models
+from prism.scheduling.placement.wants import AT_WORK, NO_DEMAND, Wanted, wanted_models
 
 _OFF_THE_DEVICE = frozenset({ModelState.COLD, ModelState.STAGED})
 
 
 @dataclass(frozen=True)
 class LruPlacement:
-    """One instance of each model that is in demand, on any worker that has room or can make it.
+    """An instance of each model that is in demand, on any worker that has room or can make it, and as many
+    replicas as asked for where memory is free on others.
 
     Idle models sleep at once for others, least recently used first. Busy ones do only when a request has
     waited for `patience_s`, and after having been active for `min_active_s`: continuous traffic to some
     models can't starve another, nor can two models throw each other out all the time. They finish their
     requests first, within `drain_s`. A model that came up less than `settle_s` ago counts as busy: the
-    requests that it was woken for are still on their way. Seconds throughout.
+    requests that it was woken for are still on their way. A model bound to GPUs that have been gone for
+    `home_patience_s` goes elsewhere. Seconds throughout.
     """
 
     patience_s: float = 2.0
     min_active_s: float = 5.0
     drain_s: float = 60.0
     settle_s: float = 0.5
+    home_patience_s: float = 15.0
 
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
@@ -60,7 +63,7 @@ class _Planning:
 
     def plan(self) -> Plan:
         """Serve the wanted models in their order, then put away what nobody needs."""
-        wants, notes = wanted_models(self.snapshot)
+        wants, notes = wanted_models(self.snapshot, self.policy.home_patience_s)
         self.notes.update(dict.fromkeys(notes))
         for wanted in wants:
             self._place(wanted)
@@ -69,8 +72,6 @@ class _Planning:
         return Plan(tuple(self.actions), tuple(self.notes))
 
     def _place(self, wanted: Wanted) -> None:
-        if wanted.view.spec.replicas > 1:
-            self._note(wanted.name, f"{wanted.view.spec.replicas} replicas asked for; this policy places 1")
         rooms = self._candidates(wanted)
         steps = [self._use_free_memory]
         if wanted.may_evict:
@@ -83,7 +84,7 @@ class _Planning:
             ]
         if rooms and not any(step(wanted, rooms) for step in steps):
             evicts = "waits for memory that busy or pinned models hold"
-            text = evicts if wanted.may_evict else "its initial placement waits for free memory"
+            text = evicts if wanted.may_evict else f"waits for free memory ({wanted.reason})"
             self.notes[Note(wanted.name, text, passing=True)] = None
 
     def _use_free_memory(self, wanted: Wanted, rooms: list[WorkerRoom]) -> bool:
@@ -184,10 +185,13 @@ class _Planning:
         rooms = [
             room
             for room in self.rooms.values()
-            if len(room.worker.gpu_ids) >= tp_size and (wanted.home is None or room.worker.id in wanted.home)
+            if len(room.worker.gpu_ids) >= tp_size
+            and (wanted.home is None or room.worker.id in wanted.home)
+            and room.worker.id not in wanted.beside
         ]
         if not rooms:
-            self._note(name, f"waits for a worker; none is there with {tp_size} GPU(s)")
+            which = f"a further worker ({wanted.reason})" if wanted.beside else "a worker"
+            self._note(name, f"waits for {which}; none is there with {tp_size} GPU(s)")
             return []
         large = [room for room in rooms if self._footprint(wanted, room) <= room.worker.limit_bytes]
         if not large:
@@ -267,11 +271,17 @@ class _Planning:
         return self.snapshot.models[name].spec.priority
 
     def _doze_the_idle(self) -> None:
+        # All replicas of a model or none: those that stay would call for the others again.
+        idle_s: dict[str, float] = {}
+        for room in self.rooms.values():
+            for name, model in room.worker.models.items():
+                if model.state in AT_WORK:
+                    idle_s[name] = min(model.idle_s, idle_s.get(name, model.idle_s))
         for room in self.rooms.values():
             for name, model in room.worker.models.items():
                 view = self.snapshot.models.get(name)
                 timeout = view.spec.idle_timeout_s if view else None
-                if timeout is None or model.idle_s <= timeout or not self._is_idle(model):
+                if timeout is None or idle_s.get(name, 0.0) <= timeout or not self._is_idle(model):
                     continue
                 if self._may_doze(room, name, model) and not self.snapshot.demand.get(name, NO_DEMAND).parked:
                     self._doze(room, name, f"idle for more than {timeout:g} s", soon=True)

@@ -88,10 +88,12 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ClusterSnapshot(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Everything that a plan depends on, besides the time. `models` is in the order of registration."""
+    """Everything that a plan depends on, besides the time. `models` is in the order of registration.
+    `gone_gpus`: ids that a worker had and none that stays has now, with the seconds since."""
 
     workers: tuple[WorkerView, ...] = ()
     models: Mapping[str, ModelView] = {}
     demand: Mapping[str, Demand] = {}
     in_flight: tuple[InFlight, ...] = ()
     failures: tuple[Failure, ...] = ()
+    gone_gpus: Mapping[int, float] = {}
