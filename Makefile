@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-core chaos lint format clean bench-gateway
+.PHONY: setup demo test fuzz test-core chaos lint format clean bench-gateway
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest tests
+
+fuzz: setup
+	@PRISM_FUZZ_CASES=$${CASES:-10000} PRISM_FUZZ_SEED=$${SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/fuzz -q -s
 
 test-core: setup
 	@for run in 1 2 3 4 5; do $(BIN)/python -m pytest tests -q -m core || exit 1; done

@@ -88,6 +88,12 @@ class ScriptedWorker:
         self._by_rid: dict[str, Turn] = {}
         self._listening: dict[str, Subscription] = {}
 
+    def forget(self) -> None:
+        """Drop what has come so far, for tests that send a lot."""
+        self.turns = asyncio.Queue()
+        self.cancels = asyncio.Queue()
+        self._by_rid.clear()
+
     async def listen(self, model: str) -> None:
         """Take requests for `model`."""
         self._listening[model] = await self._bus.subscribe(

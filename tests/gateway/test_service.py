@@ -122,33 +122,6 @@ async def test_body_beyond_the_limit_is_refused(make_stage: MakeStage) -> None:
         assert "1000 bytes" in response.json()["error"]["message"]
 
 
-async def test_prompt_beyond_the_bus_limit_is_refused_before_it_waits(
-    tmp_path: Path, bundle: TokenizerBundle
-) -> None:
-    with nats_server(tmp_path / "small", max_payload=256 * 1024) as server:
-        async with (
-            connect_bus(server.url, name="test") as bus,
-            open_stage(bus, server, bundle, Settings()) as stage,
-        ):
-            await stage.register("m", context_length=10_000_000)
-            response = await stage.http.post(
-                "/v1/completions", json={"model": "m", "prompt": [399] * 100_000}
-            )
-            assert response.status_code == 413
-            error = response.json()["error"]
-            assert error["code"] == "payload_too_large"
-            assert str(256 * 1024) in error["message"]
-
-
-async def test_what_does_not_exist_has_the_same_error_shape(shared_stage: Stage) -> None:
-    unknown = await shared_stage.http.get("/v2/nothing")
-    assert unknown.status_code == 404
-    assert unknown.json()["error"]["code"] == "not_found"
-    wrong = await shared_stage.http.get("/v1/completions")
-    assert wrong.status_code == 405
-    assert wrong.json()["error"]["code"] == "method_not_allowed"
-
-
 async def test_it_shows_among_the_micro_services(stage: Stage) -> None:
     answer = await stage.bus.client.request("$SRV.PING.prism-gateway", b"", timeout=5)
     assert stage.gateway.name in answer.data.decode()

@@ -69,7 +69,7 @@ def build_app(
     async def openapi(request: Request) -> Response:
         return _json(describe(version(DISTRIBUTION)))
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{model:path}", model, methods=["GET"]),
@@ -87,6 +87,9 @@ def build_app(
             Exception: internal_error_response,
         },
     )
+    # A path with a slash too many is none of ours: told so, rather than sent elsewhere.
+    app.router.redirect_slashes = False
+    return app
 
 
 def _prism_error_response(request: Request, error: Exception) -> Response:

@@ -315,14 +315,17 @@ class Dispatcher:
 
     def _refuse_oversized(self, job: Job) -> None:
         """Raises PrismError(payload_too_large) now rather than after a wait for the model."""
-        longest_id = 8
-        if len(job.input_ids) * longest_id < self._bus.max_payload // 2:
+        longest_id, longest_bias = 8, 64
+        biases = job.sampling.logit_bias or ()
+        ids = len(job.input_ids) + len(job.sampling.stop_token_ids)
+        if ids * longest_id + len(biases) * longest_bias < self._bus.max_payload // 2:
             return
-        size = len(msgspec.json.encode(job.input_ids)) + 4096
+        size = len(msgspec.json.encode((job.input_ids, job.sampling))) + 4096
         if size > self._bus.max_payload:
             raise PrismError(
                 ErrorCode.PAYLOAD_TOO_LARGE,
-                f"the prompt's {len(job.input_ids)} tokens make a message of {size} bytes; "
+                f"the prompt's {len(job.input_ids)} tokens, {len(job.sampling.stop_token_ids)} stop tokens "
+                f"and {len(biases)} biases make a message of {size} bytes; "
                 f"the bus takes {self._bus.max_payload}",
             )
 

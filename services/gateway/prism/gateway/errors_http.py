@@ -51,6 +51,11 @@ def not_found_response(request: Request, error: Exception) -> Response:
     return response
 
 
+def malformed_request_body() -> bytes:
+    """The body that answers what is not even HTTP."""
+    return msgspec.json.encode(_shaped(400, "this is not a valid HTTP/1.1 request", "invalid_request", None))
+
+
 def internal_error_response(request: Request, error: Exception) -> Response:
     """A fault of the gateway; the details are in its log."""
     fault = PrismError(ErrorCode.INTERNAL, f"internal error ({type(error).__name__}); see the gateway's log")

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.tasks import end_task
+from prism.gateway.http_protocol import GatewayHttpProtocol
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class HttpServer(uvicorn.Server):
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, or asyncio leaves Nagle's delay on accepted connections.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
@@ -62,6 +64,7 @@ async def http_server(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpS
     shown = f"[{host}]" if ":" in host else host
     config = uvicorn.Config(
         app,
+        http=GatewayHttpProtocol,
         log_config=None,
         access_log=False,
         proxy_headers=False,

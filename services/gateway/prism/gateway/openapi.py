@@ -102,7 +102,7 @@ def _generation(summary: str, request: str, answer: str) -> dict[str, Any]:
         "X-SLO-TPOT-Ms": "Objective for the time per token after the first, in ms; else the model's",
     }
     streamed = {
-        "schema": {"type": "string"},
+        "schema": {},
         "description": "With `stream`: server-sent events, `data: {...}` each, the last one `data: [DONE]`. "
         'A stream that fails ends with `data: {"error": ...}` and without [DONE].',
     }

@@ -167,7 +167,8 @@ class Planner:
                 f"{len(prompts)} prompts with n={wanted.n} are {len(prompts) * wanted.n} generations; "
                 f"at most {self._settings.max_choices} are allowed in one request",
             )
-        ttft = wanted.ttft_slo_ms or read_objective(headers, TTFT_HEADER) or model.spec.ttft_slo_ms
+        told = read_objective(headers, TTFT_HEADER)
+        ttft = wanted.ttft_slo_ms or told or model.spec.ttft_slo_ms
         tpot = read_objective(headers, TPOT_HEADER) or model.spec.tpot_slo_ms
         deadline = self.clock() + self._settings.deadline_s
         seed = first_seed(wanted.seed)

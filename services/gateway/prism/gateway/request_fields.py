@@ -29,6 +29,8 @@ def read_json(body: bytes, kind: type[T]) -> T:
         raise _explained(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(None, f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise invalid(None, "the body's JSON is nested too deeply") from error
 
 
 def _explained(complaint: str) -> PrismError:
@@ -60,9 +62,9 @@ class Allowed:
         return (value > self.low if self.above else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        bound = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        text = f"{bound} and at most {self.high:g}"
-        return text + "".join(f", or {value:g}" for value in self.also)
+        bound = f"above {self.low}" if self.above else f"at least {self.low}"
+        text = f"{bound} and at most {self.high}"
+        return text + "".join(f", or {value}" for value in self.also)
 
 
 def check_ranges(fields: Mapping[str, Any], allowed: Mapping[str, Allowed]) -> None:

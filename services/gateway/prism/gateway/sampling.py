@@ -1,5 +1,6 @@
 """Sampling parameters of a request, checked, as the workers take them."""
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from prism.common.messages.generation import SamplingParams
 from prism.gateway.request_fields import Allowed, check_ranges, invalid
 
 SEED_SPACE = 2**31
+_TOKEN_ID = re.compile(r"[0-9]{1,18}")
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 
@@ -133,7 +135,9 @@ def check_token_ids(param: str, tokens: Sequence[int], vocab_size: int) -> None:
 
 def _check_logit_bias(bias: Mapping[str, float], vocab_size: int) -> None:
     for token, value in bias.items():
-        if not (token.isascii() and token.isdigit() and int(token) < vocab_size):
-            raise invalid("logit_bias", f"logit_bias: {token!r} is not a token id (0 to {vocab_size - 1})")
+        if not (_TOKEN_ID.fullmatch(token) and int(token) < vocab_size):
+            raise invalid(
+                "logit_bias", f"logit_bias: {token[:40]!r} is not a token id (0 to {vocab_size - 1})"
+            )
         if not -100 <= value <= 100:
             raise invalid("logit_bias", f"logit_bias must be at least -100 and at most 100; got {value:g}")
