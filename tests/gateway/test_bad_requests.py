@@ -208,9 +208,12 @@ async def test_what_is_no_http_is_refused_in_the_same_shape(shared_stage: Stage)
     writer.close()
     status_line, *headers = head.decode().split("\r\n")
     response = httpx.Response(
-        int(status_line.split()[1]), headers=[line.split(": ", 1) for line in headers], content=body
+        int(status_line.split()[1]), headers=dict(line.split(": ", 1) for line in headers), content=body
     )
     assert "not a valid HTTP/1.1 request" in refusal(response, 400)["message"]
+
+
+SMALL_BUS = 128 * 1024
 
 
 @pytest.mark.parametrize(
@@ -218,13 +221,13 @@ async def test_what_is_no_http_is_refused_in_the_same_shape(shared_stage: Stage)
     [
         {"prompt": [399] * 100_000},
         {"stop_token_ids": [399] * 100_000},
-        {"logit_bias": {f"{token:018}": 1.5 for token in range(12_000)}},
+        {"logit_bias": {f"{id_:0{width}}": 1 / 3 for id_ in range(400) for width in range(8, 19)}},
     ],
 )
 async def test_what_is_too_large_for_the_bus_is_refused_before_it_waits(
     tmp_path: Path, bundle: TokenizerBundle, fields: dict[str, Any]
 ) -> None:
-    with nats_server(tmp_path / "small", max_payload=256 * 1024) as server:
+    with nats_server(tmp_path / "small", max_payload=SMALL_BUS) as server:
         async with (
             connect_bus(server.url, name="test") as bus,
             open_stage(bus, server, bundle, Settings()) as stage,
@@ -232,4 +235,4 @@ async def test_what_is_too_large_for_the_bus_is_refused_before_it_waits(
             await stage.register("m", context_length=10_000_000)
             error = refusal(await stage.http.post(COMPLETIONS, json={**BASE[COMPLETIONS], **fields}), 413)
             assert error["code"] == "payload_too_large"
-            assert f"the bus takes {256 * 1024}" in error["message"]
+            assert f"the bus takes {SMALL_BUS}" in error["message"]

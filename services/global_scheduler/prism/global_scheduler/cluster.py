@@ -136,7 +136,12 @@ class ClusterState:
             for spec in specs.values()
         }
         return ClusterSnapshot(
-            workers, models, self._demand(now), in_flight, self.backoff.failures(), self._gone_gpus(workers, now)
+            workers,
+            models,
+            self._demand(now),
+            in_flight,
+            self.backoff.failures(),
+            self._gone_gpus(workers, now),
         )
 
     def _gone_gpus(self, workers: tuple[WorkerView, ...], now: float) -> dict[int, float]:

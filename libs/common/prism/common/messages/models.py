@@ -94,9 +94,16 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
     priority: Annotated[
         int, Meta(ge=-MOST, le=MOST, description="Who gives way when memory is short: lower sleeps first")
     ] = 0
-    pin: Annotated[bool, Meta(description="Never sleeps; elsewhere than on its GPUs only while those are gone")] = False
+    pin: Annotated[
+        bool, Meta(description="Never sleeps; elsewhere than on its GPUs only while those are gone")
+    ] = False
     replicas: Annotated[
-        int, Meta(ge=1, le=MOST, description="How many instances at most, each on a worker of its own, where memory is free")
+        int,
+        Meta(
+            ge=1,
+            le=MOST,
+            description="How many instances at most, each on a worker of its own, where memory is free",
+        ),
     ] = 1
     minimum_tier: Annotated[Tier, Meta(description="Never sinks below this")] = Tier.COLD
     idle_timeout_s: Annotated[

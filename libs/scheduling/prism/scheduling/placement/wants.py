@@ -83,8 +83,8 @@ def _obstacle(view: ModelView) -> str | None:
 def _at_home(
     wanted: Wanted, workers: Iterable[WorkerView], gone: Set[int], notes: list[Note]
 ) -> list[Wanted]:
-    """`wanted`, bound to the workers that have the GPUs of its initial placement; to none, and to free memory,
-    when they are `gone`; nothing while they are waited for."""
+    """`wanted`, bound to the workers that have the GPUs of its initial placement; to none, and to free
+    memory, when they are `gone`; nothing while they are waited for."""
     placement = _on_placement(wanted.view) or next(iter(wanted.view.spec.init_placements), None)
     if placement is None:
         return [wanted]
