@@ -138,3 +138,24 @@ async def test_a_handler_that_never_ends_does_not_keep_the_connection_open(fresh
     with pytest.raises(RuntimeError, match="over"):
         await use_and_fail()
     assert cancelled.is_set()
+
+
+async def test_a_first_connection_has_a_deadline() -> None:
+    async with asyncio.timeout(10):
+        with pytest.raises(PrismError, match=r"no NATS server at nats://127\.0\.0\.1:1 within 1 s"):
+            async with connect_bus("nats://127.0.0.1:1", name="test", deadline_s=1.0):
+                pass
+
+
+async def test_a_server_that_comes_within_the_deadline_is_waited_for(tmp_path: Path) -> None:
+    with nats_server(tmp_path / "first") as server:
+        port = int(server.url.rsplit(":", 1)[1])
+
+    async def use() -> bool:
+        async with connect_bus(server.url, name="test", deadline_s=20.0) as bus:
+            return bus.client.is_connected
+
+    waiting = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    with nats_server(tmp_path / "second", port=port):
+        assert await waiting

@@ -16,6 +16,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from prism.cli.system import SystemSettings, running_system
+from prism.cli.table import aligned
 from prism.cli.tiny_models import make_tiny_models
 from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
@@ -205,8 +206,8 @@ def _print_table(seen: dict[str, Observed], loads: list[LoadReport]) -> None:
     def milliseconds(values: list[float]) -> str:
         return f"{sorted(values)[len(values) // 2] * 1000:.0f} ms" if values else "-"
 
-    header = ("model", "TTFT", "best TTFT", "inter-token", "start", "wake", "sleep", "weights", "KV")
-    rows = [header]
+    header = ("model", "ttft", "best ttft", "inter-token", "start", "wake", "sleep", "weights", "kv")
+    rows = []
     for model, noted in seen.items():
         ttfts = [stream.ttft for stream in noted.streams]
         rows.append(
@@ -222,10 +223,9 @@ def _print_table(seen: dict[str, Observed], loads: list[LoadReport]) -> None:
                 f"{noted.kv_bytes / MB:.0f} MB",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     click.echo("\nMedians, real engines on this CPU (memory: the most that was seen)")
-    for row in rows:
-        click.echo("   " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    for line in aligned(header, rows, right=range(1, len(header))):
+        click.echo(f"   {line}")
     held = max(sum(m.weights_bytes + m.kv_used_bytes for m in report.models) for report in loads)
     click.echo(f"   worker: at most {held / MB:.0f} MB of {loads[-1].memory_limit_bytes / MB:.0f} MB in use")
 

@@ -6,7 +6,9 @@ import click
 
 COMMANDS = {
     "up": ("prism.cli.up", "up_command"),
+    "status": ("prism.cli.status", "status_command"),
     "models": ("prism.cli.models", "models_command"),
+    "events": ("prism.cli.events", "events_command"),
     "demo": ("prism.cli.demo", "demo_command"),
     "make-tiny-models": ("prism.cli.tiny_models", "make_tiny_models_command"),
 }

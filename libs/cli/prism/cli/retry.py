@@ -1,13 +1,10 @@
 """`prism models retry`: have a failed model taken up again once what was wrong with it is mended."""
 
-import asyncio
-import sys
-
 import click
 
+from prism.cli.bus_option import nats_option, run_to_exit
 from prism.common import subjects
 from prism.common.bus import connect_bus
-from prism.common.errors import PrismError
 from prism.common.messages.models import ModelState
 from prism.common.messages.retry import RetryOutcome, RetryRequest
 
@@ -41,15 +38,7 @@ def outcome_line(outcome: RetryOutcome) -> str:
 
 @click.command("retry")
 @click.argument("model")
-@click.option(
-    "--nats",
-    "nats_url",
-    default="nats://127.0.0.1:4222",
-    envvar="PRISM_NATS_URL",
-    show_envvar=True,
-    show_default=True,
-    help="The bus of the running system.",
-)
+@nats_option
 @click.option(
     "--deadline-s",
     type=click.FloatRange(min=0, min_open=True),
@@ -62,10 +51,10 @@ def retry_command(model: str, nats_url: str, deadline_s: float) -> None:
 
     Nothing is restarted. Ends with status 1 when the model is still failed, and says why.
     """
-    try:
-        outcome = asyncio.run(request_retry(nats_url, model, deadline_s))
-    except PrismError as error:
-        click.echo(f"prism: {error.message}", err=True)
-        sys.exit(1)
+    run_to_exit(_retry(nats_url, model, deadline_s))
+
+
+async def _retry(nats_url: str, model: str, deadline_s: float) -> int:
+    outcome = await request_retry(nats_url, model, deadline_s)
     click.echo(outcome_line(outcome), err=outcome.error is not None)
-    sys.exit(1 if outcome.error is not None else 0)
+    return 1 if outcome.error is not None else 0

@@ -37,10 +37,12 @@ _READY = re.compile(r"gateway ready at (http://\S+)")
 @dataclass(frozen=True)
 class SystemSettings:
     """What to run. Counts are processes of each service; a port of 0 lets the kernel choose, further gateways
-    take the ports after it. Each worker counts as one GPU of the cluster and uses one of the stores."""
+    take the ports after it. Without `nats_url` a NATS server of its own listens on `nats_port`. Each
+    worker counts as one GPU of the cluster and uses one of the stores."""
 
     placement: Path
     nats_url: str | None = None
+    nats_port: int = 0
     host: str = "127.0.0.1"
     port: int = 0
     worker_memory_gb: float = 4.0
@@ -50,6 +52,7 @@ class SystemSettings:
     policy: str = "lru"
     device: str = "cpu"
     log_level: str = "INFO"
+    log_format: str = "text"
     drain_s: float = 30.0
     gateways: int = 1
     schedulers: int = 1
@@ -302,7 +305,8 @@ async def running_system(
         scratch = stack.enter_context(scratch_folder("prism-"))
         url = settings.nats_url
         if url is None:
-            server = nats_server(scratch.path / "nats", inherited=[scratch.users_fd])
+            folder = scratch.path / "nats"
+            server = nats_server(folder, port=settings.nats_port or -1, inherited=[scratch.users_fd])
             url = stack.enter_context(server).url
         system = RunningSystem(settings, url, scratch, on_line)
         try:
@@ -320,7 +324,7 @@ def _arguments(
     settings: SystemSettings, nats_url: str, folder: Path, kind: str, number: int, stores: Sequence[str]
 ) -> list[str]:
     """The command line of process `number` of a service; a worker takes its share of the `stores`."""
-    common = ["--nats", nats_url, "--log-level", settings.log_level]
+    common = ["--nats", nats_url, "--log-level", settings.log_level, "--log-format", settings.log_format]
     match kind:
         case "model_store":
             store = [*common, "--socket", _socket(folder, _name(kind, number))]

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import click
 from prism.cli.system import RunningSystem, SystemSettings, running_system
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.placement_file import read_placement_file
+from prism.common.telemetry import LOG_FORMATS
 
 COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store": 35}
 NAME_WIDTH = 18
+NATS_PORT = 4222
 COUNT = click.IntRange(min=1)
 
 
@@ -90,10 +93,26 @@ async def run_until_stopped(settings: SystemSettings) -> int:
     return 0
 
 
+def _is_free(port: int) -> bool:
+    """Whether this process could listen on the loopback's `port` now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 @click.command("up")
 @click.argument("placement", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option(
     "--nats", "nats_url", envvar="PRISM_NATS_URL", show_envvar=True, help="An existing NATS server."
+)
+@click.option(
+    "--nats-port",
+    type=click.IntRange(0, 65535),
+    help=f"Port of the NATS server that it starts. [default: {NATS_PORT}; any free one where that is taken]",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of the gateway.")
 @click.option(
@@ -112,10 +131,13 @@ async def run_until_stopped(settings: SystemSettings) -> int:
 @click.option("--workers", type=COUNT, default=1, show_default=True, help="Workers: a GPU each.")
 @click.option("--stores", type=COUNT, default=1, show_default=True, help="Model stores.")
 @click.option("--log-level", default="INFO", show_default=True)
-def up_command(placement: Path, **options: object) -> None:
+@click.option("--log-format", type=click.Choice(LOG_FORMATS), default="text", show_default=True)
+def up_command(placement: Path, nats_port: int | None, **options: object) -> None:
     """Run the whole system for the models of PLACEMENT (a placement file) until Ctrl-C."""
     logging.basicConfig(level="WARNING")
-    settings = SystemSettings(placement=placement, **options)  # type: ignore[arg-type]
+    if nats_port is None:
+        nats_port = NATS_PORT if _is_free(NATS_PORT) else 0
+    settings = SystemSettings(placement=placement, nats_port=nats_port, **options)  # type: ignore[arg-type]
     try:
         status = asyncio.run(run_until_stopped(settings))
     except PrismError as error:

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import nats
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
@@ -183,23 +182,29 @@ class Bus:
 
 
 @asynccontextmanager
-async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[Bus]:
+async def connect_bus(
+    url: str, *, name: str, deadline_s: float = CONNECT_DEADLINE_S, **options: Any
+) -> AsyncIterator[Bus]:
     """Connect to the server at `url` as `name`, for ever reconnecting; drained at the end.
 
     `options` go to `nats.connect`. Raises PrismError(internal) when the server cannot be reached within
-    CONNECT_DEADLINE_S.
+    `deadline_s`.
     """
 
-    closing = False
+    closing = awaited = False
     bus: Bus | None = None
 
     async def on_error(error: Exception) -> None:
-        # The loss of the connection is told once, not with every attempt to get it back.
-        there = bus is None or bus.client.is_connected
+        # The lack of a connection is told once, not with every attempt to get one.
+        nonlocal awaited
+        if bus is None and not awaited:
+            awaited = True
+            log.warning("bus: no NATS server at %s yet (%s); trying for %.0f s", url, error, deadline_s)
+        there = bus is not None and bus.client.is_connected
         log.log(logging.ERROR if there else logging.DEBUG, "bus: %s", error or type(error).__name__)
 
     async def on_disconnect() -> None:
-        if not closing:
+        if bus is not None and not closing:
             log.warning("bus: lost %s, reconnecting until it is back; see that its NATS server runs", url)
 
     async def on_reconnect() -> None:
@@ -209,6 +214,7 @@ async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[B
 
     client = await _connect(
         url,
+        deadline_s,
         name=name,
         error_cb=on_error,
         disconnected_cb=on_disconnect,
@@ -229,20 +235,20 @@ async def connect_bus(url: str, *, name: str, **options: Any) -> AsyncIterator[B
         await _close(client)
 
 
-async def _connect(url: str, **options: Any) -> Client:
-    deadline = asyncio.get_running_loop().time() + CONNECT_DEADLINE_S
-    while True:
-        try:
-            # A first connection that fails must fail here, not be retried inside nats-py without an end.
-            return await nats.connect(url, allow_reconnect=True, connect_timeout=2, **options)
-        except (OSError, nats.errors.Error) as error:
-            if asyncio.get_running_loop().time() > deadline:
-                raise PrismError(
-                    ErrorCode.INTERNAL,
-                    f"no NATS server at {url} within {CONNECT_DEADLINE_S:.0f} s ({error}); "
-                    "start one, or point --nats at it",
-                ) from error
-            await asyncio.sleep(0.2)
+async def _connect(url: str, deadline_s: float, **options: Any) -> Client:
+    client = Client()
+    try:
+        # Told never to give up a connection, nats-py tries for the first one without an end, too.
+        async with asyncio.timeout(deadline_s):
+            await client.connect(url, allow_reconnect=True, connect_timeout=2, **options)
+    except TimeoutError as error:
+        reason = client.last_error or "it does not answer"
+        await _close(client)
+        raise PrismError(
+            ErrorCode.INTERNAL,
+            f"no NATS server at {url} within {deadline_s:.0f} s ({reason}); start one, or point --nats at it",
+        ) from error
+    return client
 
 
 async def _close(client: Client) -> None:

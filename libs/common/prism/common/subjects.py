@@ -77,7 +77,8 @@ def scheduler_retry(instance: str = "") -> str:
 
 
 def store(node: str, verb: str) -> str:
-    """Where the store of `node` answers `verb` (stage, evict, inspect, list)."""
+    """Where the store of `node` answers `verb` (stage, evict, inspect, list); for `list` also a store's own
+    instance in the place of its node."""
     return f"{PREFIX}.store.{node}.{verb}"
 
 

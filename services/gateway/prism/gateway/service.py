@@ -130,15 +130,6 @@ async def running_gateway(
         for subject, handler in ((subjects.load("*"), on_load), (subjects.replies(name), replies.take)):
             subscription = await bus.subscribe(subject, handler, inline=True)
             stack.push_async_callback(subscription.unsubscribe)
-        await stack.enter_async_context(
-            micro_service(
-                bus,
-                "prism-gateway",
-                instance=name,
-                description="OpenAI-compatible HTTP in front of the bus",
-            )
-        )
-
         registry = Registry(specs, facts, fleet)
         dispatcher = Dispatcher(bus, name, settings, fleet, registry, parking, replies, metrics, clock)
         planner = Planner(registry, TokenizerCache(bus), settings, clock)
@@ -167,6 +158,15 @@ async def running_gateway(
             http_server(StraightPath(app, endpoints), host, port)
         )
         stack.push_async_callback(gateway.drain, 0)
+        await stack.enter_async_context(
+            micro_service(
+                bus,
+                "prism-gateway",
+                instance=name,
+                description="OpenAI-compatible HTTP in front of the bus",
+                metadata={"url": gateway.url},
+            )
+        )
         yield gateway
 
 

@@ -48,6 +48,7 @@ async def explain_service(
         "prism-global-scheduler",
         instance=election.instance,
         description="Places models on workers",
+        metadata={"policy": scheduler.policy_name},
         endpoints={
             "plan": (subjects.scheduler_plan(), leaders),
             "plan-of": (subjects.scheduler_plan(election.instance), own),

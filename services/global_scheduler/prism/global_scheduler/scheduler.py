@@ -60,7 +60,7 @@ class GlobalScheduler:
         self._bus = bus
         self._tasks = tasks
         self._policy = policy
-        self._policy_name = name
+        self.policy_name = name
         self._deadlines = deadlines
         self._commands = CommandRunner(bus, tasks, self._on_outcome)
         self._election: Election | None = None
@@ -175,7 +175,7 @@ class GlobalScheduler:
             instance=election.instance if election else "",
             leader=election.leader if election else "",
             epoch=election.epoch if election else 0,
-            policy=self._policy_name,
+            policy=self.policy_name,
             models=len(snapshot.models),
             actions=self._commands.recent(now),
             notes=[ExplainedNote(note.model, note.text) for note in self._notes],

@@ -170,7 +170,13 @@ def main(
                 "prism-gpu-worker",
                 instance=identity.worker,
                 description="Hosts the engines of one node's GPUs",
-                metadata={"node": node, "device": device},
+                metadata={
+                    "node": node,
+                    "device": device,
+                    "gpu_ids": ",".join(map(str, identity.gpu_ids)),
+                    "memory_gb": f"{worker_memory_gb:g}",
+                    "admission": admission,
+                },
             ),
         ):
             log.info("worker %s ready: %s, %.3f GB", identity.worker, device, worker_memory_gb)

@@ -76,9 +76,15 @@ async def serve_endpoints(
             "prism-model-store",
             instance=instance,
             description="Stages weights in shared memory",
-            metadata={"node": store.node},
+            metadata={
+                "node": store.node,
+                "memory_gb": f"{store.table.budget_bytes / 1e9:g}",
+                "image_dir": str(store.disk.root),
+            },
             endpoints={
-                verb: (subjects.store(store.node, verb), handler) for verb, handler in handlers.items()
+                **{verb: (subjects.store(store.node, verb), handler) for verb, handler in handlers.items()},
+                # Where a node has several stores, any of them answers for the node, and each for itself.
+                "list-of": (subjects.store(instance, "list"), listing),
             },
         ):
             yield

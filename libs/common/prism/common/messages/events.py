@@ -6,8 +6,9 @@ import msgspec
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """`prism.v1.event.<kind>.<model>`: `kind` is a word, `source` the instance that says it.
 
-    A state entered (staging, starting, active, draining, dozing, waking, failed, cold), a command done with
-    its seconds (activated, dozed, released), or staged, evicted, retried, leader.
+    Of a model: a state entered (staging, starting, active, draining, dozing, waking, failed, cold), a command
+    done with its seconds (activated, dozed, released), progress, staged, evicted, retried. Of the system,
+    with no model: arrived and left (a service, named in `detail`), lost (a worker), leader.
     """
 
     kind: str
