@@ -121,9 +121,9 @@ class FuzzedGateway:
         return Held(
             parked=_metric(text, "parked"),
             in_flight=_metric(text, "in_flight"),
-            inboxes=sum(isinstance(item, Inbox) for item in gc.get_objects()),
+            inboxes=_alive(Inbox),
             tasks=len(asyncio.all_tasks()),
-            subscriptions=sum(isinstance(item, Subscription) for item in gc.get_objects()),
+            subscriptions=_alive(Subscription),
             memory_bytes=psutil.Process().memory_info().rss,
         )
 
@@ -132,6 +132,14 @@ def _metric(text: str, name: str) -> float:
     """The sum of a gauge over all its labels."""
     lines = [line for line in text.splitlines() if line.startswith(f"prism_gateway_{name}")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def _alive(kind: type) -> int:
+    """How many objects of exactly this class there are.
+
+    `isinstance` would read each object's `__class__`, which some proxies of loaded packages warn about.
+    """
+    return sum(type(item) is kind for item in gc.get_objects())
 
 
 def _idle(answer: httpx.Response) -> bool:
