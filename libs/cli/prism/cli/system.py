@@ -20,6 +20,7 @@ import httpx
 from prism.cli.nats_server import nats_server
 from prism.cli.scratch_folder import ScratchFolder, scratch_folder
 from prism.common.errors import ErrorCode, PrismError
+from prism.common.placement_file import read_placement_file
 
 log = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ class RunningSystem:
         self._on_line(name, line)
 
     async def _wait_for_gateways(self) -> None:
+        models = {spec.model_name for spec in read_placement_file(self._settings.placement)}
         failure = asyncio.create_task(self.first_failure(), name="first failure")
         try:
             async with asyncio.timeout(READY_DEADLINE_S):
@@ -282,7 +284,7 @@ class RunningSystem:
                     listening.cancel()
                     if failure.done():
                         raise PrismError(ErrorCode.INTERNAL, failure.result())
-                    await _wait_for_readyz(self.gateway_urls[service.name], failure)
+                    await wait_until_served(self.gateway_urls[service.name], models, failure)
         except TimeoutError as error:
             raise PrismError(
                 ErrorCode.INTERNAL,
@@ -297,7 +299,7 @@ class RunningSystem:
 async def running_system(
     settings: SystemSettings, on_line: Callable[[str, str], None]
 ) -> AsyncIterator[RunningSystem]:
-    """Start everything, yield when the gateways answer, drain and end everything.
+    """Start everything, yield when the gateways answer for all models, drain and end everything.
 
     `on_line(service, line)` gets every log line. Raises PrismError when a service does not come up.
     """
@@ -351,14 +353,20 @@ def _socket(folder: Path, store: str) -> str:
     return str(folder / f"{store}.sock")
 
 
-async def _wait_for_readyz(url: str, failure: "asyncio.Task[str]") -> None:
+async def wait_until_served(url: str, models: set[str], failure: "asyncio.Future[Any]") -> None:
+    """Wait until the gateway at `url` is ready and knows `models`: the scheduler registers them meanwhile.
+
+    The caller bounds the wait. Raises PrismError with what `failure` says once that is done.
+    """
     async with httpx.AsyncClient(base_url=url, timeout=5) as client:
         while True:
             try:
                 if (await client.get("/readyz")).status_code == 200:
-                    return
+                    listed = (await client.get("/v1/models")).json()["data"]
+                    if models <= {entry["id"] for entry in listed}:
+                        return
             except httpx.HTTPError as error:
                 log.debug("gateway not there yet: %s", error)
             if failure.done():
-                raise PrismError(ErrorCode.INTERNAL, failure.result())
+                raise PrismError(ErrorCode.INTERNAL, str(failure.result()))
             await asyncio.sleep(0.1)
