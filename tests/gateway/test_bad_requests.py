@@ -97,6 +97,12 @@ WRONG_FIELDS = [
         "stream_options.include_obfuscation",
         "not",
     ),
+    (
+        COMPLETIONS,
+        {"stream_options": {"continuous_usage_stats": True}},
+        "stream_options.continuous_usage_stats",
+        "needs stream_options.include_usage",
+    ),
     (COMPLETIONS, {"colour": "red"}, "colour", "unknown parameter 'colour'"),
     (CHAT, {"messages": [{**users("a")[0], "colour": 1}]}, "messages[0].colour", "unknown parameter"),
     (

@@ -61,6 +61,24 @@ async def test_stream_tells_role_text_ending_and_usage(stage: Stage) -> None:
     assert len({event["id"] for event in events}) == 1
 
 
+async def test_every_chunk_tells_what_its_choice_has_used_so_far_if_asked(stage: Stage) -> None:
+    await stage.register("m")
+    parts = [stage.ids("good "), stage.ids("morning")]
+    worker = await stage.worker(saying(*parts, finish="length"), "m")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = read_events((await chat(stage, stream=True, stream_options=options, n=2)).text)
+    prompt = len((await worker.turns.get()).request.input_ids)
+    completion = sum(map(len, parts))
+    for index in (0, 1):
+        own = [event["usage"] for event in events[:-1] if event["choices"][0]["index"] == index]
+        assert [usage["completion_tokens"] for usage in own] == [0, len(parts[0]), completion, completion]
+        assert {usage["total_tokens"] - usage["completion_tokens"] for usage in own} == {prompt}
+        assert not any("prompt_tokens_details" in usage for usage in own), "unknown before the end"
+    assert joined([event for event in events[:-1] if event["choices"][0]["index"] == 0]) == "good morning"
+    assert events[-1]["usage"]["completion_tokens"] == 2 * completion
+    assert events[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
 async def test_stream_without_usage_says_nothing_of_it(stage: Stage) -> None:
     await stage.register("m")
     await stage.worker(saying(stage.ids("hi")), "m")

@@ -39,6 +39,19 @@ async def test_stream_ends_with_the_usage(stage: Stage) -> None:
     assert events[-1]["usage"]["prompt_tokens"] == len(stage.ids("hello"))
 
 
+async def test_every_chunk_tells_what_its_choice_has_used_so_far_if_asked(stage: Stage) -> None:
+    await stage.register("m")
+    parts = [stage.ids("one "), stage.ids("two")]
+    await stage.worker(saying(*parts), "m")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = read_events((await complete(stage, stream=True, stream_options=options)).text)
+    completion = sum(map(len, parts))
+    used = [event["usage"]["completion_tokens"] for event in events]
+    assert used == [len(parts[0]), completion, completion]
+    assert joined(events[:-1]) == "one two"
+    assert {event["usage"]["prompt_tokens"] for event in events} == {len(stage.ids("hello"))}
+
+
 async def echo_prompt(turn: Turn) -> None:
     await turn.send(turn.request.input_ids, finish="stop")
 

@@ -99,6 +99,14 @@ async def test_sampling_parameters_reach_the_worker(stage: Stage) -> None:
     assert (sampling.temperature, sampling.top_k) == (0, 4)
 
 
+async def test_what_sglangs_benchmark_always_sends_may_ask_for_nothing(stage: Stage) -> None:
+    await stage.register("m")
+    await stage.worker(saying(stage.ids("yes")), "m")
+    idle = {"lora_path": None, "return_logprob": False, "return_routed_experts": False}
+    answer = await generate(stage, text="hello", logprob_start_len=-1, **idle)
+    assert answer.json()["text"] == "yes"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -109,6 +117,8 @@ async def test_sampling_parameters_reach_the_worker(stage: Stage) -> None:
         ({"input_ids": [1, [2]]}, "input_ids"),
         ({"text": "a", "slo": 0}, "slo"),
         ({"text": "a", "lora_path": "x"}, "lora_path"),
+        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "return_routed_experts": True}, "return_routed_experts"),
         ({"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),
         ({"text": "a", "sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
         ({"text": "a", "sampling_params": {"regex": "x"}}, "sampling_params.regex"),

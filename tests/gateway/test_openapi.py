@@ -27,7 +27,7 @@ pytestmark = pytest.mark.core
             SCHEMAS["CompletionRequest"],
             {*completions_api.HARMLESS, *HARMLESS_EVERYWHERE},
         ),
-        (generate_api.GenerateBody, SCHEMAS["GenerateBody"], set()),
+        (generate_api.GenerateBody, SCHEMAS["GenerateBody"], set(generate_api.HARMLESS)),
         (
             generate_api.GenerateSampling,
             SCHEMAS["GenerateBody"]["properties"]["sampling_params"],

@@ -62,8 +62,10 @@ async def test_readiness_follows_workers_and_drain(make_stage: MakeStage) -> Non
     assert "no worker" in unready.json()["reason"]
     worker = await stage.worker(hanging)
     await stage.eventually("/readyz", lambda answer: answer.status_code == 200)
+    assert (await stage.http.get("/health")).status_code == 200
     worker.silent = True
     await stage.eventually("/readyz", lambda answer: answer.status_code == 503)
+    assert (await stage.http.get("/health")).status_code == 503
     assert (await stage.http.get("/healthz")).status_code == 200
     assert stage.gateway.unready() is not None
 

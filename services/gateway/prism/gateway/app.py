@@ -78,6 +78,8 @@ def build_app(
             Route("/generate", endpoint("/generate", plan_generate), methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/readyz", readyz, methods=["GET"]),
+            # The name that clients of vLLM and SGLang know; guidellm asks there before it begins.
+            Route("/health", readyz, methods=["GET"]),
             Route("/metrics", metrics_text, methods=["GET"]),
             Route("/openapi.json", openapi, methods=["GET"]),
         ],

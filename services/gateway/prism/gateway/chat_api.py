@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.gateway.event_template import EventTemplate
-from prism.gateway.openai_fields import OpenAIFields, check_fields, shown, token_logprob
-from prism.gateway.plan import Choice, Plan, Planner, Servable, Wanted, count_usage
+from prism.gateway.openai_fields import OpenAIFields, StreamedUsage, check_fields, shown, token_logprob
+from prism.gateway.plan import Choice, Plan, Planner, Servable, Usage, Wanted, count_usage
 from prism.gateway.request_fields import invalid, read_json, refuse_unsupported
 from prism.gateway.sampling import read_stops
 from prism.gateway.text_assembler import Piece, TokenScore
@@ -122,7 +122,7 @@ async def plan_chat(body: bytes, headers: Headers, planner: Planner) -> Plan:
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     choices = planner.choices(model, prompts, wanted, headers)
-    answer = ChatAnswer(model, bool(request.logprobs), request.include_usage)
+    answer = ChatAnswer(model, bool(request.logprobs), request.streamed_usage)
     return Plan(model, choices, stops, bool(request.stream), answer)
 
 
@@ -183,10 +183,10 @@ def _read_content(where: str, content: str | list[ContentPart]) -> str:
 class ChatAnswer:
     """The chat.completion object, whole or in chunks."""
 
-    def __init__(self, model: Servable, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, model: Servable, logprobs: bool, streamed_usage: StreamedUsage) -> None:
         self._model = model
         self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._streamed_usage = streamed_usage
         self._id = f"chatcmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._texts: dict[int, EventTemplate] = {}
@@ -194,18 +194,22 @@ class ChatAnswer:
     def opening(self, choices: Sequence[Choice]) -> list[object]:
         """The role of each choice."""
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(index, delta, [], None) for index in range(len(choices))]
+        return [
+            self._chunk(index, delta, [], None, self._streamed_usage.so_far(choice, 0))
+            for index, choice in enumerate(choices)
+        ]
 
     def events(self, index: int, choice: Choice, piece: Piece) -> list[object]:
         """New text, then the ending."""
         chunks: list[object] = []
         scores = shown(piece.scores) if self._logprobs else []
-        if scores:
-            chunks.append(self._chunk(index, {"content": piece.text}, scores, None))
+        used = self._streamed_usage.so_far(choice, len(choice.tokens))
+        if scores or (piece.text and used):
+            chunks.append(self._chunk(index, {"content": piece.text}, scores, None, used))
         elif piece.text:
             chunks.append(self._text(index).fill(piece.text))
         if piece.ending is not None:
-            chunks.append(self._chunk(index, {}, [], piece.ending.reason))
+            chunks.append(self._chunk(index, {}, [], piece.ending.reason, used))
         return chunks
 
     def _text(self, index: int) -> EventTemplate:
@@ -217,7 +221,7 @@ class ChatAnswer:
 
     def closing(self, choices: Sequence[Choice]) -> list[object]:
         """The usage, if it was asked for."""
-        if not self._include_usage:
+        if self._streamed_usage is StreamedUsage.NOWHERE:
             return []
         return [{**self._head("chat.completion.chunk"), "choices": [], "usage": count_usage(choices)}]
 
@@ -243,7 +247,12 @@ class ChatAnswer:
         }
 
     def _chunk(
-        self, index: int, delta: Mapping[str, str], scores: list[TokenScore], reason: str | None
+        self,
+        index: int,
+        delta: Mapping[str, str],
+        scores: list[TokenScore],
+        reason: str | None,
+        used: Usage | None = None,
     ) -> dict[str, Any]:
         choice = {
             "index": index,
@@ -252,7 +261,7 @@ class ChatAnswer:
             "finish_reason": reason,
         }
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        return {**chunk, "usage": None} if self._include_usage else chunk
+        return chunk if self._streamed_usage is StreamedUsage.NOWHERE else {**chunk, "usage": used}
 
     def _shown_logprobs(self, scores: list[TokenScore]) -> dict[str, Any]:
         content = [

@@ -8,8 +8,8 @@ from typing import Any
 from starlette.datastructures import Headers
 
 from prism.gateway.event_template import EventTemplate
-from prism.gateway.openai_fields import OpenAIFields, bytes_or_text, check_fields, shown
-from prism.gateway.plan import Choice, Plan, Planner, Servable, Wanted, count_usage
+from prism.gateway.openai_fields import OpenAIFields, StreamedUsage, bytes_or_text, check_fields, shown
+from prism.gateway.plan import Choice, Plan, Planner, Servable, Usage, Wanted, count_usage
 from prism.gateway.request_fields import Allowed, check_ranges, invalid, read_json
 from prism.gateway.sampling import MOST_LOGPROBS, check_token_ids, read_stops
 from prism.gateway.text_assembler import Piece, TokenScore
@@ -49,7 +49,7 @@ async def plan_completion(body: bytes, headers: Headers, planner: Planner) -> Pl
         top_logprobs=request.logprobs,
     )
     choices = planner.choices(model, prompts, wanted, headers)
-    answer = CompletionAnswer(model, request.logprobs, request.include_usage)
+    answer = CompletionAnswer(model, request.logprobs, request.streamed_usage)
     return Plan(model, choices, stops, bool(request.stream), answer)
 
 
@@ -83,10 +83,10 @@ async def encode_prompts(
 class CompletionAnswer:
     """The text_completion object, whole or in chunks."""
 
-    def __init__(self, model: Servable, logprobs: int | None, include_usage: bool) -> None:
+    def __init__(self, model: Servable, logprobs: int | None, streamed_usage: StreamedUsage) -> None:
         self._model = model
         self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._streamed_usage = streamed_usage
         self._id = f"cmpl-{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._texts: dict[int, EventTemplate] = {}
@@ -98,9 +98,13 @@ class CompletionAnswer:
     def events(self, index: int, choice: Choice, piece: Piece) -> list[object]:
         """New text and the ending, in one chunk."""
         scores = shown(piece.scores) if self._logprobs is not None else []
+        used = self._streamed_usage.so_far(choice, len(choice.tokens))
         if not scores and piece.ending is None:
-            return [self._text(index).fill(piece.text)] if piece.text else []
-        return [self._chunk(index, piece.text, scores, piece.ending.reason if piece.ending else None)]
+            if not piece.text:
+                return []
+            if used is None:
+                return [self._text(index).fill(piece.text)]
+        return [self._chunk(index, piece.text, scores, piece.ending.reason if piece.ending else None, used)]
 
     def _text(self, index: int) -> EventTemplate:
         template = self._texts.get(index)
@@ -108,7 +112,14 @@ class CompletionAnswer:
             template = self._texts[index] = EventTemplate(lambda text: self._chunk(index, text, [], None))
         return template
 
-    def _chunk(self, index: int, text: str, scores: list[TokenScore], reason: str | None) -> dict[str, Any]:
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        scores: list[TokenScore],
+        reason: str | None,
+        used: Usage | None = None,
+    ) -> dict[str, Any]:
         told = {
             "index": index,
             "text": text,
@@ -116,11 +127,11 @@ class CompletionAnswer:
             "finish_reason": reason,
         }
         chunk = {**self._head(), "choices": [told]}
-        return {**chunk, "usage": None} if self._include_usage else chunk
+        return chunk if self._streamed_usage is StreamedUsage.NOWHERE else {**chunk, "usage": used}
 
     def closing(self, choices: Sequence[Choice]) -> list[object]:
         """The usage, if it was asked for."""
-        if not self._include_usage:
+        if self._streamed_usage is StreamedUsage.NOWHERE:
             return []
         return [{**self._head(), "choices": [], "usage": count_usage(choices)}]
 

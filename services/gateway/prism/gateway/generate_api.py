@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from prism.common.errors import PrismError
 from prism.gateway.completions_api import encode_prompts
 from prism.gateway.plan import Choice, Plan, Planner, Servable, Wanted
-from prism.gateway.request_fields import Allowed, check_ranges, invalid, read_json
+from prism.gateway.request_fields import Allowed, check_ranges, invalid, read_json, refuse_unsupported
 from prism.gateway.sampling import SamplingFields, check_sampling, read_stops
 from prism.gateway.text_assembler import Ending, Piece
 
@@ -29,7 +29,8 @@ class GenerateSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True)
 
 
 class GenerateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The body. `slo` is the time to the first token in seconds."""
+    """The body. `slo` is the time to the first token in seconds. Parameters typed Any are known and not
+    supported: see `HARMLESS`."""
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
@@ -39,11 +40,23 @@ class GenerateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     slo: float | None = None
     return_logprob: bool | None = None
     top_logprobs_num: int | None = None
+    logprob_start_len: Any = None
+    lora_path: Any = None
+    return_routed_experts: Any = None
+
+
+# What sglang.bench_serving sends with every request, whether it is wanted or not.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "logprob_start_len": (-1,),
+    "lora_path": (),
+    "return_routed_experts": (False,),
+}
 
 
 async def plan_generate(body: bytes, headers: Headers, planner: Planner) -> Plan:
     """Read, check and tokenise a request. Raises PrismError for whatever is wrong with it."""
     request = read_json(body, GenerateBody)
+    refuse_unsupported(msgspec.structs.asdict(request), HARMLESS)
     sampling = request.sampling_params or GenerateSampling()
     check_sampling(request)
     check_ranges({"slo": request.slo}, {"slo": Allowed(0, 86_400, above=True)})

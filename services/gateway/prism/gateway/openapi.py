@@ -40,6 +40,9 @@ def describe(version: str) -> dict[str, Any]:
             },
             "/healthz": {"get": _get("Whether the process lives", "Status")},
             "/readyz": {"get": _get("Whether requests can be served now", "Status", not_ready=True)},
+            "/health": {
+                "get": _get("The same as /readyz, as vLLM and SGLang name it", "Status", not_ready=True)
+            },
             "/metrics": {
                 "get": {
                     "summary": "Prometheus metrics",

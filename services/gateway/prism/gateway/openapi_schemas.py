@@ -81,7 +81,12 @@ OPENAI: dict[str, Schema] = {
     "model": {"type": "string", "minLength": 1},
     **SAMPLING,
     "stream": _boolean("Answer with server-sent events"),
-    "stream_options": _closed(include_usage=_boolean("A last chunk holds the usage")),
+    "stream_options": _closed(
+        include_usage=_boolean("A last chunk holds the usage"),
+        continuous_usage_stats=_boolean(
+            "With include_usage: every chunk holds what its choice has used so far"
+        ),
+    ),
     "stop": STOP,
     "min_tokens": _integer("No end before so many", minimum=0, default=0),
     "seed": SEED,

@@ -67,13 +67,16 @@ class Choice:
         self.ending = piece.ending
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens as OpenAI counts them: each prompt once, however many choices it has."""
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens as OpenAI counts them: each prompt once, however many choices it has.
+
+    The details are None until the worker has told how many tokens of the prompt it had cached.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: dict[str, int]
+    prompt_tokens_details: dict[str, int] | None = None
 
 
 def count_usage(choices: Sequence[Choice]) -> Usage:
