@@ -6,7 +6,7 @@ slow one would hold up all others. Everything started here ends when the `async 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -31,6 +31,13 @@ T = TypeVar("T")
 Handler = Callable[[Msg], Awaitable[None]]
 
 LEADER_TTL_S = 2.4
+GPU_ID_TTL_S = 2.4
+BUCKET_TTL_S: Mapping[str, float] = {
+    subjects.BUCKET_LEADER: LEADER_TTL_S,
+    subjects.BUCKET_GPU_IDS: GPU_ID_TTL_S,
+}
+"""Entries of these buckets expire unless they are written again within so long; those of others stay."""
+
 CONNECT_DEADLINE_S = 30.0
 DRAIN_DEADLINE_S = 10.0
 HANDLERS_DEADLINE_S = 10.0
@@ -157,11 +164,7 @@ class Bus:
             return await self.jetstream.key_value(name)
         except nats.js.errors.BucketNotFoundError:
             pass
-        config = KeyValueConfig(
-            bucket=name,
-            storage=StorageType.FILE,
-            ttl=LEADER_TTL_S if name == subjects.BUCKET_LEADER else None,
-        )
+        config = KeyValueConfig(bucket=name, storage=StorageType.FILE, ttl=BUCKET_TTL_S.get(name))
         try:
             return await self.jetstream.create_key_value(config)
         except nats.js.errors.APIError:

@@ -37,9 +37,12 @@ RETIRE_DEADLINE_S = 10.0
 IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
 
 
-@dataclass(frozen=True)
+@dataclass
 class WorkerIdentity:
-    """Who a worker is: its instance id, its node, and the cluster-wide ids of the GPUs it owns."""
+    """Who a worker is: its instance id, its node, and the cluster-wide ids of the GPUs it owns.
+
+    The ids change when a claim on them is lost; there are none until others are claimed.
+    """
 
     worker: str
     node: str

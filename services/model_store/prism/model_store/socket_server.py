@@ -23,6 +23,7 @@ from prism.common.messages.store import (
     StoreRequest,
 )
 from prism.common.store_client import wait_readable
+from prism.model_store.sole_store import unusable
 from prism.model_store.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ async def serve_socket(store: ModelStore, path: Path) -> AsyncIterator[None]:
 
 def _listen(path: Path) -> socket.socket:
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise _unusable(path, f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
+        raise unusable(path, f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.setblocking(False)
@@ -88,7 +89,7 @@ def _listen(path: Path) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise _unusable(path, str(error)) from error
+        raise unusable(path, str(error)) from error
     except BaseException:
         sock.close()
         raise
@@ -109,14 +110,7 @@ def _remove_stale(path: Path) -> None:
         except BlockingIOError:
             # Its backlog is full: somebody listens.
             pass
-    raise _unusable(path, "another model store answers there; one a node is enough")
-
-
-def _unusable(path: Path, why: str) -> PrismError:
-    return PrismError(
-        ErrorCode.STORE_UNAVAILABLE,
-        f"cannot listen on {path}: {why}; --socket or PRISM_STORE_SOCKET chooses another path",
-    )
+    raise unusable(path, "another model store answers there; one a node is enough")
 
 
 async def _serve(store: ModelStore, sock: socket.socket) -> None:
