@@ -30,7 +30,7 @@ from prism.common.messages.store import (
     StoreReport,
 )
 from prism.common.mirror import BucketMirror, mirror_bucket
-from prism.common.store_client import deposit, lease, lease_async
+from prism.common.store_client import deposit, lease
 
 LAYOUT = "test-engine 1"
 
@@ -273,7 +273,7 @@ async def test_a_killed_store_is_replaced_and_its_successor_serves_from_disk(
     assert caught.value.retry
     with store_process(fresh_nats, tmp_path):
         await until_ready(bus)
-        with await lease_async(socket, LeaseRequest("m", str(folder), LAYOUT), 10) as again:
+        with lease(socket, LeaseRequest("m", str(folder), LAYOUT), 10) as again:
             assert again.kind is ImageKind.ENGINE
             assert read_memfd(again.fd, again.nbytes) == content
 
