@@ -35,7 +35,7 @@ def configure_engine_logging(model: str = "") -> None:
 
 
 def _as_information(record: logging.LogRecord) -> bool:
-    # SGLang warns of its settings at each start. What comes to a failure is told by the worker, which owns it.
+    # SGLang warns of its settings at each start; what comes to a failure is told by the worker, its owner.
     if record.name.startswith("sglang") and record.levelno == logging.WARNING:
         record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
     return True
