@@ -1,5 +1,5 @@
 # Prism: `make setup`, `make demo`, `make test`, `make lint`.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 PROFILE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,10 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements/$(PROFILE).lock $(PARTS:%=%/pyproject.toml) Makefile
 	@echo "== environment in $(VENV) ($(PROFILE) profile)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "prism: $(PYTHON) is not Python 3.11, which the packages are locked for: install python3.11 with" \
+		"its venv module (python3.11-venv on Debian and Ubuntu), or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "== packages (about 5 GB the first time)"
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/$(PROFILE).lock

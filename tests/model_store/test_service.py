@@ -30,7 +30,7 @@ from prism.common.messages.store import (
     StoreReport,
 )
 from prism.common.mirror import BucketMirror, mirror_bucket
-from prism.common.store_client import deposit, lease, lease_async
+from prism.common.store_client import deposit, lease
 
 LAYOUT = "test-engine 1"
 
@@ -273,7 +273,7 @@ async def test_a_killed_store_is_replaced_and_its_successor_serves_from_disk(
     assert caught.value.retry
     with store_process(fresh_nats, tmp_path):
         await until_ready(bus)
-        with await lease_async(socket, LeaseRequest("m", str(folder), LAYOUT), 10) as again:
+        with lease(socket, LeaseRequest("m", str(folder), LAYOUT), 10) as again:
             assert again.kind is ImageKind.ENGINE
             assert read_memfd(again.fd, again.nbytes) == content
 
@@ -322,5 +322,5 @@ async def test_of_stores_that_find_a_dead_ones_socket_at_once_one_serves(
         for process in processes:
             if process is not serving:
                 assert "standby" in await ended(process)
-        with await lease_async(path, LeaseRequest("m", str(folder)), 10) as checkpoint:
+        with lease(path, LeaseRequest("m", str(folder)), 10) as checkpoint:
             assert checkpoint.kind is ImageKind.CHECKPOINT

@@ -22,8 +22,9 @@ from nats.js.object_store import ObjectStore
 
 from prism.common import subjects
 from prism.common.errors import ErrorCode, PrismError
-from prism.common.messages.codec import decode, encode
+from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.events import Event
+from prism.common.telemetry import about
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +102,18 @@ class Bus:
             except asyncio.CancelledError:
                 raise
             except PrismError as error:
-                log.warning("message on %s refused: %s", message.subject, error.message)
+                log.warning(
+                    "message on %s refused: %s; is its sender of this version?",
+                    message.subject,
+                    error.message,
+                    extra=about(**names_in(message.data)),
+                )
             except Exception:
-                log.exception("handler of %s failed", message.subject)
+                log.exception(
+                    "handler of %s failed, what it was to do is left out; please report it",
+                    message.subject,
+                    extra=about(**names_in(message.data)),
+                )
 
         async def spawn(message: Msg) -> None:
             task = asyncio.create_task(guarded(message), name=f"handle {message.subject}")
