@@ -74,6 +74,7 @@ class Gateway:
         """Stop accepting, let exchanges in progress finish for `timeout_s`, then end them with an error."""
         self._draining = True
         self.server.stop_accepting()
+        await self.server.closed()
         left = await self._exchanges.finished(timeout_s)
         if left:
             log.warning("ending %d requests that did not finish within %.0f s", left, timeout_s)
