@@ -55,8 +55,8 @@ def percentile(values: list[float], share: float) -> float | None:
 
 
 def processes_for(streams: int, models: int) -> int:
-    """How many load processes: half of the cores, but two at least, so that never one reads all streams, and one
-    a model; not more than streams."""
+    """How many load processes: half of the cores, but two at least, lest one reads all streams, and one a
+    model; not more than streams."""
     wanted = max(models, FEWEST_LOAD_PROCESSES, min(MOST_LOAD_PROCESSES, len(ALL) // 2))
     return max(1, min(wanted, streams))
 
