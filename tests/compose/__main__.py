@@ -19,7 +19,6 @@ from tests.compose.base_image import base_image
 from tests.compose.checks import Unexpected
 from tests.compose.debian_packages import NotInstallable
 from tests.compose.docker_engine import Engine, NoEngine, docker_engine
-from tests.compose.host_network import read_host_network
 from tests.compose.image_contents import left_in_images
 from tests.compose.images import build_images, prune_cache
 from tests.compose.leftovers import left_in_engine, left_in_system
@@ -57,7 +56,6 @@ async def run(cache: Path, transcript: TextIO, services_log: TextIO) -> bool:
     """The whole test; whether all was as it should be. Raises NoEngine, and what its steps raise."""
     began = time.monotonic()
     shell = Shell(transcript, own_environment())
-    before = await read_host_network(shell)
     async with docker_engine(shell, cache / "docker") as engine:
         how = f"ready in {engine.ready_s:.1f} s" if engine.own else "was running"
         print(f"== Docker engine {engine.version}, {how}; {' '.join(engine.compose)}", flush=True)
@@ -69,8 +67,8 @@ async def run(cache: Path, transcript: TextIO, services_log: TextIO) -> bool:
         print("== the stack", flush=True)
         seen, left = await rehearse_stack(engine, cache, services_log)
         await prune_cache(engine)
-    if engine.own:
-        left += await left_in_system(shell, before, cache / "docker")
+    if engine.before is not None:
+        left += await left_in_system(shell, engine.before, cache / "docker")
     return store(Run(engine, base, images, seen, kept, left, time.monotonic() - began), ROOT)
 
 

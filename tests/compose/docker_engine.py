@@ -6,19 +6,21 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from tests.compose.debian_packages import NotInstallable, install_packages
 from tests.compose.docker_commands import DockerCommands, engine_version, find_compose, find_docker
+from tests.compose.engine_record import EngineRecord, read_engine_record
 from tests.compose.host_network import HostNetwork, put_back, read_host_network
 from tests.compose.shell import Shell
 
-from prism.cli.scratch_folder import scratch_folder
+from prism.cli.scratch_folder import ScratchFolder, scratch_folder
 from prism.common.process import die_with_parent
 
+ENGINE = "dockerd"
 READY_DEADLINE_S = 40.0
 STOP_DEADLINE_S = 60.0
 KILL_DEADLINE_S = 10.0
@@ -35,8 +37,8 @@ class NoEngine(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that answers. `shell` reaches it; `own` says that it was started here, and took `ready_s`
-    seconds for that."""
+    """An engine that answers. `shell` reaches it; `own` says that it was started here, which took `ready_s`
+    seconds, and `before` how the machine's network was then."""
 
     shell: Shell
     commands: DockerCommands
@@ -44,6 +46,7 @@ class Engine:
     version: str
     own: bool
     ready_s: float
+    before: HostNetwork | None = None
 
     async def docker(self, *arguments: str, timeout_s: float = COMMAND_DEADLINE_S) -> str:
         """What `docker ARGUMENTS` prints. Raises CommandFailed."""
@@ -58,7 +61,7 @@ async def docker_engine(shell: Shell, cache: Path) -> AsyncIterator[Engine]:
     containers are gone, and the machine's network is as before. Raises NoEngine.
     """
     running = await _running(shell)
-    programs = {} if running else {"dockerd": "docker.io", "iptables": "iptables", "ip": "iproute2"}
+    programs = {} if running else {ENGINE: "docker.io", "iptables": "iptables", "ip": "iproute2"}
     missing = {package for program, package in programs.items() if not shell.which(program)}
     if await find_docker(shell) is None:
         missing.add("docker.io")
@@ -99,35 +102,44 @@ async def _running(shell: Shell) -> str | None:
 async def _own_engine(
     shell: Shell, commands: DockerCommands, compose: tuple[str, ...], cache: Path
 ) -> AsyncIterator[Engine]:
-    if others := [process.pid for process in psutil.process_iter(["name"]) if process.name() == "dockerd"]:
+    record = cache.with_suffix(".json")
+    if earlier := read_engine_record(record):
+        if earlier.run_is_on():
+            raise NoEngine(f"another run (process {earlier.run}) uses {cache}")
+        print("== putting back what an earlier run, which was killed, has left", flush=True)
+        await _tidy(shell, earlier)
+    if others := [each.pid for each in psutil.process_iter() if _is_engine(each)]:
         raise NoEngine(f"a Docker engine runs (process {others[0]}) that does not answer here")
     before = await read_host_network(shell)
-    had_cgroups = set(_cgroups())
     # Its path is short: those of sockets are limited.
     with scratch_folder("prism-engine-") as scratch:
         reached = shell.with_environment(DOCKER_HOST=f"unix://{scratch.path}/docker.sock")
         log = scratch.path / "dockerd.log"
+        running = EngineRecord.of_this_run(scratch.path, before)
+        running.write(record)
         process: asyncio.subprocess.Process | None = None
         try:
             began = time.monotonic()
-            process = await _start(shell, scratch.path, log, cache)
+            process = await _start(shell, scratch, log, cache)
             version = await _until_ready(reached, commands.docker, process, log)
             ready_s = time.monotonic() - began
-            yield Engine(reached, commands, compose, version, own=True, ready_s=ready_s)
+            yield Engine(reached, commands, compose, version, own=True, ready_s=ready_s, before=before)
         finally:
             if process is not None:
-                await _end(process, scratch.path)
-            await _tidy(shell, before, had_cgroups, scratch.path)
+                await _end(process)
             shell.transcript.write(log.read_text(errors="replace") if log.exists() else "")
+            await _tidy(shell, running)
+            record.unlink()
 
 
-async def _start(shell: Shell, folder: Path, log: Path, cache: Path) -> asyncio.subprocess.Process:
+async def _start(shell: Shell, scratch: ScratchFolder, log: Path, cache: Path) -> asyncio.subprocess.Process:
+    folder = scratch.path
     # Not the machine's settings, which may name other folders and sockets.
     settings = folder / "daemon.json"
     settings.write_text("{}")
     with log.open("w") as output:
         return await asyncio.create_subprocess_exec(
-            *("dockerd", "--data-root", str(cache), "--exec-root", str(folder / "exec")),
+            *(ENGINE, "--data-root", str(cache), "--exec-root", str(folder / "exec")),
             *("--pidfile", str(folder / "dockerd.pid"), "--host", f"unix://{folder}/docker.sock"),
             *("--config-file", str(settings)),
             stdin=asyncio.subprocess.DEVNULL,
@@ -137,6 +149,8 @@ async def _start(shell: Shell, folder: Path, log: Path, cache: Path) -> asyncio.
             # A Ctrl-C at the terminal is ours to handle; our own death is its end too.
             start_new_session=True,
             preexec_fn=die_with_parent,
+            # Which keeps the folder until the engine has ended too.
+            pass_fds=[scratch.users_fd],
         )
 
 
@@ -157,8 +171,8 @@ def _last_line(log: Path) -> str:
     return lines[-1][:300] if lines else "it says nothing"
 
 
-async def _end(process: asyncio.subprocess.Process, folder: Path) -> None:
-    """End the engine, and what it has left running."""
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End the engine, with its containers."""
     if process.returncode is None:
         process.send_signal(signal.SIGTERM)
     try:
@@ -167,9 +181,6 @@ async def _end(process: asyncio.subprocess.Process, folder: Path) -> None:
     except TimeoutError:
         process.kill()
         await process.wait()
-    for left in engine_processes(folder):
-        left.kill()
-        left.wait(KILL_DEADLINE_S)
 
 
 def engine_processes(folder: Path) -> list[psutil.Process]:
@@ -186,19 +197,43 @@ def engine_processes(folder: Path) -> list[psutil.Process]:
     return found
 
 
+async def _end_processes(folder: Path) -> None:
+    """Kill what is left of the engine of `folder`, and its containers; it may still be about to end them."""
+    deadline = time.monotonic() + STOP_DEADLINE_S
+    while any(map(_is_engine, engine_processes(folder))) and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(LOOK_S)
+    for process in engine_processes(folder):
+        with suppress(psutil.NoSuchProcess):
+            for each in (*process.children(recursive=True), process):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait(KILL_DEADLINE_S)
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return process.name() == ENGINE and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def mounts_below(folder: Path) -> list[str]:
     """Where something is mounted below `folder`, the innermost first."""
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     return sorted((path for path in mounts if path.startswith(f"{folder}/")), reverse=True)
 
 
-async def _tidy(shell: Shell, before: HostNetwork, had_cgroups: set[Path], folder: Path) -> None:
-    await put_back(shell, before)
-    for cgroup in sorted(set(_cgroups()) - had_cgroups, reverse=True):
-        cgroup.rmdir()
-    for mounted in mounts_below(folder):
+async def _tidy(shell: Shell, ended: EngineRecord) -> None:
+    """Remove what an engine has left: processes, mounts, control groups, files, changes in the network."""
+    await _end_processes(ended.folder)
+    for mounted in mounts_below(ended.folder):
         await shell.run("umount", mounted, timeout_s=COMMAND_DEADLINE_S)
-    shutil.rmtree(folder / "exec", ignore_errors=True)
+    await put_back(shell, ended.before)
+    for cgroup in sorted(_cgroups(), reverse=True):
+        # Not those with processes, which are not ours.
+        with suppress(OSError):
+            cgroup.rmdir()
+    shutil.rmtree(ended.folder, ignore_errors=True)
 
 
 def _cgroups() -> list[Path]:
