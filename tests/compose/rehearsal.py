@@ -40,7 +40,7 @@ class Rehearsal:
     @property
     def retried(self) -> int:
         """Requests that were asked again on another gateway."""
-        return sum(1 for each in self.exchanges if each.reconnects)
+        return sum(1 for each in self.exchanges if each.refused or each.breaks)
 
 
 async def rehearse(stack: Stack, models: list[Path], tell: Callable[[str], None]) -> Rehearsal:
