@@ -1,6 +1,7 @@
 """Three models on a worker with room for two: all are served, and memory stays under the limit."""
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
 
@@ -45,7 +46,9 @@ async def test_sixty_shuffled_requests_complete_within_the_memory_limit(
         lengths = await asyncio.gather(*(one(name, index) for name, index in requests))
     finally:
         sampler.cancel()
-        await asyncio.gather(sampler, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            # A sampler that ended by itself says why.
+            await sampler
     assert len(lengths) == 60
     assert min(lengths) >= 1
     assert len(samples) >= 10
