@@ -2,7 +2,7 @@
 # Context: the repository's root. BuildKit; the base is any Debian-based image with python3 (3.11 or newer) and venv.
 ARG BASE_IMAGE=python:3.12-slim
 
-FROM ${BASE_IMAGE} AS build
+FROM ${BASE_IMAGE} AS packages
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /source
 COPY deploy/compose/install.sh deploy/compose/
@@ -18,7 +18,7 @@ LABEL org.opencontainers.image.title="prism-nats" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --system --uid 10001 --user-group --create-home --home-dir /home/prism prism \
     && install -d -o prism -g prism /data
-COPY --from=build /opt/prism /opt/prism
+COPY --from=packages /opt/prism /opt/prism
 ENV PATH=/opt/prism/bin:$PATH PYTHONUNBUFFERED=1
 USER prism
 VOLUME ["/data"]
