@@ -36,7 +36,7 @@ GB = 1_000_000_000
 @click.option("--node", envvar="PRISM_NODE", show_envvar=True, default=node_name, help="Name of this host.")
 @click.option(
     "--device",
-    type=click.Choice(["cpu", "simulated"]),
+    type=click.Choice(["cpu", "cuda", "simulated"]),
     envvar="PRISM_DEVICE",
     show_envvar=True,
     default="cpu",
@@ -51,12 +51,35 @@ GB = 1_000_000_000
     help="Cluster-wide id of this worker's first GPU.",
 )
 @click.option(
+    "--gpu",
+    type=click.IntRange(min=0),
+    envvar="PRISM_GPU",
+    show_envvar=True,
+    default=0,
+    help="cuda: which of this machine's GPUs, as nvidia-smi numbers them.",
+)
+@click.option(
+    "--warm-shells",
+    type=click.IntRange(min=1),
+    envvar="PRISM_WARM_SHELLS",
+    show_envvar=True,
+    default=1,
+    help="cuda: engine processes that are started ahead of need.",
+)
+@click.option(
+    "--attention-backend",
+    envvar="PRISM_ATTENTION_BACKEND",
+    show_envvar=True,
+    default="triton",
+    help="cuda: SGLang's attention backend (triton, fa3 where it is installed, flashinfer).",
+)
+@click.option(
     "--worker-memory-gb",
     type=float,
     envvar="PRISM_WORKER_MEMORY_GB",
     show_envvar=True,
-    default=4.0,
-    help="What weights and KV caches may take, in 10^9 bytes.",
+    help="What weights, KV caches and (cuda) engines may take, in 10^9 bytes. "
+    "[default: 4; cuda: the GPU's memory less room for activations]",
 )
 @click.option(
     "--store-socket",
@@ -129,7 +152,10 @@ def main(
     node: str,
     device: str,
     first_gpu_id: int,
-    worker_memory_gb: float,
+    gpu: int,
+    warm_shells: int,
+    attention_backend: str,
+    worker_memory_gb: float | None,
     store_socket: str,
     admission: str,
     max_running_requests: int,
@@ -148,11 +174,11 @@ def main(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     async def serve(stop: asyncio.Event) -> None:
-        if worker_memory_gb <= 0:
+        if worker_memory_gb is not None and worker_memory_gb <= 0:
             raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
-            _device(device) as engines,
+            _device(device, gpu, warm_shells, attention_backend) as engines,
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
                 identity,
@@ -161,7 +187,7 @@ def main(
                 publisher,
                 drain_s=drain_s,
                 admission=admission_policies[admission](),
-                memory_limit_bytes=int(worker_memory_gb * GB),
+                memory_limit_bytes=_memory_limit(engines, worker_memory_gb),
                 store_socket=store_socket,
                 limits=EngineLimits(max_running_requests, chunked_prefill_tokens, engine_stall_s),
             ),
@@ -174,21 +200,38 @@ def main(
                     "node": node,
                     "device": device,
                     "gpu_ids": ",".join(map(str, identity.gpu_ids)),
-                    "memory_gb": f"{worker_memory_gb:g}",
+                    "memory_gb": f"{_memory_limit(engines, worker_memory_gb) / GB:g}",
                     "admission": admission,
                 },
             ),
         ):
-            log.info("worker %s ready: %s, %.3f GB", identity.worker, device, worker_memory_gb)
+            limit_gb = _memory_limit(engines, worker_memory_gb) / GB
+            log.info("worker %s ready: %s, %.3f GB", identity.worker, device, limit_gb)
             await stop.wait()
 
     sys.exit(run_service("gpu_worker", serve))
 
 
-def _device(name: str) -> AbstractAsyncContextManager[Device]:
+def _device(
+    name: str, gpu: int, warm_shells: int, attention_backend: str
+) -> AbstractAsyncContextManager[Device]:
     if name == "simulated":
         return simulated_device(costs_from(os.environ))
+    if name == "cuda":
+        # Its libraries are there where GPUs are.
+        from prism.gpu_worker.devices.cuda import DECODE_GRAPH_SIZES, cuda_device
+
+        return cuda_device(
+            gpu,
+            warm=warm_shells,
+            attention_backend=attention_backend,
+            decode_graph_sizes=DECODE_GRAPH_SIZES,
+        )
     return cpu_device()
+
+
+def _memory_limit(device: Device, chosen_gb: float | None) -> int:
+    return device.default_memory_bytes if chosen_gb is None else int(chosen_gb * GB)
 
 
 if __name__ == "__main__":
