@@ -2,7 +2,7 @@
 
 Twice the weights would not fit beside each other, so the model is constructed in the arena from the start:
 what its layers allocate with `torch.empty` lies there. Loading and post-processing may replace tensors
-(quantised weights); those are moved into the arena behind the others. An engine that starts from an image does
+(quantised weights); those are moved into the arena behind the others. An engine from an image does
 the same with no content in them, so that it comes to the same layout, and then copies the image over it all.
 """
 
