@@ -1,5 +1,5 @@
 # Prism: `make setup`, `make demo`, `make test`, `make lint`.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 PROFILE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,16 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test fuzz test-core chaos lint format clean bench-gateway
+.PHONY: setup demo test test-clients fuzz test-core chaos lint format clean bench-gateway
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements/$(PROFILE).lock $(PARTS:%=%/pyproject.toml) Makefile
 	@echo "== environment in $(VENV) ($(PROFILE) profile)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "prism: $(PYTHON) is not Python 3.11, which the packages are locked for: install python3.11 with" \
+		"its venv module (python3.11-venv on Debian and Ubuntu), or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "== packages (about 5 GB the first time)"
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/$(PROFILE).lock
@@ -26,13 +29,28 @@ demo: setup
 	@$(BIN)/prism demo
 
 test: setup
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests --ignore=tests/clients
+
+CLIENTS := build/clients
+CLIENTS_LOCKS := tests/clients/clients.lock tests/clients/bench_serving.lock
+
+$(CLIENTS)/.ready: $(CLIENTS_LOCKS) | $(VENV)/.ready
+	@echo "== clients in an environment of their own (0.7 GB beside torch, which setup has fetched)"
+	@rm -rf $(CLIENTS)
+	@$(BIN)/uv venv --quiet --python $(BIN)/python $(CLIENTS)/clients
+	@$(BIN)/uv pip install --quiet --python $(CLIENTS)/clients/bin/python --no-deps -r tests/clients/clients.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $(CLIENTS)/bench-serving-packages \
+		-r tests/clients/bench_serving.lock
+	@touch $@
+
+test-clients: setup $(CLIENTS)/.ready
+	@$(BIN)/python -m pytest tests/clients
 
 fuzz: setup
 	@PRISM_FUZZ_CASES=$${CASES:-10000} PRISM_FUZZ_SEED=$${SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/fuzz -q -s
 
 test-core: setup
-	@for run in 1 2 3 4 5; do $(BIN)/python -m pytest tests -q -m core || exit 1; done
+	@for run in 1 2 3 4 5; do $(BIN)/python -m pytest tests --ignore=tests/clients -q -m core || exit 1; done
 
 SEED ?= 1
 

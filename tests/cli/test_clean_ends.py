@@ -59,8 +59,9 @@ class Stream(threading.Thread):
 class Launched:
     """A running `prism up` with a stream in progress."""
 
-    def __init__(self, process: "subprocess.Popen[str]", stream: Stream, log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[str]", url: str, stream: Stream, log: Path) -> None:
         self.process = process
+        self.url = url
         self.stream = stream
         self.log = log
 
@@ -100,7 +101,7 @@ def launched(model: Path, folder: Path, leftovers: Leftovers) -> Iterator[Launch
             stream.start()
             assert stream.begun.wait(DEADLINE_S), log.read_text()
             leftovers.note(psutil.Process(process.pid).children(recursive=True))
-            yield Launched(process, stream, log)
+            yield Launched(process, ready.group(1), stream, log)
         finally:
             process.kill()
             process.wait()
@@ -146,10 +147,29 @@ def kill_everything_else(system: Launched) -> None:
     interrupt(system)
 
 
-FINISHES = (interrupt, terminate)
+def kill_nats(system: Launched) -> None:
+    """kill -9 of nats-server: one comes in its place, a request works, then Ctrl-C."""
+    nats = next(
+        child for child in psutil.Process(system.process.pid).children() if child.name() == "nats-server"
+    )
+    nats.kill()
+    deadline = time.monotonic() + DEADLINE_S
+    while not re.search(r"nats +\| ended with status -9, started again", system.log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    body = {"model": "tiny-llama", "prompt": "Hello", "max_tokens": 4}
+    answer = httpx.post(f"{system.url}/v1/completions", json=body, timeout=DEADLINE_S)
+    assert answer.status_code == 200, answer.text
+    interrupt(system)
 
 
-@pytest.mark.parametrize("end", [interrupt, interrupt_twice, terminate, kill, kill_everything_else])
+FINISHES = (interrupt, terminate, kill_nats)
+
+
+ENDS = (interrupt, interrupt_twice, terminate, kill, kill_everything_else, kill_nats)
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_nothing_stays_behind(
     end: Callable[[Launched], None], tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:

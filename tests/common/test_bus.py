@@ -41,7 +41,9 @@ async def test_too_large_a_message_is_refused_before_it_is_sent(bus: Bus) -> Non
     assert caught.value.code is ErrorCode.PAYLOAD_TOO_LARGE
 
 
-async def test_a_failing_handler_does_not_stop_the_next_message(bus: Bus) -> None:
+async def test_a_failing_handler_is_told_and_does_not_stop_the_next_message(
+    bus: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
     got: asyncio.Queue[str] = asyncio.Queue()
 
     async def handle(message: Msg) -> None:
@@ -55,6 +57,8 @@ async def test_a_failing_handler_does_not_stop_the_next_message(bus: Bus) -> Non
     await bus.publish("here", CancelRequest("bad"))
     await bus.publish("here", CancelRequest("good"))
     assert await asyncio.wait_for(got.get(), 5) == "good"
+    (record,) = caplog.records
+    assert record.__dict__["about"] == {"rid": "bad"}
 
 
 async def test_mirror_holds_what_the_bucket_holds_and_follows_it(bus: Bus) -> None:

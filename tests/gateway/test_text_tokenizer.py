@@ -17,7 +17,7 @@ def test_token_bytes_join_to_the_text(tokenizer: TextTokenizer) -> None:
 
 
 def test_special_tokens_look_as_they_are_written(tokenizer: TextTokenizer) -> None:
-    assert tokenizer.token_text(1) == "</s>"
+    assert tokenizer.token_bytes(1) == b"</s>"
     assert tokenizer.decode([1]) == ""
     assert tokenizer.special_ids == {0, 1}
 

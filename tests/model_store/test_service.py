@@ -30,7 +30,7 @@ from prism.common.messages.store import (
     StoreReport,
 )
 from prism.common.mirror import BucketMirror, mirror_bucket
-from prism.common.store_client import deposit, lease, lease_async
+from prism.common.store_client import deposit, lease
 
 LAYOUT = "test-engine 1"
 
@@ -273,21 +273,54 @@ async def test_a_killed_store_is_replaced_and_its_successor_serves_from_disk(
     assert caught.value.retry
     with store_process(fresh_nats, tmp_path):
         await until_ready(bus)
-        with await lease_async(socket, LeaseRequest("m", str(folder), LAYOUT), 10) as again:
+        with lease(socket, LeaseRequest("m", str(folder), LAYOUT), 10) as again:
             assert again.kind is ImageKind.ENGINE
             assert read_memfd(again.fd, again.nbytes) == content
 
 
-async def test_a_second_store_on_the_same_socket_is_refused_with_a_reason(
+async def ended(process: subprocess.Popen[bytes]) -> str:
+    """What a store said that ended by itself, with status 1."""
+    _, told = await asyncio.to_thread(process.communicate, None, 30)
+    assert process.returncode == 1
+    assert b"Traceback" not in told
+    return told.decode()
+
+
+async def test_a_second_store_on_the_same_socket_stands_by(
     fresh_nats: NatsServer, bus: Bus, tmp_path: Path
 ) -> None:
     with store_process(fresh_nats, tmp_path) as first:
         await until_ready(bus)
+        being_written = tmp_path / "images" / ("0" * 32) / ".writing-image"
+        being_written.mkdir(parents=True)
         with store_process(fresh_nats, tmp_path) as second:
-            _, told = await asyncio.to_thread(second.communicate, None, 30)
-            assert second.returncode == 1
-            assert "another model store answers there" in told.decode()
-            assert "Traceback" not in told.decode()
+            told = await ended(second)
+            assert "standby: another model store serves" in told
+            assert "takes over when the other is gone" in told
         assert first.poll() is None
         assert (tmp_path / "store.sock").exists()
+        assert being_written.exists(), "what the first store is writing is not the second one's to remove"
         await until_ready(bus)
+
+
+async def test_of_stores_that_find_a_dead_ones_socket_at_once_one_serves(
+    fresh_nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    path = tmp_path / "store.sock"
+    with store_process(fresh_nats, tmp_path) as first:
+        await until_ready(bus)
+        first.kill()
+        await asyncio.to_thread(first.wait, 10)
+    assert path.exists()
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(store_process(fresh_nats, tmp_path)) for _ in range(3)]
+        async with asyncio.timeout(30):
+            while sum(process.poll() is None for process in processes) > 1:
+                await until_ready(bus)
+        (serving,) = [process for process in processes if process.poll() is None]
+        for process in processes:
+            if process is not serving:
+                assert "standby" in await ended(process)
+        with lease(path, LeaseRequest("m", str(folder)), 10) as checkpoint:
+            assert checkpoint.kind is ImageKind.CHECKPOINT

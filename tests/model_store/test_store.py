@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from tests.model_store.model_folders import big_model, tensor_bytes, write_model
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd, memfd_of, read_memfd
+from prism.common.messages.codec import encode
 from prism.common.messages.store import ImageKind, LeaseRequest
-from prism.common.store_client import Lease, deposit_async, lease_async
+from prism.common.store_client import Lease, deposit, lease, wait_readable
 
 pytestmark = pytest.mark.core
 
@@ -21,14 +23,15 @@ DEADLINE_S = 20.0
 
 
 async def borrow(running: Running, model: str, folder: Path, layout: str = "") -> Lease:
-    return await lease_async(running.socket, LeaseRequest(model, str(folder), layout), DEADLINE_S)
+    request = LeaseRequest(model, str(folder), layout)
+    return await asyncio.to_thread(lease, running.socket, request, DEADLINE_S)
 
 
 async def give(running: Running, model: str, fingerprint: str, content: bytes) -> str:
     fd = memfd_of("engine-image", content)
     try:
         manifest = engine_manifest(fingerprint, len(content))
-        return await deposit_async(running.socket, model, manifest, fd, DEADLINE_S)
+        return await asyncio.to_thread(deposit, running.socket, model, manifest, fd, DEADLINE_S)
     finally:
         os.close(fd)
 
@@ -46,16 +49,16 @@ async def until_written(running: Running) -> None:
 
 
 async def test_a_lease_brings_the_bytes_of_the_files(running: Running, tmp_path: Path) -> None:
-    with await borrow(running, "m", write_model(tmp_path / "m")) as lease:
-        assert lease.kind is ImageKind.CHECKPOINT
-        assert lease.seconds > 0
-        content = read_memfd(lease.fd, lease.nbytes)
-        for tensor in lease.manifest.tensors:
+    with await borrow(running, "m", write_model(tmp_path / "m")) as lent:
+        assert lent.kind is ImageKind.CHECKPOINT
+        assert lent.seconds > 0
+        content = read_memfd(lent.fd, lent.nbytes)
+        for tensor in lent.manifest.tensors:
             expected = tensor_bytes(tensor.name, tensor.nbytes)
             assert content[tensor.offset : tensor.offset + tensor.nbytes] == expected
-        assert lease.manifest.content_hash == xxhash.xxh3_128_hexdigest(content)
+        assert lent.manifest.content_hash == xxhash.xxh3_128_hexdigest(content)
         with pytest.raises(OSError, match="not permitted"):
-            os.ftruncate(lease.fd, 1)
+            os.ftruncate(lent.fd, 1)
 
 
 async def test_a_second_lease_finds_the_image_there(running: Running, tmp_path: Path) -> None:
@@ -72,10 +75,11 @@ async def test_many_who_ask_at_once_are_served_by_one_staging_and_all_see_progre
     running: Running, tmp_path: Path
 ) -> None:
     folder = big_model(tmp_path / "m", 20)
-    progress: list[list[tuple[int, int]]] = [[] for _ in range(8)]
+    progress: list[list[tuple[int, int]]] = [[] for _ in range(4)]
     leases = await asyncio.gather(
         *(
-            lease_async(
+            asyncio.to_thread(
+                lease,
                 running.socket,
                 LeaseRequest("m", str(folder)),
                 DEADLINE_S,
@@ -84,13 +88,13 @@ async def test_many_who_ask_at_once_are_served_by_one_staging_and_all_see_progre
             for seen in progress
         )
     )
-    assert len({os.fstat(lease.fd).st_ino for lease in leases}) == 1
+    assert len({os.fstat(lent.fd).st_ino for lent in leases}) == 1
     assert running.told("staged") == ["m"]
     for seen in progress:
         assert seen[-1] == (20_000_000, 20_000_000)
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    for lease in leases:
-        lease.close()
+    for lent in leases:
+        lent.close()
 
 
 async def test_equal_content_is_held_once(running: Running, tmp_path: Path) -> None:
@@ -109,11 +113,11 @@ async def test_an_engine_image_is_preferred_by_who_can_use_it(running: Running, 
         fingerprint = checkpoint.manifest.fingerprint
     content = os.urandom(50_000)
     assert await give(running, "m", fingerprint, content) == xxhash.xxh3_128_hexdigest(content)
-    with await borrow(running, "m", folder, LAYOUT) as lease:
-        assert (lease.kind, lease.manifest.layout, lease.seconds) == (ImageKind.ENGINE, LAYOUT, 0)
-        assert read_memfd(lease.fd, lease.nbytes) == content
-    with await borrow(running, "m", folder, "another engine") as lease:
-        assert lease.kind is ImageKind.CHECKPOINT
+    with await borrow(running, "m", folder, LAYOUT) as lent:
+        assert (lent.kind, lent.manifest.layout, lent.seconds) == (ImageKind.ENGINE, LAYOUT, 0)
+        assert read_memfd(lent.fd, lent.nbytes) == content
+    with await borrow(running, "m", folder, "another engine") as lent:
+        assert lent.kind is ImageKind.CHECKPOINT
 
 
 async def test_an_engine_image_outlives_the_store(start_store: StartStore, tmp_path: Path) -> None:
@@ -125,10 +129,10 @@ async def test_an_engine_image_outlives_the_store(start_store: StartStore, tmp_p
         # No waiting here: the end of a store finishes what is being written.
         await give(first, "m", fingerprint, content)
     async with start_store() as second:
-        with await borrow(second, "m", folder, LAYOUT) as lease:
-            assert lease.kind is ImageKind.ENGINE
-            assert lease.seconds > 0
-            assert read_memfd(lease.fd, lease.nbytes) == content
+        with await borrow(second, "m", folder, LAYOUT) as lent:
+            assert lent.kind is ImageKind.ENGINE
+            assert lent.seconds > 0
+            assert read_memfd(lent.fd, lent.nbytes) == content
         assert [image.on_disk for image in second.store.report().images] == [True]
 
 
@@ -145,8 +149,8 @@ async def test_a_corrupt_image_on_disk_is_deleted_and_the_checkpoint_lent(
     damaged[50_000] ^= 1
     on_disk.write_bytes(damaged)
     async with start_store() as second:
-        with await borrow(second, "m", folder, LAYOUT) as lease:
-            assert lease.kind is ImageKind.CHECKPOINT
+        with await borrow(second, "m", folder, LAYOUT) as lent:
+            assert lent.kind is ImageKind.CHECKPOINT
         assert not on_disk.exists()
         assert any("corrupt" in event.detail for event in second.events)
 
@@ -163,14 +167,14 @@ async def test_what_a_killed_store_left_half_written_is_removed(
 async def test_a_lease_protects_and_its_end_allows_eviction(start_store: StartStore, tmp_path: Path) -> None:
     one, two = big_model(tmp_path / "one", 6, seed=1), big_model(tmp_path / "two", 6, seed=2)
     async with start_store(budget_bytes=10_000_000) as running:
-        lease = await borrow(running, "one", one)
+        lent = await borrow(running, "one", one)
         with pytest.raises(PrismError) as caught:
             await borrow(running, "two", two)
         assert caught.value.code is ErrorCode.OUT_OF_MEMORY
         assert caught.value.retry
         assert "leases hold 0.01 GB" in caught.value.message
         assert running.told("evicted") == []
-        lease.close()
+        lent.close()
         await until_unleased(running)
         with await borrow(running, "two", two):
             assert running.told("evicted") == ["one"]
@@ -193,8 +197,8 @@ async def test_a_checkpoint_goes_first_once_its_engine_image_is_here(
     other = big_model(tmp_path / "other", 3, 3)
     async with start_store(budget_bytes=10_000_000) as running:
         (await borrow(running, "old", old)).close()
-        with await borrow(running, "new", new) as lease:
-            await give(running, "new", lease.manifest.fingerprint, os.urandom(3_000_000))
+        with await borrow(running, "new", new) as lent:
+            await give(running, "new", lent.manifest.fingerprint, os.urandom(3_000_000))
         await until_unleased(running)
         await until_written(running)
         (await borrow(running, "other", other)).close()
@@ -212,28 +216,27 @@ async def test_an_image_without_room_in_memory_is_kept_on_disk(
     folder = big_model(tmp_path / "m", 6)
     content = os.urandom(6_000_000)
     async with start_store(budget_bytes=10_000_000) as running:
-        with await borrow(running, "m", folder) as lease:
-            await give(running, "m", lease.manifest.fingerprint, content)
+        with await borrow(running, "m", folder) as lent:
+            await give(running, "m", lent.manifest.fingerprint, content)
             assert running.store.report().used_bytes == 6_000_000
         await until_unleased(running)
-        with await borrow(running, "m", folder, LAYOUT) as lease:
-            assert lease.kind is ImageKind.ENGINE
-            assert read_memfd(lease.fd, lease.nbytes) == content
+        with await borrow(running, "m", folder, LAYOUT) as lent:
+            assert lent.kind is ImageKind.ENGINE
+            assert read_memfd(lent.fd, lent.nbytes) == content
 
 
 async def test_staging_that_nobody_waits_for_any_more_is_given_up(running: Running, tmp_path: Path) -> None:
     folder = big_model(tmp_path / "m", 60)
-    started = asyncio.Event()
-    asking = asyncio.create_task(
-        lease_async(running.socket, LeaseRequest("m", str(folder)), DEADLINE_S, lambda *_: started.set())
-    )
-    await asyncio.wait_for(started.wait(), 10)
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+        asking.setblocking(False)
+        asking.connect(str(running.socket))
+        asking.send(encode(LeaseRequest("m", str(folder))))
+        async with asyncio.timeout(10):
+            await wait_readable(asking)
     await eventually(lambda: not running.store.report().used_bytes)
     assert running.told("staged") == []
-    with await borrow(running, "m", folder) as lease:
-        assert lease.nbytes == 60_000_000
+    with await borrow(running, "m", folder) as lent:
+        assert lent.nbytes == 60_000_000
 
 
 async def test_a_broken_model_is_refused_and_leaves_nothing(running: Running, tmp_path: Path) -> None:
@@ -266,18 +269,18 @@ async def test_deposits_that_can_not_be_used_are_refused(running: Running) -> No
     ]:
         fd = create_memfd("image", nbytes)
         with pytest.raises(PrismError, match=what):
-            await deposit_async(running.socket, "m", manifest, fd, DEADLINE_S)
+            await asyncio.to_thread(deposit, running.socket, "m", manifest, fd, DEADLINE_S)
         os.close(fd)
     assert running.store.report().images == []
 
 
 async def test_evict_frees_what_is_not_on_lease(running: Running, tmp_path: Path) -> None:
-    lease = await borrow(running, "m", write_model(tmp_path / "m"))
+    lent = await borrow(running, "m", write_model(tmp_path / "m"))
     with pytest.raises(PrismError, match="on lease"):
         running.store.evict("m")
-    lease.close()
+    lent.close()
     await until_unleased(running)
-    assert running.store.evict("m") == lease.nbytes
+    assert running.store.evict("m") == lent.nbytes
     assert running.store.evict("m") == 0
     assert running.told("evicted") == ["m"]
     assert running.store.report().used_bytes == 0

@@ -30,7 +30,10 @@ def status_lines(view: SystemView) -> list[str]:
 
 def _services(view: SystemView) -> list[str]:
     def others(metadata: dict[str, str]) -> str:
-        return " ".join(f"{key}={value}" for key, value in metadata.items() if key not in ("node", "pid"))
+        shown = dict(metadata)
+        if shown.get("host") == shown.get("node"):
+            shown.pop("host", None)
+        return " ".join(f"{key}={value}" for key, value in shown.items() if key not in ("node", "pid"))
 
     return aligned(
         ("service", "instance", "node", "pid", "says"),

@@ -10,17 +10,27 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
-from prism.cli.nats_server import nats_server
+from prism.cli.nats_server import (
+    ANY_PORT,
+    START_DEADLINE_S,
+    listening_url,
+    nats_command,
+    nats_environment,
+    not_up,
+    write_nats_config,
+)
 from prism.cli.scratch_folder import ScratchFolder, scratch_folder
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.placement_file import read_placement_file
+from prism.common.process import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +38,11 @@ READY_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 45.0
 KILL_DEADLINE_S = 5.0
 RESTART_DELAY_S = 1.0
+NATS_LOOK_S = 0.01
 EARLY_S = 3.0
 LONGEST_LINE_BYTES = 1 << 20
-STOP_ORDER = ("gateway", "global_scheduler", "gpu_worker", "model_store")
+NATS = "nats"
+STOP_ORDER = ("gateway", "global_scheduler", "gpu_worker", "model_store", NATS)
 
 _READY = re.compile(r"gateway ready at (http://\S+)")
 
@@ -46,7 +58,7 @@ class SystemSettings:
     nats_port: int = 0
     host: str = "127.0.0.1"
     port: int = 0
-    worker_memory_gb: float = 4.0
+    worker_memory_gb: float | None = 4.0
     store_memory_gb: float | None = None
     image_dir: Path | None = None
     mode: str = "full"
@@ -66,27 +78,30 @@ class ServiceProcess:
     """One service: started again when it dies unasked, its output handed on line by line.
 
     `kind` is the service, `name` this process of it: the second gateway is `gateway-2`. It gets the file
-    descriptors `inherited`.
+    descriptors `inherited`; `in_child` runs in the new process before `command` does. `failed` says why the
+    service cannot run, once it turns out that it cannot.
     """
 
     def __init__(
         self,
         kind: str,
         name: str,
-        arguments: list[str],
+        command: Sequence[str],
         environment: dict[str, str],
         on_line: Callable[[str, str], None],
         inherited: Sequence[int] = (),
+        in_child: Callable[[], None] | None = None,
     ) -> None:
         self.kind = kind
         self.name = name
         self.process: asyncio.subprocess.Process | None = None
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._arguments = arguments
+        self._command = tuple(command)
         self._environment = environment
         self._on_line = on_line
         self._inherited = tuple(inherited)
-        self._stopping = False
+        self._in_child = in_child
+        self._end_by: signal.Signals | None = None
         self._keeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -96,10 +111,7 @@ class ServiceProcess:
 
     async def _spawn(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            f"prism.{self.kind}",
-            *self._arguments,
+            *self._command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -107,7 +119,15 @@ class ServiceProcess:
             start_new_session=True,
             pass_fds=self._inherited,
             limit=LONGEST_LINE_BYTES,
+            preexec_fn=self._in_child,
         )
+        if self._end_by is not None:
+            # Whoever asked for the end saw no process, or the one before.
+            self._signal(self._end_by)
+
+    def _signal(self, signum: signal.Signals) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.send_signal(signum)
 
     async def _keep(self) -> None:
         while True:
@@ -115,19 +135,24 @@ class ServiceProcess:
             began = time.monotonic()
             await self._read(self.process)
             status = await self.process.wait()
-            if self._stopping:
+            if self._end_by is not None:
                 return
             if time.monotonic() - began < EARLY_S and status > 0:
-                if not self.failed.done():
-                    self.failed.set_result(
-                        f"{self.name} ended at once with status {status}; see its log above"
-                    )
+                self._fail(f"{self.name} ended at once with status {status}; see its log above")
                 return
             self._on_line(self.name, f"ended with status {status}, started again")
             await asyncio.sleep(RESTART_DELAY_S)
-            if self._stopping:
+            if self._end_by is not None:
                 return
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:
+                self._fail(f"{self.name} ended and could not be started again: {error}")
+                return
+
+    def _fail(self, why: str) -> None:
+        if not self.failed.done():
+            self.failed.set_result(why)
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -143,10 +168,10 @@ class ServiceProcess:
 
     async def stop(self) -> None:
         """Drain and end; killed when it takes longer than it may."""
-        self._stopping = True
+        self._end_by = self._end_by or signal.SIGTERM
         process = self.process
         if process is not None and process.returncode is None:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(self._end_by)
             try:
                 async with asyncio.timeout(STOP_DEADLINE_S):
                     await process.wait()
@@ -162,22 +187,18 @@ class ServiceProcess:
 
     def kill(self) -> None:
         """End it now."""
-        self._stopping = True
-        if self.process is not None and self.process.returncode is None:
-            self.process.kill()
+        self._end_by = signal.SIGKILL
+        self._signal(signal.SIGKILL)
 
 
 class RunningSystem:
-    """The services of a running system: their processes by name, and where the gateways listen."""
+    """The services of a running system: their processes by name, and where the gateways listen. A NATS server
+    of its own is one of them."""
 
     def __init__(
-        self,
-        settings: SystemSettings,
-        nats_url: str,
-        scratch: ScratchFolder,
-        on_line: Callable[[str, str], None],
+        self, settings: SystemSettings, scratch: ScratchFolder, on_line: Callable[[str, str], None]
     ) -> None:
-        self.nats_url = nats_url
+        self.nats_url = settings.nats_url or ""
         self.folder = scratch.path
         self.services: dict[str, ServiceProcess] = {}
         self.gateway_urls: dict[str, str] = {}
@@ -216,6 +237,8 @@ class RunningSystem:
 
     async def start(self) -> None:
         """Start what the settings ask for. Raises PrismError when it does not come up."""
+        if not self.nats_url:
+            await self._start_nats()
         counts = {
             "model_store": self._settings.stores,
             "gpu_worker": self._settings.workers,
@@ -258,13 +281,44 @@ class RunningSystem:
         name = _name(kind, number)
         stores = [store.name for store in self.of("model_store")]
         arguments = _arguments(self._settings, self.nats_url, self.folder, kind, number, stores)
+        command = [sys.executable, "-m", f"prism.{kind}", *arguments]
         service = ServiceProcess(
-            kind, name, arguments, self._settings.environment, self._watch_line, [self._users_fd]
+            kind, name, command, self._settings.environment, self._watch_line, [self._users_fd]
         )
-        self.services[name] = service
         self._ready[name] = asyncio.Event()
-        self._changed.set()
+        self._know(service)
         return service
+
+    def _know(self, service: ServiceProcess) -> None:
+        self.services[service.name] = service
+        self._changed.set()
+
+    async def _start_nats(self) -> None:
+        folder = self.folder / NATS
+        write_nats_config(folder, port=self._settings.nats_port or ANY_PORT)
+        service = ServiceProcess(
+            NATS,
+            NATS,
+            nats_command(folder),
+            nats_environment(),
+            self._watch_line,
+            [self._users_fd],
+            die_with_parent,
+        )
+        self._know(service)
+        await service.start()
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                while not self.nats_url:
+                    if service.failed.done():
+                        raise not_up(folder)
+                    assert service.process is not None
+                    self.nats_url = listening_url(folder, service.process.pid)
+                    await asyncio.sleep(NATS_LOOK_S)
+        except TimeoutError as error:
+            raise not_up(folder) from error
+        # Started again, it must be where the others look for it.
+        write_nats_config(folder, port=urlsplit(self.nats_url).port or ANY_PORT)
 
     def _watch_line(self, name: str, line: str) -> None:
         found = _READY.search(line)
@@ -303,14 +357,8 @@ async def running_system(
 
     `on_line(service, line)` gets every log line. Raises PrismError when a service does not come up.
     """
-    async with AsyncExitStack() as stack:
-        scratch = stack.enter_context(scratch_folder("prism-"))
-        url = settings.nats_url
-        if url is None:
-            folder = scratch.path / "nats"
-            server = nats_server(folder, port=settings.nats_port or -1, inherited=[scratch.users_fd])
-            url = stack.enter_context(server).url
-        system = RunningSystem(settings, url, scratch, on_line)
+    with scratch_folder("prism-") as scratch:
+        system = RunningSystem(settings, scratch, on_line)
         try:
             await system.start()
             yield system
@@ -338,7 +386,8 @@ def _arguments(
         case "gpu_worker":
             worker = [*common, "--device", settings.device, "--first-gpu-id", str(number - 1)]
             worker += ["--store-socket", _socket(folder, stores[(number - 1) % len(stores)])]
-            worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
+            if settings.worker_memory_gb is not None:
+                worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
             return [*worker, "--drain-s", str(settings.drain_s)]
         case "global_scheduler":
             scheduler = [*common, "--placement", str(settings.placement)]

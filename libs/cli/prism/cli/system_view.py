@@ -28,7 +28,8 @@ T = TypeVar("T")
 CONNECT_DEADLINE_S = 5.0
 ANSWER_DEADLINE_S = 3.0
 SILENCE_S = 0.3
-"""Answers to a question that everybody may answer have come when none has for so long."""
+"""Answers to a question that everybody may answer have come when none has for so long, once every role has
+answered: before that, somebody may only be busy."""
 
 NO_RESPONDERS = "503"
 
@@ -130,13 +131,14 @@ async def _services(bus: Bus) -> list[ServiceView]:
     """Every instance that answers $SRV.INFO, in the order of roles and instances."""
     inbox = bus.client.new_inbox()
     answers = await bus.client.subscribe(inbox)
-    found = []
+    found: list[ServiceView] = []
+    silent = set(ROLES.values())
     try:
         await bus.client.publish("$SRV.INFO", b"", reply=inbox)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER_DEADLINE_S):
                 while True:
-                    answer = await answers.next_msg(SILENCE_S)
+                    answer = await answers.next_msg(ANSWER_DEADLINE_S if silent else SILENCE_S)
                     if (answer.headers or {}).get("Status") == NO_RESPONDERS:
                         break
                     info = json.loads(answer.data)
@@ -145,6 +147,7 @@ async def _services(bus: Bus) -> list[ServiceView]:
                         metadata = dict(info["metadata"])
                         instance = metadata.pop("instance", info["id"])
                         found.append(ServiceView(role, instance, info["version"], metadata))
+                        silent.discard(role)
     finally:
         await answers.unsubscribe()
     order = list(ROLES.values())

@@ -6,7 +6,7 @@ slow one would hold up all others. Everything started here ends when the `async 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -22,8 +22,9 @@ from nats.js.object_store import ObjectStore
 
 from prism.common import subjects
 from prism.common.errors import ErrorCode, PrismError
-from prism.common.messages.codec import decode, encode
+from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.events import Event
+from prism.common.telemetry import about
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,13 @@ T = TypeVar("T")
 Handler = Callable[[Msg], Awaitable[None]]
 
 LEADER_TTL_S = 2.4
+GPU_ID_TTL_S = 2.4
+BUCKET_TTL_S: Mapping[str, float] = {
+    subjects.BUCKET_LEADER: LEADER_TTL_S,
+    subjects.BUCKET_GPU_IDS: GPU_ID_TTL_S,
+}
+"""Entries of these buckets expire unless they are written again within so long; those of others stay."""
+
 CONNECT_DEADLINE_S = 30.0
 DRAIN_DEADLINE_S = 10.0
 HANDLERS_DEADLINE_S = 10.0
@@ -94,9 +102,18 @@ class Bus:
             except asyncio.CancelledError:
                 raise
             except PrismError as error:
-                log.warning("message on %s refused: %s", message.subject, error.message)
+                log.warning(
+                    "message on %s refused: %s; is its sender of this version?",
+                    message.subject,
+                    error.message,
+                    extra=about(**names_in(message.data)),
+                )
             except Exception:
-                log.exception("handler of %s failed", message.subject)
+                log.exception(
+                    "handler of %s failed, what it was to do is left out; please report it",
+                    message.subject,
+                    extra=about(**names_in(message.data)),
+                )
 
         async def spawn(message: Msg) -> None:
             task = asyncio.create_task(guarded(message), name=f"handle {message.subject}")
@@ -157,11 +174,7 @@ class Bus:
             return await self.jetstream.key_value(name)
         except nats.js.errors.BucketNotFoundError:
             pass
-        config = KeyValueConfig(
-            bucket=name,
-            storage=StorageType.FILE,
-            ttl=LEADER_TTL_S if name == subjects.BUCKET_LEADER else None,
-        )
+        config = KeyValueConfig(bucket=name, storage=StorageType.FILE, ttl=BUCKET_TTL_S.get(name))
         try:
             return await self.jetstream.create_key_value(config)
         except nats.js.errors.APIError:

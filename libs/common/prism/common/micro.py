@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -34,15 +35,16 @@ async def micro_service(
     """Be the micro service `name` until the end of the `async with`, known to the server when this yields.
 
     `endpoints` maps an endpoint's name to its subject and handler. All instances of a service share its name;
-    `instance`, in the metadata beside node and pid, tells them apart. The events `arrived` and `left` say
-    when one comes and goes.
+    `instance`, in the metadata beside node, host and pid, tells them apart (containers of one node are hosts
+    of their own). The events `arrived` and `left` say when one comes and goes.
     """
+    told = {"instance": instance, "node": node_name(), "host": socket.gethostname(), "pid": str(os.getpid())}
     service = await add_service(
         bus.client,
         name=name,
         version=VERSION,
         description=description,
-        metadata={"instance": instance, "node": node_name(), "pid": str(os.getpid()), **(metadata or {})},
+        metadata={**told, **(metadata or {})},
     )
     try:
         for endpoint, (subject, handler) in (endpoints or {}).items():

@@ -1,8 +1,4 @@
-"""Borrowing images from a node's model store, and giving it new ones.
-
-Each call comes twice: blocking, for an engine process, and `_async`, for a worker's event loop. Both walk the
-same `_Conversation`; they differ only in how they wait.
-"""
+"""Borrowing images from a node's model store, and giving it new ones, by calls that block: for engines."""
 
 import asyncio
 import contextlib
@@ -11,10 +7,9 @@ import select
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import close_all, memfd_of, read_memfd, recv_with_fds, send_with_fds
@@ -31,13 +26,8 @@ from prism.common.messages.store import (
     StoreReply,
 )
 
-T = TypeVar("T")
 # Called with the bytes staged so far, and in all.
 OnProgress = Callable[[int, int], None]
-
-# A conversation yields the socket whenever it needs a message, and is sent what came.
-_Message = tuple[bytes, list[int]]
-_Conversation = Generator[socket.socket, _Message, T]
 
 
 def default_socket_path() -> Path:
@@ -91,17 +81,27 @@ def lease(
     Raises PrismError: store_unavailable (retry) when the store is not there or goes away meanwhile,
     deadline_exceeded after `deadline_s` seconds, else what the store reports.
     """
-    return _talk(_lease(Path(socket_path), request, on_progress), deadline_s)
-
-
-async def lease_async(
-    socket_path: Path | str,
-    request: LeaseRequest,
-    deadline_s: float,
-    on_progress: OnProgress | None = None,
-) -> Lease:
-    """`lease` for an event loop; cancelling it gives up the staging unless others wait for it."""
-    return await _talk_async(_lease(Path(socket_path), request, on_progress), deadline_s)
+    path, deadline = Path(socket_path), _Deadline(deadline_s)
+    with contextlib.ExitStack() as on_error:
+        sock = on_error.enter_context(_connected(path))
+        _send(sock, path, encode(request), [])
+        while True:
+            payload, fds = _receive(sock, deadline)
+            with contextlib.ExitStack() as unused:
+                unused.callback(close_all, fds)
+                reply = _reply(payload, path)
+                if isinstance(reply, StageProgress):
+                    if on_progress:
+                        on_progress(reply.done_bytes, reply.total_bytes)
+                    continue
+                if not isinstance(reply, LeaseGranted) or len(fds) != 2:
+                    raise _unexpected(reply, path)
+                image_fd, manifest_fd = fds
+                manifest = decode(read_memfd(manifest_fd, reply.manifest_bytes), ImageManifest)
+                os.close(manifest_fd)
+                unused.pop_all()
+                on_error.pop_all()
+                return Lease(sock, image_fd, manifest, reply)
 
 
 def deposit(
@@ -112,52 +112,31 @@ def deposit(
     `image_fd` stays the caller's, its bytes must not change any more. Make it with
     `prism.common.memfd.create_memfd`, so that the store can fix its size. Raises as `lease` does.
     """
-    return _talk(_deposit(Path(socket_path), model, manifest, image_fd), deadline_s)
-
-
-async def deposit_async(
-    socket_path: Path | str, model: str, manifest: ImageManifest, image_fd: int, deadline_s: float
-) -> str:
-    """`deposit` for an event loop."""
-    return await _talk_async(_deposit(Path(socket_path), model, manifest, image_fd), deadline_s)
-
-
-def _lease(socket_path: Path, request: LeaseRequest, on_progress: OnProgress | None) -> _Conversation[Lease]:
-    with contextlib.ExitStack() as on_error:
-        sock = on_error.enter_context(_connected(socket_path))
-        _send(sock, socket_path, encode(request), [])
-        while True:
-            payload, fds = yield sock
-            with contextlib.ExitStack() as unused:
-                unused.callback(close_all, fds)
-                reply = _reply(payload, socket_path)
-                if isinstance(reply, StageProgress):
-                    if on_progress:
-                        on_progress(reply.done_bytes, reply.total_bytes)
-                    continue
-                if not isinstance(reply, LeaseGranted) or len(fds) != 2:
-                    raise _unexpected(reply, socket_path)
-                image_fd, manifest_fd = fds
-                manifest = decode(read_memfd(manifest_fd, reply.manifest_bytes), ImageManifest)
-                os.close(manifest_fd)
-                unused.pop_all()
-                on_error.pop_all()
-                return Lease(sock, image_fd, manifest, reply)
-
-
-def _deposit(socket_path: Path, model: str, manifest: ImageManifest, image_fd: int) -> _Conversation[str]:
+    path, deadline = Path(socket_path), _Deadline(deadline_s)
     written = encode(manifest)
     with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(_connected(socket_path))
+        sock = stack.enter_context(_connected(path))
         manifest_fd = memfd_of("prism-manifest", written)
         stack.callback(os.close, manifest_fd)
-        _send(sock, socket_path, encode(DepositRequest(model, len(written))), [image_fd, manifest_fd])
-        payload, fds = yield sock
+        _send(sock, path, encode(DepositRequest(model, len(written))), [image_fd, manifest_fd])
+        payload, fds = _receive(sock, deadline)
         close_all(fds)
-        reply = _reply(payload, socket_path)
+        reply = _reply(payload, path)
         if not isinstance(reply, Deposited):
-            raise _unexpected(reply, socket_path)
+            raise _unexpected(reply, path)
         return reply.content_hash
+
+
+class _Deadline:
+    """When patience ends, `seconds` after this was made."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._at = time.monotonic() + seconds
+
+    @property
+    def left_s(self) -> float:
+        return self._at - time.monotonic()
 
 
 def _connected(socket_path: Path) -> socket.socket:
@@ -179,14 +158,19 @@ def _send(sock: socket.socket, socket_path: Path, payload: bytes, fds: list[int]
         raise _unavailable(socket_path, str(error)) from error
 
 
-def _receive(sock: socket.socket) -> _Message | None:
-    """What has come, or None when nothing has."""
-    try:
-        return recv_with_fds(sock)
-    except BlockingIOError:
-        return None
-    except ConnectionError:
-        return b"", []
+def _receive(sock: socket.socket, deadline: _Deadline) -> tuple[bytes, list[int]]:
+    """The next message and the descriptors that came with it; nothing when the store has hung up."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while True:
+        try:
+            return recv_with_fds(sock)
+        except BlockingIOError:
+            left_s = deadline.left_s
+            if left_s <= 0 or not poll.poll(left_s * 1000):
+                raise _too_late(deadline.seconds) from None
+        except ConnectionError:
+            return b"", []
 
 
 def _reply(payload: bytes, socket_path: Path) -> StoreReply:
@@ -196,48 +180,6 @@ def _reply(payload: bytes, socket_path: Path) -> StoreReply:
     if isinstance(reply, StoreFailure):
         raise PrismError.from_body(reply.error)
     return reply
-
-
-def _talk(conversation: _Conversation[T], deadline_s: float) -> T:
-    deadline = time.monotonic() + deadline_s
-    with contextlib.closing(conversation):
-        try:
-            sock = next(conversation)
-            while True:
-                message = _receive(sock)
-                if message is not None:
-                    sock = conversation.send(message)
-                    continue
-                _wait_readable(sock, deadline, deadline_s)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-
-
-def _wait_readable(sock: socket.socket, deadline: float, deadline_s: float) -> None:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    left = deadline - time.monotonic()
-    if left <= 0 or not poll.poll(left * 1000):
-        raise _too_late(deadline_s)
-
-
-async def _talk_async(conversation: _Conversation[T], deadline_s: float) -> T:
-    with contextlib.closing(conversation):
-        try:
-            async with asyncio.timeout(deadline_s):
-                sock = next(conversation)
-                while True:
-                    message = _receive(sock)
-                    if message is not None:
-                        sock = conversation.send(message)
-                        continue
-                    await wait_readable(sock)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        except TimeoutError as error:
-            raise _too_late(deadline_s) from error
 
 
 async def wait_readable(sock: socket.socket) -> None:

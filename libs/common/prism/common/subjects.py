@@ -7,6 +7,7 @@ PREFIX = "prism.v1"
 BUCKET_MODELS = "prism_models"
 BUCKET_ROUTES = "prism_routes"
 BUCKET_LEADER = "prism_leader"
+BUCKET_GPU_IDS = "prism_gpu_ids"
 OBJECTS_TOKENIZERS = "prism_tokenizers"
 LEADER_KEY = "global_scheduler"
 FRAMES = "frames"
@@ -105,3 +106,8 @@ def facts_key(model: str) -> str:
 def route_key(model: str, worker: str) -> str:
     """Key of a route in `prism_routes`."""
     return f"{model_token(model)}.{worker}"
+
+
+def gpu_id_key(gpu_id: int) -> str:
+    """Key of the claim on a GPU id in `prism_gpu_ids`."""
+    return str(gpu_id)

@@ -65,6 +65,7 @@ def option(flag: str, default: float, text: str, low: float = 0) -> Callable[[An
 @option("park-s", DEFAULTS.park_s, "Longest wait for a model to wake.")
 @option("park-per-model", DEFAULTS.park_per_model, "Requests that may wait for one model.")
 @option("park-total", DEFAULTS.park_total, "Requests that may wait in all.")
+@option("accept-s", DEFAULTS.accept_s, "Longest wait for a worker's word that it has a request.", 0.001)
 @option("stall-s", DEFAULTS.stall_s, "Silence of a worker within a stream before it is left.", 0.001)
 @option("silence-s", DEFAULTS.silence_s, "Age of a load report from which on its worker is gone.", 0.001)
 @option("max-losses", DEFAULTS.max_losses, "Workers that one request may lose before it fails.")

@@ -111,7 +111,9 @@ async def plan_chat(body: bytes, headers: Headers, planner: Planner) -> Plan:
     model = await planner.servable(request.model)
     prompt = model.tokenizer.chat_template.render(messages)
     prompts = await model.encode([prompt], add_special_tokens=False)
+    request_id = f"chatcmpl-{secrets.token_hex(16)}"
     wanted = Wanted(
+        request=request_id,
         fields=request,
         prompt_param="messages",
         max_tokens=max_tokens,
@@ -122,8 +124,8 @@ async def plan_chat(body: bytes, headers: Headers, planner: Planner) -> Plan:
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     choices = planner.choices(model, prompts, wanted, headers)
-    answer = ChatAnswer(model, bool(request.logprobs), request.streamed_usage)
-    return Plan(model, choices, stops, bool(request.stream), answer)
+    answer = ChatAnswer(request_id, model, bool(request.logprobs), request.streamed_usage)
+    return Plan(request_id, model, choices, stops, bool(request.stream), answer)
 
 
 def _max_tokens(request: ChatRequest) -> int | None:
@@ -183,11 +185,13 @@ def _read_content(where: str, content: str | list[ContentPart]) -> str:
 class ChatAnswer:
     """The chat.completion object, whole or in chunks."""
 
-    def __init__(self, model: Servable, logprobs: bool, streamed_usage: StreamedUsage) -> None:
+    def __init__(
+        self, request_id: str, model: Servable, logprobs: bool, streamed_usage: StreamedUsage
+    ) -> None:
         self._model = model
         self._logprobs = logprobs
         self._streamed_usage = streamed_usage
-        self._id = f"chatcmpl-{secrets.token_hex(16)}"
+        self._id = request_id
         self._created = int(time.time())
         self._texts: dict[int, EventTemplate] = {}
 

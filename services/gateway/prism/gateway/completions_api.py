@@ -38,7 +38,9 @@ async def plan_completion(body: bytes, headers: Headers, planner: Planner) -> Pl
     stops = read_stops(request.stop)
     model = await planner.servable(request.model)
     prompts = await encode_prompts(model, request.prompt, "prompt")
+    request_id = f"cmpl-{secrets.token_hex(16)}"
     wanted = Wanted(
+        request=request_id,
         fields=request,
         prompt_param="prompt",
         max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
@@ -49,8 +51,8 @@ async def plan_completion(body: bytes, headers: Headers, planner: Planner) -> Pl
         top_logprobs=request.logprobs,
     )
     choices = planner.choices(model, prompts, wanted, headers)
-    answer = CompletionAnswer(model, request.logprobs, request.streamed_usage)
-    return Plan(model, choices, stops, bool(request.stream), answer)
+    answer = CompletionAnswer(request_id, model, request.logprobs, request.streamed_usage)
+    return Plan(request_id, model, choices, stops, bool(request.stream), answer)
 
 
 async def encode_prompts(
@@ -83,11 +85,13 @@ async def encode_prompts(
 class CompletionAnswer:
     """The text_completion object, whole or in chunks."""
 
-    def __init__(self, model: Servable, logprobs: int | None, streamed_usage: StreamedUsage) -> None:
+    def __init__(
+        self, request_id: str, model: Servable, logprobs: int | None, streamed_usage: StreamedUsage
+    ) -> None:
         self._model = model
         self._logprobs = logprobs
         self._streamed_usage = streamed_usage
-        self._id = f"cmpl-{secrets.token_hex(16)}"
+        self._id = request_id
         self._created = int(time.time())
         self._texts: dict[int, EventTemplate] = {}
 

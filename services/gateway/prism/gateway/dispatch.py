@@ -38,7 +38,8 @@ NOT_STARTED = (ErrorCode.MOVED, ErrorCode.OVERLOADED)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One generation to be done. `deadline` is on the event loop's clock, in seconds."""
+    """One generation to be done. `deadline` is on the event loop's clock, in seconds; `request` is the id
+    that the client sees, for log lines."""
 
     model: str
     input_ids: list[int]
@@ -49,6 +50,7 @@ class Job:
     ttft_slo_ms: float | None = None
     tpot_slo_ms: float | None = None
     priority: int = 0
+    request: str = ""
 
 
 class Tokens(msgspec.Struct, frozen=True, gc=False):
@@ -159,15 +161,18 @@ class Dispatcher:
                         if parts[-1].finish is not None:
                             return
             except PrismError as error:
-                names = about(rid=rid, model=job.model, worker=worker)
+                names = _names(job, rid=rid, worker=worker)
                 if not error.retry:
-                    log.warning("request failed: %s", error.message, extra=names)
+                    log.warning("request failed: %s; %s", error.message, _remedy(error.code), extra=names)
                     raise
                 if error.code not in NOT_STARTED:
                     losses += 1
                 if losses > self._settings.max_losses:
                     log.warning(
-                        "request given up, %d workers lost it: %s", losses, error.message, extra=names
+                        "request given up, %d workers lost it: %s; their logs say why, its client may retry",
+                        losses,
+                        error.message,
+                        extra=names,
                     )
                     raise PrismError(
                         ErrorCode.ENGINE_LOST,
@@ -195,9 +200,10 @@ class Dispatcher:
                 if now >= limit:
                     waited = now - waiting_since
                     log.warning(
-                        "request failed: its model was not ready after %.0f s",
+                        "request failed: its model was not ready after %.0f s; `prism status` says what the "
+                        "scheduler waits for",
                         waited,
-                        extra=about(model=job.model),
+                        extra=_names(job),
                     )
                     raise PrismError(
                         ErrorCode.DEADLINE_EXCEEDED,
@@ -251,7 +257,7 @@ class Dispatcher:
                         return
             finally:
                 if not settled:
-                    await self._cancel(worker, rid)
+                    await self._cancel(job, worker, rid)
 
     async def _send(self, job: Job, replayed: int, worker: str, rid: str) -> None:
         request = GenerateRequest(
@@ -275,6 +281,7 @@ class Dispatcher:
             raise PrismError(
                 ErrorCode.MOVED, f"the bus did not take the request for {worker}: {error}", retry=True
             ) from error
+        log.debug("sent", extra=_names(job, rid=rid, worker=worker))
         self._fleet.sent(worker)
 
     async def _next_frames(self, inbox: Inbox, job: Job, *, accepted: bool, begun: bool) -> list[TokenFrame]:
@@ -306,12 +313,14 @@ class Dispatcher:
                     ErrorCode.ENGINE_LOST, f"{inbox.worker} sent nothing for {patience_s:g} s", retry=True
                 ) from None
 
-    async def _cancel(self, worker: str, rid: str) -> None:
+    async def _cancel(self, job: Job, worker: str, rid: str) -> None:
+        names = _names(job, rid=rid, worker=worker)
+        log.debug("cancelled", extra=names)
         try:
             await self._bus.publish(subjects.cancel(worker), CancelRequest(rid))
         except (nats.errors.Error, OSError) as error:
             why = error or type(error).__name__
-            log.info("not told to cancel: %s", why, extra=about(rid=rid, worker=worker))
+            log.info("not told to cancel: %s", why, extra=names)
 
     def _refuse_oversized(self, job: Job) -> None:
         """Raises PrismError(payload_too_large) now rather than after a wait for the model."""
@@ -328,6 +337,23 @@ class Dispatcher:
                 f"and {len(biases)} biases make a message of {size} bytes; "
                 f"the bus takes {self._bus.max_payload}",
             )
+
+
+def _names(job: Job, **names: str) -> dict[str, dict[str, str]]:
+    return about(request=job.request, model=job.model, **names)
+
+
+def _remedy(code: ErrorCode) -> str:
+    """What to do about a request that failed for good."""
+    match code:
+        case ErrorCode.DEADLINE_EXCEEDED:
+            return "`prism status` shows what is busy, --deadline-s is the time that a request has"
+        case ErrorCode.MODEL_FAILED:
+            return "`prism models` says why, `prism models retry` takes the model up again"
+        case ErrorCode.INTERNAL | ErrorCode.BAD_MESSAGE:
+            return "the worker's log says more"
+        case _:
+            return "its client is told, and can mend it"
 
 
 def _lost(expected: int, came: int, worker: str) -> PrismError:

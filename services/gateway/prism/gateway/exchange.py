@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.tasks import end_task
+from prism.common.telemetry import about
 from prism.gateway.errors_http import error_object, error_response, status_of
 from prism.gateway.http_body import read_body
 from prism.gateway.metrics import Metrics
@@ -32,6 +33,7 @@ _encode = msgspec.json.Encoder().encode
 Planned = Callable[[bytes, Headers, Planner], Awaitable[Plan]]
 
 CLIENT_LEFT = 499
+REQUEST_ID = "x-request-id"
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -39,23 +41,37 @@ EVENT_STREAM = [
 ]
 
 
+class Outcome:
+    """What is known of one exchange by now: the id that its client sees, its model, its HTTP status."""
+
+    def __init__(self) -> None:
+        self.request = ""
+        self.model: str | None = None
+        self.status = 200
+
+    @property
+    def names(self) -> dict[str, dict[str, str]]:
+        """For log lines about it."""
+        return about(request=self.request, model=self.model or "")
+
+
 class Exchanges:
     """The exchanges in progress: to be waited for, and to be ended when waiting is over."""
 
     def __init__(self) -> None:
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], Outcome] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextmanager
-    def track(self, work: asyncio.Task[None]) -> Iterator[None]:
-        """`work` is in progress while the block runs."""
-        self._running.add(work)
+    def track(self, work: asyncio.Task[None], outcome: Outcome) -> Iterator[None]:
+        """`work`, which comes to `outcome`, is in progress while the block runs."""
+        self._running[work] = outcome
         self._idle.clear()
         try:
             yield
         finally:
-            self._running.discard(work)
+            del self._running[work]
             if not self._running:
                 self._idle.set()
 
@@ -68,9 +84,15 @@ class Exchanges:
             return len(self._running)
         return 0
 
-    def end_all(self) -> None:
-        """End those in progress; their clients are told."""
-        for work in self._running:
+    def end_all(self, waited_s: float) -> None:
+        """End those in progress, `waited_s` after they were left to finish; their clients are told."""
+        for work, outcome in self._running.items():
+            log.warning(
+                "request ended with this gateway, unfinished %.0f s after it was to end; its client may try "
+                "again, --drain-s leaves more time",
+                waited_s,
+                extra=outcome.names,
+            )
             work.cancel()
 
 
@@ -99,7 +121,7 @@ class GenerationEndpoint:
         """Answer one request."""
         sender = _Sender(scope, receive, send)
         self._metrics.request_began()
-        outcome = _Outcome()
+        outcome = Outcome()
         try:
             await self._answer(Request(scope, receive), sender, outcome)
         except ClientDisconnect:
@@ -108,19 +130,21 @@ class GenerationEndpoint:
             outcome.status = status_of(error)
             await sender.fail(error)
         except Exception as error:
-            log.exception("%s failed", self._name)
+            log.exception(
+                "%s failed: a fault of the gateway, please report it", self._name, extra=outcome.names
+            )
             outcome.status = 500
             await sender.fail(PrismError(ErrorCode.INTERNAL, f"internal error ({type(error).__name__})"))
         finally:
             self._metrics.request_ended(self._name, outcome.model, outcome.status)
 
-    async def _answer(self, request: Request, sender: "_Sender", outcome: "_Outcome") -> None:
+    async def _answer(self, request: Request, sender: "_Sender", outcome: Outcome) -> None:
         arrived = self._planner.clock()
         body = await read_body(request, self._settings.max_body_bytes, self._settings.body_s)
         work = asyncio.create_task(self._work(body, request.headers, arrived, sender, outcome))
         listener = asyncio.create_task(_disconnected(request.receive))
         try:
-            with self._exchanges.track(work):
+            with self._exchanges.track(work, outcome):
                 await asyncio.wait({work, listener}, return_when=asyncio.FIRST_COMPLETED)
                 left = listener.done() and not work.done()
                 if left:
@@ -137,10 +161,11 @@ class GenerationEndpoint:
                 work.exception()  # Seen: of no interest to a client that has left.
 
     async def _work(
-        self, body: bytes, headers: Headers, arrived: float, sender: "_Sender", outcome: "_Outcome"
+        self, body: bytes, headers: Headers, arrived: float, sender: "_Sender", outcome: Outcome
     ) -> None:
         plan = await self._plan(body, headers, self._planner)
         outcome.model = plan.model.spec.model_name
+        outcome.request = sender.request_id = plan.request
         if plan.stream:
             await self._stream(plan, arrived, sender)
         else:
@@ -199,14 +224,9 @@ class _EventStream:
         await self._sender.write(data, more=False)
 
 
-class _Outcome:
-    def __init__(self) -> None:
-        self.model: str | None = None
-        self.status = 200
-
-
 class _Sender:
-    """Sends one answer. A stream begins with its first events: what goes wrong before has a status."""
+    """Sends one answer. A stream begins with its first events: what goes wrong before has a status. Once
+    there is a `request_id`, a header tells it: an answer that is an error has no other place for it."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -216,6 +236,7 @@ class _Sender:
         self._whole = False
         self._head_sent = False
         self.started = False
+        self.request_id = ""
 
     async def whole(self, content: object) -> None:
         await self._respond(Response(msgspec.json.encode(content), media_type="application/json"))
@@ -231,6 +252,8 @@ class _Sender:
 
     async def _respond(self, response: Response) -> None:
         self._whole = True
+        if self.request_id:
+            response.headers[REQUEST_ID] = self.request_id
         await response(self._scope, self._receive, self._send)
 
     async def write(self, data: bytes, *, more: bool) -> None:
@@ -239,7 +262,8 @@ class _Sender:
             async with self._lock:
                 if not self._head_sent:
                     self.started = True
-                    await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+                    headers = [*EVENT_STREAM, (REQUEST_ID.encode(), self.request_id.encode())]
+                    await self._send({"type": "http.response.start", "status": 200, "headers": headers})
                     self._head_sent = True
         if data or not more:
             await self._send({"type": "http.response.body", "body": data, "more_body": more})

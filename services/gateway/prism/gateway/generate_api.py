@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -72,7 +73,9 @@ async def plan_generate(body: bytes, headers: Headers, planner: Planner) -> Plan
     model = await planner.servable(request.model or planner.registry.only_model())
     prompts, param, batch = await _prompts(model, request)
     asked = sampling.max_new_tokens
+    request_id = secrets.token_hex(16)
     wanted = Wanted(
+        request=request_id,
         fields=sampling,
         prompt_param=param,
         max_tokens=DEFAULT_MAX_NEW_TOKENS if asked is None else asked,
@@ -83,13 +86,17 @@ async def plan_generate(body: bytes, headers: Headers, planner: Planner) -> Plan
         ttft_slo_ms=None if request.slo is None else request.slo * 1000,
     )
     choices = planner.choices(model, prompts, wanted, headers)
+    many = batch or len(choices) > 1
+    if many:
+        for index, choice in enumerate(choices):
+            choice.job = replace(choice.job, request=f"{request_id}-{index}")
     answer = GenerateAnswer(
         model,
-        many=batch or len(choices) > 1,
+        many=many,
         top_logprobs=wanted.top_logprobs,
         clock=planner.clock,
     )
-    return Plan(model, choices, stops, bool(request.stream), answer)
+    return Plan(request_id, model, choices, stops, bool(request.stream), answer)
 
 
 async def _prompts(model: Servable, request: GenerateBody) -> tuple[list[list[int]], str, bool]:
@@ -113,7 +120,6 @@ class GenerateAnswer:
         self._top_logprobs = top_logprobs
         self._clock = clock
         self._began = clock()
-        self._id = secrets.token_hex(16)
 
     def opening(self, choices: Sequence[Choice]) -> list[object]:
         """Nothing."""
@@ -123,7 +129,7 @@ class GenerateAnswer:
         """The choice so far."""
         if not piece.tokens and piece.ending is None:
             return []
-        told = self._told(index, choice)
+        told = self._told(choice)
         return [{"index": index, **told} if self._many else told]
 
     def closing(self, choices: Sequence[Choice]) -> list[object]:
@@ -132,13 +138,13 @@ class GenerateAnswer:
 
     def whole(self, choices: Sequence[Choice]) -> object:
         """The choice, or the list of them."""
-        told = [self._told(index, choice) for index, choice in enumerate(choices)]
+        told = [self._told(choice) for choice in choices]
         return told if self._many else told[0]
 
-    def _told(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _told(self, choice: Choice) -> dict[str, Any]:
         ending = choice.ending
         meta: dict[str, Any] = {
-            "id": f"{self._id}-{index}" if self._many else self._id,
+            "id": choice.job.request,
             "model": self._model.spec.model_name,
             "finish_reason": _finish_reason(ending, len(choice.tokens)),
             "prompt_tokens": len(choice.job.input_ids),

@@ -115,8 +115,10 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Run `choices`, cut them at `stops`, tell them as `answer` says."""
+    """Run `choices`, cut them at `stops`, tell them as `answer` says. `request` is the id that the client
+    sees."""
 
+    request: str
     model: Servable
     choices: list[Choice]
     stops: tuple[str, ...]
@@ -127,8 +129,9 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a request asks of each of its generations. `max_tokens` None: all that the context has room for.
-    `prompt_param` names the prompt in messages to the client."""
+    `prompt_param` names the prompt in messages to the client, `request` is the id that the client sees."""
 
+    request: str
     fields: SamplingFields
     prompt_param: str
     max_tokens: int | None
@@ -189,6 +192,7 @@ class Planner:
                     ttft_slo_ms=ttft,
                     tpot_slo_ms=tpot,
                     priority=model.spec.priority,
+                    request=wanted.request,
                 )
                 choices.append(Choice(job, index))
         return choices

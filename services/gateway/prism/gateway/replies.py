@@ -125,7 +125,11 @@ class Replies:
         try:
             inbox.put(decode(message.data, TokenFrame))
         except PrismError as error:
-            log.error("unreadable frame: %s", error.message, extra=about(rid=rid, worker=inbox.worker))
+            log.error(
+                "unreadable frame: %s; is the worker of this version? The request is tried again",
+                error.message,
+                extra=about(rid=rid, worker=inbox.worker),
+            )
             inbox.put(PrismError(ErrorCode.ENGINE_LOST, f"{inbox.worker}: {error.message}", retry=True))
 
     def _take_frames(self, payload: bytes) -> None:
@@ -133,7 +137,12 @@ class Replies:
             frames = decode(payload, list[TokenFrame])
         except PrismError as error:
             # Each request that it concerns sees a gap, or stalls, and is replayed.
-            log.error("unreadable frames: %s", error.message)
+            named = {rid: inbox.worker for rid, inbox in self._inboxes.items() if rid.encode() in payload}
+            log.error(
+                "unreadable frames: %s; is the worker of this version? Its requests are tried again",
+                error.message,
+                extra=about(rid=",".join(named), worker=",".join(sorted({*named.values()}))),
+            )
             return
         inboxes = self._inboxes
         for frame in frames:

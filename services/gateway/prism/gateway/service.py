@@ -74,10 +74,8 @@ class Gateway:
         """Stop accepting, let exchanges in progress finish for `timeout_s`, then end them with an error."""
         self._draining = True
         self.server.stop_accepting()
-        left = await self._exchanges.finished(timeout_s)
-        if left:
-            log.warning("ending %d requests that did not finish within %.0f s", left, timeout_s)
-            self._exchanges.end_all()
+        if await self._exchanges.finished(timeout_s):
+            self._exchanges.end_all(timeout_s)
             await self._exchanges.finished(END_DEADLINE_S)
 
 

@@ -92,10 +92,6 @@ class TextTokenizer:
             return bytes([int(single[1], 16)])
         return text.replace(_WORD_START, " ").encode()
 
-    def token_text(self, token: int) -> str:
-        """`token_bytes` as text, with replacement characters where they are no whole characters."""
-        return self.token_bytes(token).decode(errors="replace")
-
 
 def _decoder_types(decoder: Any) -> set[str]:
     if not isinstance(decoder, dict):

@@ -11,6 +11,7 @@ import click
 from prism.common.bus import connect_bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.identity import instance_id, node_name
+from prism.common.messages.placement import GpuIdClaim
 from prism.common.micro import micro_service
 from prism.common.process import run_service
 from prism.common.telemetry import LOG_FORMATS, configure_logging
@@ -20,6 +21,7 @@ from prism.gpu_worker.devices.simulated import simulated_device
 from prism.gpu_worker.devices.simulated_costs import costs_from
 from prism.gpu_worker.engine_logs import logging_environment
 from prism.gpu_worker.frames import frame_publisher
+from prism.gpu_worker.gpu_id_claims import claimed_gpu_ids
 from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.worker import WorkerIdentity, run_worker
 from prism.scheduling.admission import policies as admission_policies
@@ -27,6 +29,16 @@ from prism.scheduling.admission import policies as admission_policies
 log = logging.getLogger(__name__)
 
 GB = 1_000_000_000
+AUTO = "auto"
+
+
+def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str) -> int | None:
+    """The value of --first-gpu-id, None for AUTO."""
+    if text == AUTO:
+        return None
+    if text.isdecimal():
+        return int(text)
+    raise click.BadParameter(f"{text!r} is neither {AUTO!r} nor a number from 0 on")
 
 
 @click.command()
@@ -44,11 +56,13 @@ GB = 1_000_000_000
 )
 @click.option(
     "--first-gpu-id",
-    type=int,
+    metavar="NUMBER|auto",
+    callback=_gpu_id_option,
     envvar="PRISM_FIRST_GPU_ID",
     show_envvar=True,
-    default=0,
-    help="Cluster-wide id of this worker's first GPU.",
+    default=AUTO,
+    show_default=True,
+    help="Cluster-wide id of this worker's first GPU. auto: the lowest that no other worker has.",
 )
 @click.option(
     "--gpu",
@@ -151,7 +165,7 @@ def main(
     nats_url: str,
     node: str,
     device: str,
-    first_gpu_id: int,
+    first_gpu_id: int | None,
     gpu: int,
     warm_shells: int,
     attention_backend: str,
@@ -167,18 +181,23 @@ def main(
     log_format: str,
 ) -> None:
     """Host the engines of this node's GPUs."""
-    identity = WorkerIdentity(instance_id("worker"), node, [first_gpu_id])
+    identity = WorkerIdentity(instance_id("worker"), node, [])
     configure_logging("gpu_worker", log_level, log_format, worker=identity.worker)
     os.environ.update(logging_environment(log_level, log_format, identity.worker))
     # The front holds no CUDA context, whatever its engines do.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    def go_by(gpu_ids: list[int]) -> None:
+        identity.gpu_ids = gpu_ids
 
     async def serve(stop: asyncio.Event) -> None:
         if worker_memory_gb is not None and worker_memory_gb <= 0:
             raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
+            # Engines begin their imports, which take longer than ids do.
             _device(device, gpu, warm_shells, attention_backend) as engines,
+            claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
                 identity,
@@ -196,17 +215,18 @@ def main(
                 "prism-gpu-worker",
                 instance=identity.worker,
                 description="Hosts the engines of one node's GPUs",
+                # Without GPU ids: what stands here can't change, and they can. Load reports have them.
                 metadata={
                     "node": node,
                     "device": device,
-                    "gpu_ids": ",".join(map(str, identity.gpu_ids)),
                     "memory_gb": f"{_memory_limit(engines, worker_memory_gb) / GB:g}",
                     "admission": admission,
                 },
             ),
         ):
             limit_gb = _memory_limit(engines, worker_memory_gb) / GB
-            log.info("worker %s ready: %s, %.3f GB", identity.worker, device, limit_gb)
+            ids = ", ".join(map(str, identity.gpu_ids))
+            log.info("worker %s ready: %s, GPU ids %s, %.3f GB", identity.worker, device, ids, limit_gb)
             await stop.wait()
 
     sys.exit(run_service("gpu_worker", serve))

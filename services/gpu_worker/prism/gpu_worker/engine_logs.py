@@ -28,8 +28,17 @@ def configure_engine_logging(model: str = "") -> None:
     )
     # At INFO, SGLang tells of every batch.
     logging.getLogger("sglang").setLevel("INFO" if level == "DEBUG" else "WARNING")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_as_information)
     if model:
         sys.stdout = sys.stderr = LoggedPrints(logging.getLogger("printed"))
+
+
+def _as_information(record: logging.LogRecord) -> bool:
+    # SGLang warns of its settings at each start; what comes to a failure is told by the worker, its owner.
+    if record.name.startswith("sglang") and record.levelno == logging.WARNING:
+        record.levelno, record.levelname = logging.INFO, logging.getLevelName(logging.INFO)
+    return True
 
 
 class LoggedPrints(io.TextIOBase):

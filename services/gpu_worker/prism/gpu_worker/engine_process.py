@@ -179,7 +179,7 @@ class EngineProcess:
             log.debug("engine %d: %s", self.pid, error)
         except Exception:
             # Whatever it said can't be dealt with: an engine that nobody listens to must not seem alive.
-            log.exception("engine %d said something that can't be dealt with, ending it", self.pid)
+            log.info("what engine %d said", self.pid, exc_info=True)
             self.kill("it said something that can't be dealt with")
         try:
             async with asyncio.timeout(EXIT_DEADLINE_S):

@@ -37,9 +37,12 @@ RETIRE_DEADLINE_S = 10.0
 IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
 
 
-@dataclass(frozen=True)
+@dataclass
 class WorkerIdentity:
-    """Who a worker is: its instance id, its node, and the cluster-wide ids of the GPUs it owns."""
+    """Who a worker is: its instance id, its node, and the cluster-wide ids of the GPUs it owns.
+
+    The ids change when a claim on them is lost; there are none until others are claimed.
+    """
 
     worker: str
     node: str
@@ -297,16 +300,16 @@ class Worker:
                 log.error("engine did not end cleanly: %s", error, extra=about(model=instance.name))
 
         # Not of the worker's task group: it may be what is coming to an end.
-        ends = [
-            asyncio.create_task(end(instance), name=f"end {name}")
+        ends = {
+            asyncio.create_task(end(instance), name=f"end {name}"): name
             for name, instance in self.instances.items()
-        ]
+        }
         if not ends:
             return
         _, late = await asyncio.wait(ends, timeout=drain_s + RETIRE_DEADLINE_S)
         for task in late:
             # Engines die with their shells' source, right after this.
-            log.error("%s: not within its deadline, it is killed", task.get_name())
+            log.error("engine not ended within its deadline, it is killed", extra=about(model=ends[task]))
             await end_task(task)
 
 

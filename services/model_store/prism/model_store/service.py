@@ -14,6 +14,7 @@ from prism.common.mirror import mirror_bucket
 from prism.model_store.endpoints import serve_endpoints
 from prism.model_store.inspection import Inspector
 from prism.model_store.socket_server import serve_socket
+from prism.model_store.sole_store import sole_store
 from prism.model_store.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,12 @@ class StoreSettings:
 
 async def serve(settings: StoreSettings, stop: asyncio.Event) -> None:
     """Run a store until `stop` is set. Raises PrismError when the bus or the socket can't be had."""
+    # Before anything else: who only stands by must not touch what the serving store has on disk.
+    with sole_store(settings.socket_path):
+        await _serve(settings, stop)
+
+
+async def _serve(settings: StoreSettings, stop: asyncio.Event) -> None:
     instance = settings.instance
     async with connect_bus(settings.nats_url, name=instance) as bus, asyncio.TaskGroup() as background:
         store = ModelStore(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.memfd import close_all, memfd_of, read_memfd, recv_with_fds, send_with_fds
-from prism.common.messages.codec import decode, encode
+from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.store import (
     Deposited,
     DepositRequest,
@@ -23,6 +23,8 @@ from prism.common.messages.store import (
     StoreRequest,
 )
 from prism.common.store_client import wait_readable
+from prism.common.telemetry import about
+from prism.model_store.sole_store import unusable
 from prism.model_store.store import ModelStore
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ async def serve_socket(store: ModelStore, path: Path) -> AsyncIterator[None]:
 
 def _listen(path: Path) -> socket.socket:
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise _unusable(path, f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
+        raise unusable(path, f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.setblocking(False)
@@ -88,7 +90,7 @@ def _listen(path: Path) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise _unusable(path, str(error)) from error
+        raise unusable(path, str(error)) from error
     except BaseException:
         sock.close()
         raise
@@ -109,14 +111,7 @@ def _remove_stale(path: Path) -> None:
         except BlockingIOError:
             # Its backlog is full: somebody listens.
             pass
-    raise _unusable(path, "another model store answers there; one a node is enough")
-
-
-def _unusable(path: Path, why: str) -> PrismError:
-    return PrismError(
-        ErrorCode.STORE_UNAVAILABLE,
-        f"cannot listen on {path}: {why}; --socket or PRISM_STORE_SOCKET chooses another path",
-    )
+    raise unusable(path, "another model store answers there; one a node is enough")
 
 
 async def _serve(store: ModelStore, sock: socket.socket) -> None:
@@ -158,6 +153,7 @@ async def _until_gone(sock: socket.socket) -> None:
 
 
 async def _answer(store: ModelStore, sock: socket.socket, payload: bytes, fds: list[int]) -> None:
+    names = about(**names_in(payload))
     try:
         with contextlib.ExitStack() as unused:
             unused.callback(lambda: close_all(fds))
@@ -168,12 +164,12 @@ async def _answer(store: ModelStore, sock: socket.socket, payload: bytes, fds: l
                 await _lend(store, sock, request)
     except PrismError as error:
         # Whoever asked tells: it fails, or does without.
-        log.info("request refused: %s", error)
+        log.info("request refused: %s", error, extra=names)
         await _send_failure(sock, error.body)
     except OSError as error:
-        log.info("connection lost: %s", error)
+        log.info("connection lost: %s", error, extra=names)
     except Exception as error:
-        log.exception("request failed")
+        log.exception("request failed: a fault of the store, please report it", extra=names)
         await _send_failure(sock, ErrorBody(ErrorCode.INTERNAL, f"the model store failed: {error!r}"))
 
 

@@ -129,7 +129,9 @@ async def commanded_system(
             bucket = await bus.bucket(subjects.BUCKET_MODELS)
             specs = {
                 name: decode(
-                    json.dumps({"model_name": name, "model_path": str(path), "init_placements": place}).encode(),
+                    json.dumps(
+                        {"model_name": name, "model_path": str(path), "init_placements": place}
+                    ).encode(),
                     ModelSpec,
                 )
                 for name, path in models.items()
@@ -145,9 +147,10 @@ async def commanded_system(
                     commanded.reported.set()
 
             await bus.subscribe(subjects.load("*"), on_load, inline=True)
-            async with mirror_bucket(
-                bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*"
-            ) as facts, asyncio.timeout(COMMAND_DEADLINE_S):
+            async with (
+                mirror_bucket(bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*") as facts,
+                asyncio.timeout(COMMAND_DEADLINE_S),
+            ):
                 await commanded.reported.wait()
                 while len(facts.values) < len(models):
                     await asyncio.sleep(0.05)

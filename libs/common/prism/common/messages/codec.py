@@ -17,6 +17,20 @@ def encode(message: object) -> bytes:
     return _encoder.encode(message)
 
 
+def names_in(payload: bytes) -> dict[str, str]:
+    """What a message is about, as far as it can be read: its rid, model and worker. For log lines."""
+    try:
+        message = msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    if not isinstance(message, dict):
+        return {}
+    spec = message.get("spec")
+    named = {"model": spec.get("model_name") if isinstance(spec, dict) else None}
+    named |= {key: message[key] for key in ("rid", "model", "worker") if key in message}
+    return {key: name for key, name in named.items() if isinstance(name, str)}
+
+
 def decode(payload: bytes, kind: type[T]) -> T:
     """`payload` as a `kind`.
 

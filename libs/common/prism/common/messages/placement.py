@@ -60,3 +60,10 @@ class LeaderRecord(msgspec.Struct, frozen=True):
     """`prism_leader`, key `global_scheduler`: who leads. The epoch is the revision that acquired it."""
 
     instance: str
+
+
+class GpuIdClaim(msgspec.Struct, frozen=True):
+    """`prism_gpu_ids`, key `<gpu id>`: the worker whose GPU has this id in the cluster. Expires with it."""
+
+    worker: str
+    node: str
