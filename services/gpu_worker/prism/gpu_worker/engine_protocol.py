@@ -105,7 +105,7 @@ class WeightsSized(msgspec.Struct, frozen=True, tag="weights_sized"):
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine serves. On a CPU, file descriptors name its memory arenas, so that the worker can see for
-    itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1, the driver counts."""
+    itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1."""
 
     call: int
     pid: int

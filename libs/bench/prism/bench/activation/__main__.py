@@ -15,6 +15,8 @@ import click
 from prism.bench.activation.merging import merge_cells, write_cell
 from prism.bench.results import Row, table
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
 
 @click.group()
 def main() -> None:
@@ -23,12 +25,8 @@ def main() -> None:
 
 @main.command("cell")
 @click.argument("names", nargs=-1, required=True)
-@click.option(
-    "--models", type=click.Path(path_type=Path), default=Path("build/bench-models"), show_default=True
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("build/bench-activation"), show_default=True
-)
+@click.option("--models", type=FOLDER, default=Path("build/bench-models"), show_default=True)
+@click.option("--out", type=FOLDER, default=Path("build/bench-activation"), show_default=True)
 def cell_command(names: tuple[str, ...], models: Path, out: Path) -> None:
     """Measure cells NAMES (wake_1b, wake_8b, ..., cycles) into files of --out; a GPU is needed."""
     from prism.bench.activation.cells import cells

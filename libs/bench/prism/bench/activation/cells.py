@@ -1,4 +1,4 @@
-"""The cells of the activation benchmark: each measures one thing in minutes, on a GPU, and can be run alone."""
+"""The cells of the activation benchmark: each measures one thing in minutes on a GPU, and runs alone."""
 
 import asyncio
 import os
@@ -182,7 +182,7 @@ async def cycles_cell(sizes: list[str], cycles: int, models: Path, log: Path) ->
             round(growth, 3),
             "%",
             target=1.0,
-            note="all asleep, after the first round",
+            note="all asleep, from round one on",
         ),
         row("cycles_rss_growth_pct", round(100 * (rss[-1] - rss[base]) / rss[base], 2), "%"),
         row("cycles_mismatches", mismatches, "count", target=0, better="equal"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from msgspec import convert
 from nats.aio.msg import Msg
 
 from prism.cli.system import SystemSettings, running_system
@@ -128,11 +129,8 @@ async def commanded_system(
         ):
             bucket = await bus.bucket(subjects.BUCKET_MODELS)
             specs = {
-                name: decode(
-                    json.dumps(
-                        {"model_name": name, "model_path": str(path), "init_placements": place}
-                    ).encode(),
-                    ModelSpec,
+                name: convert(
+                    {"model_name": name, "model_path": str(path), "init_placements": place}, ModelSpec
                 )
                 for name, path in models.items()
             }
@@ -152,7 +150,7 @@ async def commanded_system(
                 asyncio.timeout(COMMAND_DEADLINE_S),
             ):
                 await commanded.reported.wait()
-                while len(facts.values) < len(models):
+                while len(facts.values) < len(models):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 commanded.facts = {fact.model: fact for fact in facts.values.values()}
             yield commanded

@@ -1,6 +1,6 @@
 """Checkpoints with random weights in the published shapes of known models: they say noise at the true speed.
 
-The dimensions are those of the models' public config.json files; weights are drawn on the GPU if there is one.
+The dimensions are those of the models' public config.json files; weights are drawn on the GPU where one is.
 """
 
 import json
