@@ -98,12 +98,18 @@ class CudaArena:
 
     def copy_in(self, source: RegisteredImage, nbytes: int) -> None:
         """Fill the first `nbytes` from the image; done when this returns."""
-        cuda_driver.copy_to_device(self.address, source.address, nbytes, self._stream.cuda_stream)
+        stream = self._stream.cuda_stream
+        for offset, size in source.pieces():
+            size = min(size, nbytes - offset)
+            cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
         self._stream.synchronize()
 
     def copy_out(self, target: RegisteredImage, nbytes: int) -> None:
         """Copy the first `nbytes` into host memory; done when this returns."""
-        cuda_driver.copy_to_host(target.address, self.address, nbytes, self._stream.cuda_stream)
+        stream = self._stream.cuda_stream
+        for offset, size in target.pieces():
+            size = min(size, nbytes - offset)
+            cuda_driver.copy_to_host(target.address + offset, self.address + offset, size, stream)
         self._stream.synchronize()
 
 
