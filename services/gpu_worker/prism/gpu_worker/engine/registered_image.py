@@ -22,8 +22,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class RegisteredImage:
     """The first `nbytes` of a memfd, mapped and registered with CUDA until `close`.
 
-    In pieces: while one is pinned, the driver lets nothing else of the process through, decoding included, and
-    a copy must not span two registrations. Memory comes before it is pinned, by several threads and in huge
+    In pieces: while one is pinned, the driver lets nothing else of the process through, decoding included,
+    and a copy must not span two registrations. Memory comes before it is pinned, by several threads and in huge
     pages where the kernel allows that for shared memory, which makes pinning several times as fast. Done once
     for an engine's life. Raises PrismError(out_of_memory) when the host has too little.
     """
