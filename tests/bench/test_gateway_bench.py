@@ -5,7 +5,7 @@ import pytest
 
 from prism.bench.gateway.figures import Readings, rows_of
 from prism.bench.gateway.http_stream import StreamedAnswer
-from prism.bench.gateway.measuring import Measured, measure, percentile
+from prism.bench.gateway.measuring import Measured, measure, percentile, processes_for
 from prism.bench.gateway.stacks import openai_backend
 
 pytestmark = pytest.mark.core
@@ -53,7 +53,7 @@ async def test_lags_of_the_backend_alone_are_measured_and_no_token_is_missed() -
 
 def test_figures_that_could_not_be_measured_stay_with_the_reason() -> None:
     readings = Readings(absent={"litellm": "not installed"})
-    own = Measured(1000, 100, [1.0, 3.0, 2.5], [5.0], [], cpu_s=0.01, wall_s=1.0)
+    own = Measured(1000, 100, [1.0, 3.0, 2.5], [5.0], [], cpu_s=0.01, wall_s=1.0, load_processes=2)
     for name in ("latency_64", "tokens", "requests"):
         readings.taken.setdefault("prism", {})[name] = own
     rows = {row.figure: row for row in rows_of(readings, (1, 64))}
@@ -63,7 +63,38 @@ def test_figures_that_could_not_be_measured_stay_with_the_reason() -> None:
         True,
     )
     over = rows["requests_per_core_over_litellm"]
-    assert (over.value, over.met, over.note) == (None, False, "not installed")
+    assert (over.value, over.met, over.note) == (None, False, "not installed; not measured")
+
+
+def test_a_missed_target_keeps_its_reason_beside_the_failures() -> None:
+    slow = Measured(10, 1, [9.0], [9.0], ["status 500"], cpu_s=1.0, wall_s=1.0, load_processes=2)
+    readings = Readings(taken={"prism": {"latency_64": slow, "tokens": slow, "requests": slow}})
+    rows = {row.figure: row for row in rows_of(readings, (64,))}
+    assert all(row.note for row in rows.values() if row.met is False)
+    note = rows["added_p50_ms_64"].note
+    assert "simulated" in note
+    assert "1 failures, e.g. status 500" in note
+    assert "What falls short" in note
+    assert "merge" in rows["tokens_per_s_one_token_frames"].note
+    assert "status 500" in rows["failed_requests"].note
+
+
+def test_cpu_time_is_told_of_the_process_that_it_is_of() -> None:
+    some = Measured(10, 1, [1.0], [1.0], [], cpu_s=1.0, wall_s=1.0, load_processes=2)
+    stacks = ("prism", "direct", "litellm", "router")
+    rows = {
+        row.figure: row for row in rows_of(Readings({stack: {"requests": some} for stack in stacks}), (1,))
+    }
+    assert "gateway process" in rows["requests_per_core"].note
+    assert "there is no gateway" in rows["direct_requests_per_core"].note
+    assert "router's processes" in rows["router_requests_per_core"].note
+
+
+def test_several_streams_are_never_read_by_one_process_alone() -> None:
+    assert processes_for(1, 1) == 1
+    assert processes_for(2, 1) == 2
+    assert processes_for(64, 1) >= 2
+    assert processes_for(64, 5) >= 5
 
 
 def test_percentiles_are_values_that_occurred() -> None:

@@ -22,14 +22,18 @@ ANSWER_DEADLINE_S = 120.0
 
 @dataclass
 class FaultReport:
-    """What one fault did. Times in seconds; `wrong_after` is what was not right again by then."""
+    """What one fault did. Times in seconds; `wrong_after` is what was not right again by then. Connections
+    that no gateway took are `refused`, those that ended before their answer was whole `broken`, which only
+    some faults may do to them."""
 
     fault: str
     requests: int = 0
     lost: int = 0
     doubled: int = 0
     wrong: int = 0
-    reconnects: int = 0
+    refused: int = 0
+    broken: int = 0
+    may_break: bool = False
     worst_stall_s: float = 0.0
     recovered_s: float = 0.0
     wrong_after: list[str] = field(default_factory=list)
@@ -37,8 +41,13 @@ class FaultReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nobody but a reconnecting client could have noticed."""
-        return not (self.lost or self.doubled or self.wrong or self.wrong_after)
+        """Whether no client could have noticed, but those whose gateway it was that died."""
+        return not (self.lost or self.doubled or self.wrong or self.broken_without_cause or self.wrong_after)
+
+    @property
+    def broken_without_cause(self) -> int:
+        """Connections that broke although their gateway lived."""
+        return 0 if self.may_break else self.broken
 
 
 async def learn_answers(gateway: str, prompts: dict[str, list[list[int]]]) -> list[Question]:
@@ -64,16 +73,21 @@ async def run_campaign(
     questions: list[Question],
     *,
     seed: int,
+    before_fault: Callable[[], None] = lambda: None,
     on_report: Callable[[FaultReport], None] = lambda report: None,
 ) -> list[FaultReport]:
-    """Do each fault under traffic, wait until all is right again, and account for every request."""
+    """Do each fault under traffic, wait until all is right again, and account for every request.
+
+    `before_fault` is called right before each fault, while all that it may end is still there.
+    """
     reports = []
     for fault in faults:
         chance = Random(f"{seed}/{fault.name}")
-        report = FaultReport(fault.name)
+        report = FaultReport(fault.name, may_break=fault.breaks_streams)
         async with traffic(stage.gateways, questions, clients=CLIENTS, seed=chance.randrange(2**31)) as flow:
             await flow.more(BEFORE, ANSWER_DEADLINE_S)
             began = time.monotonic()
+            before_fault()
             await fault.do(stage, chance)
             await flow.more(AFTER, ANSWER_DEADLINE_S)
             report.wrong_after = await stage.view.until_right(OF_EACH, RECOVERY_DEADLINE_S)
@@ -92,8 +106,9 @@ async def _unanswered(stage: Stage, questions: list[Question]) -> list[str]:
         probe = Traffic(lambda gateway=gateway: [gateway], questions, 0)  # type: ignore[misc]
         for question in {question.model: question for question in questions}.values():
             exchange = await probe.ask(question, Random(0))
-            if exchange.outcome != COMPLETE or exchange.reconnects:
-                wrong.append(f"{question.model} through {gateway}: {exchange.outcome} {exchange.detail}")
+            if exchange.outcome != COMPLETE or exchange.refused or exchange.breaks:
+                said = "; ".join([exchange.outcome, exchange.detail, *exchange.breaks])
+                wrong.append(f"{question.model} through {gateway}: {said}")
     return wrong
 
 
@@ -101,6 +116,8 @@ def _account(report: FaultReport, exchanges: list[Exchange]) -> None:
     outcomes = Counter(exchange.outcome for exchange in exchanges)
     report.requests = len(exchanges)
     report.lost, report.doubled, report.wrong = outcomes[LOST], outcomes[DOUBLED], outcomes[WRONG]
-    report.reconnects = sum(exchange.reconnects for exchange in exchanges)
+    report.refused = sum(exchange.refused for exchange in exchanges)
+    report.broken = sum(len(exchange.breaks) for exchange in exchanges)
     report.worst_stall_s = max((exchange.stall_s for exchange in exchanges), default=0.0)
     report.details = [exchange.detail for exchange in exchanges if exchange.outcome != COMPLETE]
+    report.details += [line for exchange in exchanges for line in exchange.breaks]

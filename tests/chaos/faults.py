@@ -8,6 +8,7 @@ from random import Random
 
 import psutil
 from tests.chaos.stage import Stage
+from tests.processes import command_line
 
 from prism.cli.system import ServiceProcess
 
@@ -17,10 +18,12 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault by name; `do` does it and returns once what was lost is there again."""
+    """A fault by name; `do` does it and returns once what was lost is there again. Only where it
+    `breaks_streams` may a client's connection end before its answer."""
 
     name: str
     do: Callable[[Stage, Random], Awaitable[None]]
+    breaks_streams: bool = False
 
 
 async def _until(condition: Callable[[], bool], what: str) -> None:
@@ -40,7 +43,7 @@ async def _busy_engine(stage: Stage, chance: Random) -> psutil.Process:
 
     await _until(lambda: bool(models_at_work()), "an engine at work")
     busy = models_at_work()
-    engines = [engine for engine in stage.engines() if engine.cmdline()[0].split()[-1] in busy]
+    engines = [engine for engine in stage.engines() if busy & set(" ".join(command_line(engine)).split())]
     return chance.choice(engines or stage.engines())
 
 
@@ -147,6 +150,6 @@ FAULTS = [
     Fault("worker drained", drain_worker),
     Fault("store killed", kill_store),
     Fault("leader killed", kill_leader),
-    Fault("gateway killed", kill_gateway),
+    Fault("gateway killed", kill_gateway, breaks_streams=True),
 ]
 SHORT = ["engine killed", "bus restarted", "leader killed", "gateway killed"]

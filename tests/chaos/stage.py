@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 import psutil
 from tests.chaos.cluster_view import ClusterView, cluster_view
+from tests.processes import command_line, descendants
 from tokenizers import Tokenizer
 
 from prism.cli.demo import tiny_placement
@@ -82,8 +83,8 @@ class Stage:
         for service in self.services("gpu_worker"):
             if service.process is None or service.process.returncode is not None:
                 continue
-            for child in psutil.Process(service.process.pid).children(recursive=True):
-                if _command(child).startswith("prism-engine"):
+            for child in descendants(service.process.pid):
+                if " ".join(command_line(child)).startswith("prism-engine"):
                     found.append(child)
         return found
 
@@ -110,13 +111,6 @@ class ServiceLog:
         print(service, line, file=self._file)
         if _LEADS.search(line):
             self.leading = service
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 @asynccontextmanager

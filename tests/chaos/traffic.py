@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,8 +28,9 @@ class Question:
 
 @dataclass
 class Exchange:
-    """What became of one request. `stall_s` is the longest silence its client saw; `reconnects` counts the
-    gateways that went away under it, after each of which the client asked again from the start."""
+    """What became of one request. `stall_s` is the longest silence its client saw. After each gateway that
+    took no connection (`refused` counts them), or let one go before its answer was whole (`breaks` tells of
+    each), the client asked again from the start."""
 
     model: str
     began: float
@@ -38,7 +38,9 @@ class Exchange:
     outcome: str = LOST
     detail: str = "not finished"
     stall_s: float = 0.0
-    reconnects: int = 0
+    gateway: str = ""
+    refused: int = 0
+    breaks: list[str] = field(default_factory=list)
 
 
 def judge(tokens: Sequence[int], answer: Sequence[int]) -> str:
@@ -68,13 +70,10 @@ class Traffic:
     _stopped: bool = False
     _finished: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def in_flight(self) -> int:
-        """Requests that have begun and not ended."""
-        return sum(1 for exchange in self.exchanges if not exchange.ended)
-
-    def outcomes(self, exchanges: list[Exchange]) -> Counter[str]:
-        """How many of `exchanges` came to which end."""
-        return Counter(exchange.outcome for exchange in exchanges)
+    @property
+    def breaks(self) -> list[str]:
+        """Each connection that ended before its answer was whole."""
+        return [line for exchange in self.exchanges for line in exchange.breaks]
 
     async def more(self, count: int, timeout_s: float) -> None:
         """Wait until `count` further requests have ended."""
@@ -102,14 +101,17 @@ class Traffic:
         try:
             async with asyncio.timeout(REQUEST_DEADLINE_S):
                 while True:
-                    gateways = self.gateways()
+                    exchange.gateway = chance.choice(self.gateways())
                     try:
-                        await _stream(chance.choice(gateways), question, exchange)
+                        await _stream(exchange.gateway, question, exchange)
                         break
-                    except httpx.TransportError as error:
-                        exchange.reconnects += 1
+                    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                        exchange.refused += 1
                         exchange.detail = f"{type(error).__name__}: {error}"
-                        await asyncio.sleep(RETRY_S)
+                    except httpx.TransportError as error:
+                        exchange.detail = f"{exchange.gateway}: {type(error).__name__}: {error}"
+                        exchange.breaks.append(exchange.detail)
+                    await asyncio.sleep(RETRY_S)
         except TimeoutError:
             exchange.detail = f"no end after {REQUEST_DEADLINE_S:.0f} s; {exchange.detail}"
         exchange.ended = time.monotonic()

@@ -17,6 +17,7 @@ import msgspec
 import psutil
 import pytest
 from tests.leftovers import Leftovers
+from tests.processes import command_line, descendants
 
 from prism.cli.demo import tiny_placement
 
@@ -70,13 +71,13 @@ class Launched:
         return next(
             child
             for child in psutil.Process(self.process.pid).children()
-            if f"prism.{name}" in child.cmdline()
+            if f"prism.{name}" in command_line(child)
         )
 
     def engines(self) -> list[psutil.Process]:
         """The engine hosts."""
-        everything = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in everything if child.cmdline()[:1] == ["prism-engine tiny-llama"]]
+        everything = descendants(self.process.pid)
+        return [child for child in everything if command_line(child)[:1] == ["prism-engine tiny-llama"]]
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def launched(model: Path, folder: Path, leftovers: Leftovers) -> Iterator[Launch
             stream = Stream(ready.group(1))
             stream.start()
             assert stream.begun.wait(DEADLINE_S), log.read_text()
-            leftovers.note(psutil.Process(process.pid).children(recursive=True))
+            leftovers.note(descendants(process.pid))
             yield Launched(process, ready.group(1), stream, log)
         finally:
             process.kill()

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import psutil
 from nats.aio.msg import Msg
+from tests.processes import command_line, descendants
 
 from prism.cli.system import RunningSystem
 from prism.common import subjects
@@ -89,8 +90,8 @@ def engine_processes(system: RunningSystem) -> dict[str, psutil.Process]:
     worker = system.services["gpu_worker"].process
     assert worker is not None
     found = {}
-    for process in psutil.Process(worker.pid).children(recursive=True):
-        title = " ".join(process.cmdline()).split()
+    for process in descendants(worker.pid):
+        title = " ".join(command_line(process)).split()
         if title[:1] == ["prism-engine"]:
             found[title[1]] = process
     return found

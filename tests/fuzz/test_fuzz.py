@@ -9,9 +9,10 @@ import gc
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -39,6 +40,10 @@ RUN_DEADLINE_S = 60 + CASES / 20
 OPERATIONS = 4
 """Those that take something, and get a share of the cases each; the others get a few on top."""
 GROWTH_BYTES = 16 * 1024 * 1024
+SETTLE_DEADLINE_S = 20.0
+SAME_LOOKS = 3
+"""Looks one after the other that find the same: what is on its way out is gone by then."""
+LOOK_S = 0.1
 ROOT = Path(__file__).parents[2]
 
 
@@ -116,6 +121,20 @@ class FuzzedGateway:
         """What the gateway holds once all requests are over."""
         # The scripted worker keeps what it was sent, for tests that look at it.
         self._worker.forget()
+        same, seen = 0, None
+        deadline = time.monotonic() + SETTLE_DEADLINE_S
+        while same < SAME_LOOKS:
+            now = await self._look()
+            same = (
+                same + 1 if seen is not None and replace(now, memory_bytes=seen.memory_bytes) == seen else 0
+            )
+            seen = now
+            assert time.monotonic() < deadline, f"still changing: {now}"
+            await asyncio.sleep(LOOK_S)
+        assert seen is not None
+        return seen
+
+    async def _look(self) -> Held:
         text = (await self.stage.eventually("/metrics", _idle)).text
         gc.collect()
         return Held(

@@ -1,5 +1,6 @@
 """A gateway on a real NATS server, a tokenizer trained on the spot, workers that follow a script."""
 
+import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,11 +16,14 @@ from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
 from prism.common.messages.codec import encode
 from prism.common.messages.models import ModelFacts, ModelSpec, TokenizerBundle
+from prism.gateway.fleet import Fleet
 from prism.gateway.service import Gateway, running_gateway
 from prism.gateway.settings import Settings
 from prism.gateway.text_tokenizer import TextTokenizer
 
 CONTEXT_LENGTH = 200
+DEADLINE_S = 10.0
+LOOK_S = 0.01
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role not in ['system', 'user', 'assistant'] %}"
@@ -73,6 +77,12 @@ class Stage:
         self.tokenizer = TextTokenizer(bundle)
         self._bundle = bundle
         self._stack = stack
+        self._workers: set[str] = set()
+
+    @property
+    def fleet(self) -> Fleet:
+        """The workers as the gateway sees them."""
+        return self.gateway._fleet
 
     async def register(
         self,
@@ -104,18 +114,28 @@ class Stage:
     async def worker(self, script: Script, *serves: str, name: str = "worker-1") -> ScriptedWorker:
         """A worker that follows `script` and serves these models, as the gateway knows already."""
         worker = await self._stack.enter_async_context(scripted_worker(self.bus, name, script))
+        others = set(self._workers)
+        self._workers.add(name)
         for model in serves:
             await worker.serve(model)
             await self.ready(model)
+            # Ready it may have been by another one.
+            await self.until(lambda model=model: self.fleet.choose(model, others) == name)  # type: ignore[misc]
         return worker
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until `holds` of what the gateway knows, for DEADLINE_S at most."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not holds():  # noqa: ASYNC110 (what a gateway learns makes no event for others)
+                await asyncio.sleep(LOOK_S)
 
     async def ready(self, model: str, state: str = "ready") -> None:
         """Wait until the gateway says that `model` is ready (or in another `state`)."""
         await self.eventually(f"/v1/models/{model}", lambda answer: answer.json().get("state") == state)
 
     async def eventually(self, path: str, holds: Callable[[httpx.Response], bool]) -> httpx.Response:
-        """GET `path` until `holds` of the answer, for 10 s at most."""
-        deadline = time.monotonic() + 10
+        """GET `path` until `holds` of the answer, for DEADLINE_S at most."""
+        deadline = time.monotonic() + DEADLINE_S
         while True:
             answer = await self.http.get(path)
             if holds(answer):

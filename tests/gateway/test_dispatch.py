@@ -133,7 +133,7 @@ async def test_frame_that_comes_twice_counts_once(stage: Stage) -> None:
 
 
 async def test_stalled_worker_is_left_and_told(make_stage: MakeStage) -> None:
-    stage = await make_stage(Settings(stall_s=0.3))
+    stage = await make_stage(Settings(stall_s=1.0))
     await stage.register("m")
 
     async def stalling(turn: Turn) -> None:
@@ -146,15 +146,16 @@ async def test_stalled_worker_is_left_and_told(make_stage: MakeStage) -> None:
 
 
 async def test_request_that_waits_its_turn_is_not_taken_for_stalled(make_stage: MakeStage) -> None:
-    stage = await make_stage(Settings(stall_s=0.2))
+    stage = await make_stage(Settings(stall_s=1.0))
     await stage.register("m")
 
     async def busy_with_others(turn: Turn) -> None:
         await turn.send()
-        for done in range(1, 8):
+        # Twice as long as a worker may be silent, each step a quarter of that.
+        for done in range(1, 9):
             worker.loads["m"] = ModelLoad("m", ModelState.ACTIVE, queued=1, generated_tokens=done)
             await worker.report()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
         await turn.send(stage.ids("at last"), finish="stop")
 
     worker = await stage.worker(busy_with_others, "m")
@@ -164,24 +165,24 @@ async def test_request_that_waits_its_turn_is_not_taken_for_stalled(make_stage: 
 
 
 async def test_request_that_no_worker_takes_up_is_sent_again(make_stage: MakeStage) -> None:
-    stage = await make_stage(Settings(accept_s=0.3, stall_s=1000))
+    stage = await make_stage(Settings(accept_s=1.0, stall_s=1000))
     await stage.register("m")
 
     async def busy_with_others(turn: Turn) -> None:
-        for done in range(1, 100):
+        for done in range(1, 300):
             first.loads["m"] = ModelLoad("m", ModelState.ACTIVE, queued=1, generated_tokens=done)
             await first.report()
             await asyncio.sleep(0.05)
 
     first = await stage.worker(busy_with_others, "m", name="worker-1")
     await stage.worker(rest_after(stage), "m", name="worker-2")
-    async with asyncio.timeout(4):
+    async with asyncio.timeout(10):
         await expect_all_of_it(stage, await complete(stage, **STREAM))
     assert await first.cancels.get() == (await first.turns.get()).request.rid
 
 
 async def test_worker_that_falls_silent_is_left(make_stage: MakeStage) -> None:
-    stage = await make_stage(Settings(silence_s=0.5))
+    stage = await make_stage(Settings(silence_s=1.0))
     await stage.register("m")
 
     async def dying(turn: Turn) -> None:
@@ -266,7 +267,7 @@ async def test_failure_of_one_choice_ends_the_others(stage: Stage) -> None:
 
 
 async def test_deadline_ends_a_request_wherever_it_is(make_stage: MakeStage) -> None:
-    stage = await make_stage(Settings(deadline_s=0.3))
+    stage = await make_stage(Settings(deadline_s=1.0))
     await stage.register("m")
     worker = await stage.worker(hanging, "m")
     response = await complete(stage)
@@ -279,8 +280,12 @@ async def test_deadline_ends_a_request_wherever_it_is(make_stage: MakeStage) -> 
 async def test_requests_spread_over_the_workers(stage: Stage) -> None:
     await stage.register("m")
     workers = [await stage.worker(saying(stage.ids("x")), "m", name=f"worker-{n}") for n in range(2)]
+    # A report that came in between would make its worker look idle again.
     for worker in workers:
         worker.silent = True
+        worker.loads["m"] = ModelLoad("m", ModelState.ACTIVE, generated_tokens=1)
         await worker.report()
+    fleet = stage.fleet
+    await stage.until(lambda: all(fleet.tokens_done("m", worker.name) == 1 for worker in workers))
     await asyncio.gather(*(complete(stage) for _ in range(10)))
     assert [worker.turns.qsize() for worker in workers] == [5, 5]

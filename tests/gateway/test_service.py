@@ -1,9 +1,11 @@
 """The gateway as a service: models, health, metrics, limits, its end."""
 
 import asyncio
+import json
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,36 @@ async def test_drain_finishes_streams_and_closes_the_door(stage: Stage) -> None:
         go_on.set()
         assert [event async for event in events][-1] == "[DONE]"
     await asyncio.wait_for(drain, 5)
+
+
+async def test_whoever_has_connected_before_the_door_closes_is_answered(stage: Stage) -> None:
+    await stage.register("m")
+    await stage.worker(saying(stage.ids("yes")), "m")
+    url = httpx.URL(stage.gateway.url)
+    body = json.dumps({**PROMPT, "max_tokens": 5}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    # In one go with the drain's beginning: the kernel has made these connections, nobody has taken them.
+    waiting = [socket.create_connection((url.host, url.port or 80)) for _ in range(20)]
+    *prompt, late = waiting
+    for each in prompt:
+        each.sendall(head + body)
+    drain = asyncio.create_task(stage.gateway.drain(20))
+    answers = [asyncio.create_task(_whole(each)) for each in waiting]
+    await _refused(stage.gateway.url)
+    late.sendall(head + body)
+    for answer in await asyncio.gather(*answers):
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        assert b'"yes"' in answer
+    await asyncio.wait_for(drain, 10)
+
+
+async def _whole(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    reader, writer = await asyncio.open_connection(sock=connection)
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    finally:
+        writer.close()
 
 
 async def test_drain_that_takes_too_long_ends_streams_with_an_error(stage: Stage) -> None:

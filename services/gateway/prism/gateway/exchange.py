@@ -60,28 +60,38 @@ class Exchanges:
 
     def __init__(self) -> None:
         self._running: dict[asyncio.Task[None], Outcome] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._arriving = 0
+        self._changed = asyncio.Event()
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request's body is being read while the block runs; there is nothing to be ended yet."""
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
+            self._changed.set()
 
     @contextmanager
     def track(self, work: asyncio.Task[None], outcome: Outcome) -> Iterator[None]:
         """`work`, which comes to `outcome`, is in progress while the block runs."""
         self._running[work] = outcome
-        self._idle.clear()
         try:
             yield
         finally:
             del self._running[work]
-            if not self._running:
-                self._idle.set()
+            self._changed.set()
 
     async def finished(self, timeout_s: float) -> int:
         """Wait until none is in progress, at most `timeout_s`; how many are left."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+                while self._running or self._arriving:
+                    self._changed.clear()
+                    await self._changed.wait()
         except TimeoutError:
-            return len(self._running)
+            return len(self._running) + self._arriving
         return 0
 
     def end_all(self, waited_s: float) -> None:
@@ -140,7 +150,8 @@ class GenerationEndpoint:
 
     async def _answer(self, request: Request, sender: "_Sender", outcome: Outcome) -> None:
         arrived = self._planner.clock()
-        body = await read_body(request, self._settings.max_body_bytes, self._settings.body_s)
+        with self._exchanges.arriving():
+            body = await read_body(request, self._settings.max_body_bytes, self._settings.body_s)
         work = asyncio.create_task(self._work(body, request.headers, arrived, sender, outcome))
         listener = asyncio.create_task(_disconnected(request.receive))
         try:

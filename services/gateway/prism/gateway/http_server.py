@@ -1,9 +1,11 @@
 """uvicorn in this process's event loop, on a socket of ours, with its signals and its end in our hands."""
 
 import asyncio
+import contextlib
 import logging
+import select
 import socket
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
@@ -18,6 +20,11 @@ log = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_S = 65
 CLOSE_DEADLINE_S = 5.0
+TAKE_DEADLINE_S = 1.0
+FIRST_REQUEST_S = 2.0
+"""How long a connection that was made before the listening socket closed has for its first request."""
+EMPTY_LOOKS = 3
+"""Looks at an empty queue, a turn of the event loop each: what was taken last is a connection by then."""
 
 
 class HttpServer(uvicorn.Server):
@@ -26,6 +33,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, url: str) -> None:
         super().__init__(config)
         self.url = url
+        self._closed = asyncio.Event()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -33,8 +41,46 @@ class HttpServer(uvicorn.Server):
         yield
 
     def stop_accepting(self) -> None:
-        """Close the listening socket and idle connections; exchanges in progress go on."""
+        """Close the listening socket, then idle connections; exchanges in progress go on.
+
+        Whoever has connected by then is still answered: a client can't tell a connection that nobody took
+        from one that broke.
+        """
         self.should_exit = True
+
+    async def closed(self) -> None:
+        """Wait, after `stop_accepting`, until what can still begin has begun."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_DEADLINE_S):
+                await self._closed.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close; called by uvicorn once it has seen that it should."""
+        await _taken(sockets or [])
+        for server in self.servers:
+            server.close()
+        connections = [
+            each for each in self.server_state.connections if isinstance(each, GatewayHttpProtocol)
+        ]
+        waits = [asyncio.create_task(each.begun.wait()) for each in connections if not each.begun.is_set()]
+        if waits:
+            await asyncio.wait(waits, timeout=FIRST_REQUEST_S)
+        for wait in waits:
+            wait.cancel()
+        self._closed.set()
+        await super().shutdown(sockets)
+
+
+async def _taken(listeners: Sequence[socket.socket]) -> None:
+    """Wait until no connection waits in the listeners' queues, which would be reset with them."""
+    poll = select.poll()
+    for listener in listeners:
+        poll.register(listener, select.POLLIN)
+    empty = 0
+    deadline = asyncio.get_running_loop().time() + TAKE_DEADLINE_S
+    while empty < EMPTY_LOOKS and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0)
+        empty = 0 if poll.poll(0) else empty + 1
 
 
 def _listen(host: str, port: int) -> socket.socket:

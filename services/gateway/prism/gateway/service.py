@@ -74,6 +74,7 @@ class Gateway:
         """Stop accepting, let exchanges in progress finish for `timeout_s`, then end them with an error."""
         self._draining = True
         self.server.stop_accepting()
+        await self.server.closed()
         if await self._exchanges.finished(timeout_s):
             self._exchanges.end_all(timeout_s)
             await self._exchanges.finished(END_DEADLINE_S)

@@ -42,7 +42,11 @@ class Answer:
 
 @dataclass
 class CommandedSystem:
-    """The bus, the gateway and the worker of a running system."""
+    """The bus, the gateway and the worker of a running system.
+
+    `requested_at` and `framed_at` are when the last request and the frames of its answer were on the bus, in
+    seconds on the monotonic clock.
+    """
 
     bus: Bus
     http: httpx.AsyncClient
@@ -50,6 +54,8 @@ class CommandedSystem:
     facts: dict[str, ModelFacts]
     worker: str = ""
     reported: asyncio.Event = field(default_factory=asyncio.Event)
+    requested_at: float = 0.0
+    framed_at: list[float] = field(default_factory=list)
 
     async def command(self, kind: CommandKind, model: str) -> CommandOutcome:
         """Tell the worker, and wait for what came of it. Raises PrismError with its error."""
@@ -144,7 +150,16 @@ async def commanded_system(
                     commanded.worker = report.worker
                     commanded.reported.set()
 
+            async def on_request(_: Msg) -> None:
+                commanded.requested_at = time.monotonic()
+                commanded.framed_at = []
+
+            async def on_frame(_: Msg) -> None:
+                commanded.framed_at.append(time.monotonic())
+
             await bus.subscribe(subjects.load("*"), on_load, inline=True)
+            await bus.subscribe(subjects.request("x", "*").replace(".x.", ".*."), on_request, inline=True)
+            await bus.subscribe(subjects.replies("*"), on_frame, inline=True)
             async with (
                 mirror_bucket(bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*") as facts,
                 asyncio.timeout(COMMAND_DEADLINE_S),

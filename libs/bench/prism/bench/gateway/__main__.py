@@ -36,6 +36,9 @@ THROUGHPUT_STREAMS = 64
 THROUGHPUT_TOKENS = 1500
 COALESCE_MS = 20.0
 PARAMETERS: dict[str, object] = {
+    "engines": "simulated: they compute nothing and say text at the pace given; other stacks get the same "
+    "text at the same pace from a minimal OpenAI backend",
+    "load": "two client processes at least for more than one stream; readings tell how many",
     "cores": f"{len(ALL)}, {'one of them the gateway alone has' if PINNED else 'shared by all'}",
     "latency": f"{LATENCY_TOKENS} tokens a stream, one each {STEP_MS:g} ms, all streams in step",
     "first_token": f"{FIRST_ROUNDS} requests one after the other",

@@ -13,11 +13,13 @@ from prism.bench.gateway.stacks import Stack
 
 LOAD_DEADLINE_S = 180.0
 MOST_LOAD_PROCESSES = 6
+FEWEST_LOAD_PROCESSES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one load came to; times in milliseconds. `cpu_s` is the gateway's, `wall_s` the load's."""
+    """What one load came to; times in milliseconds. `cpu_s` is the gateway's, `wall_s` the load's, which
+    `load_processes` processes made."""
 
     tokens: int
     requests: int
@@ -26,6 +28,7 @@ class Measured:
     failures: list[str]
     cpu_s: float
     wall_s: float
+    load_processes: int
 
     @property
     def tokens_per_cpu_s(self) -> float:
@@ -52,8 +55,9 @@ def percentile(values: list[float], share: float) -> float | None:
 
 
 def processes_for(streams: int, models: int) -> int:
-    """How many load processes: at least one a model, not more than streams, and half of the cores."""
-    wanted = max(models, min(MOST_LOAD_PROCESSES, len(ALL) // 2))
+    """How many load processes: half of the cores, but two at least, lest one reads all streams, and one a
+    model; not more than streams."""
+    wanted = max(models, FEWEST_LOAD_PROCESSES, min(MOST_LOAD_PROCESSES, len(ALL) // 2))
     return max(1, min(wanted, streams))
 
 
@@ -101,6 +105,7 @@ async def measure(
         failures=[failure for report in reports for failure in report.failures],
         cpu_s=max(cpu, 1e-9),
         wall_s=wall,
+        load_processes=count,
     )
 
 

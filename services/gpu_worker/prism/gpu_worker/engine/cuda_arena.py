@@ -1,7 +1,7 @@
 """GPU memory that can be given back while its addresses stay, so that CUDA graphs over it stay valid.
 
 The GPU's counterpart of `arena.py`: an address range of fixed size, grown piece by piece while a model is
-built in it; dozing unmaps all of it, waking maps it again in one piece and fills it by one copy.
+built in it; dozing unmaps all of it, waking maps it again and fills it at the speed of the bus.
 """
 
 import math
@@ -15,6 +15,7 @@ from prism.gpu_worker.engine.registered_image import RegisteredImage
 
 TENSOR_ALIGNMENT = 256
 GROWTH_BYTES = 256 * 1024 * 1024
+REMAPPED_BYTES = 1024 * 1024 * 1024
 # Two halves of a NaN in every 16-bit float type; no checkpoint holds a page of it.
 UNTOUCHED = 0x7FC57FC5
 COMPARED_WORDS = 1 << 26
@@ -91,16 +92,18 @@ class CudaArena:
         self._pieces.clear()
         self.mapped_bytes = 0
 
-    def map(self) -> None:
-        """Put fresh memory behind what is used, in one piece. Raises PrismError(out_of_memory)."""
-        if not self._pieces:
-            self._map_piece(align(max(self.used, 1), self._granularity))
-
     def copy_in(self, source: RegisteredImage, nbytes: int) -> None:
-        """Fill the first `nbytes` from the image; done when this returns."""
+        """Fill the first `nbytes` from the image, with memory behind them where there is none yet.
+
+        Mapping goes on while the pieces before are copied. Done when this returns; on failure what was mapped
+        stays so. Raises PrismError(out_of_memory).
+        """
         stream = self._stream.cuda_stream
         for offset, size in source.pieces():
             size = min(size, nbytes - offset)
+            while self.mapped_bytes < offset + size:
+                left = align(max(self.used, nbytes), self._granularity) - self.mapped_bytes
+                self._map_piece(min(left, REMAPPED_BYTES))
             cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
         self._stream.synchronize()
 

@@ -109,6 +109,15 @@ class CudaModelWeights(ModelWeights):
         self.arena.copy_in(registered, nbytes)
         self.seconds["copy"] = time.perf_counter() - began
 
+    def restore(self) -> None:
+        """Map memory again and copy the weights back; on failure nothing is held."""
+        assert self._lease is not None
+        try:
+            self._copy_from_image(end_of(self._layout))
+        except BaseException:
+            self.arena.unmap()
+            raise
+
     def _copy_to_image(self, fd: int, nbytes: int) -> None:
         torch.cuda.set_device(self._gpu)
         self.arena.copy_out(self._register(fd, nbytes), nbytes)

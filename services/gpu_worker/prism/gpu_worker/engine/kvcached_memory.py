@@ -1,10 +1,13 @@
 """An engine's KV cache on a GPU: pages of kvcached, mapped as they are used, bounded by a quota."""
 
+import logging
 from typing import Any
 
 import torch
 
 from prism.common.errors import ErrorCode, PrismError
+
+log = logging.getLogger(__name__)
 
 
 class KvcachedMemory:
@@ -57,6 +60,12 @@ class KvcachedMemory:
         self._pool.null_block = None
         self._pool.reserve_null_block = True
         torch.cuda.empty_cache()
+        log.debug(
+            "asleep: kvcached has %d MB mapped, torch holds %d MB, of which %d MB are in use",
+            self.mapped_bytes >> 20,
+            torch.cuda.memory_reserved() >> 20,
+            torch.cuda.memory_allocated() >> 20,
+        )
 
     def map(self) -> None:
         """Make the pool usable again: its padding slot gets memory, everything else as it is used."""

@@ -23,9 +23,9 @@ class RegisteredImage:
     """The first `nbytes` of a memfd, mapped and registered with CUDA until `close`.
 
     In pieces: while one is pinned, the driver lets nothing else of the process through, decoding included,
-    and a copy must not span two registrations. Memory comes before it is pinned, by several threads and in huge
-    pages where the kernel allows that for shared memory, which makes pinning several times as fast. Done once
-    for an engine's life. Raises PrismError(out_of_memory) when the host has too little.
+    and a copy must not span two registrations. Memory comes before it is pinned, by several threads, and in
+    huge pages where the kernel allows that for shared memory, which makes pinning several times as fast. Done
+    once for an engine's life. Raises PrismError(out_of_memory) when the host has too little.
     """
 
     def __init__(self, fd: int, nbytes: int) -> None:

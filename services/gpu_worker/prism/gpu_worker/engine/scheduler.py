@@ -224,9 +224,10 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         assert self.kv is not None
         began = time.perf_counter()
         self.weights.restore()
+        copied = time.perf_counter()
         self.kv.map()
         self.dozing = False
-        return {"copy": time.perf_counter() - began}
+        return {"copy": copied - began, "kv": time.perf_counter() - copied}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
