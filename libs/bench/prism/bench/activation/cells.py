@@ -36,8 +36,8 @@ SETTLE_S = 0.5
 
 @dataclass(frozen=True)
 class Woken:
-    """One wake, in seconds: from the command to the first byte of an answer, of the copy, of the command, from
-    its end to the request on the bus, from there to its first token on the bus; and what was said."""
+    """One wake, in seconds: from the command to the first byte of an answer, of the copy, of the command,
+    from its end to the request on the bus, from there to its first token on the bus; and what was said."""
 
     first_token_s: float
     copy_s: float
@@ -106,7 +106,7 @@ async def wake(system: CommandedSystem, model: str, prompt: list[int]) -> Woken:
 
 
 async def wake_cell(sizes: list[str], models: Path, log: Path) -> list[Row]:
-    """Starting, dozing and waking models one by one: times, memory, and whether they say the same afterwards."""
+    """Starting, dozing and waking models one by one: times, memory, and whether they say the same then."""
     bandwidth = await asyncio.to_thread(pinned_bandwidth)
     rows = [row("pinned_bandwidth_gb_per_s", round(bandwidth / 1e9, 2), "GB/s")]
     began = time.monotonic()
@@ -136,6 +136,7 @@ async def _woken_again_and_again(system: CommandedSystem, size: str, bandwidth: 
         wakes.append(await wake(system, size, prompt))
     await system.command(CommandKind.DOZE, size)
     weights = weights_bytes(system.facts[size], None)
+    first = _median(each.first_token_s for each in wakes)
     copy_s = _median(each.copy_s for each in wakes)
     floor = weights / bandwidth
     target = WAKE_TARGETS_S.get(size, round(floor + WAKE_OVERHEAD_S, 3))

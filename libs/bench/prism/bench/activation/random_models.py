@@ -128,5 +128,15 @@ def write_random_model(folder: Path, shape: Shape, seed: int) -> int:
     (folder / "config.json").write_text(json.dumps(config_of(shape), indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
     save_tokenizer(train_tokenizer(), folder)
+    _name_every_token(folder / "tokenizer.json", shape.vocabulary)
     marker.write_text(str(total))
     return total
+
+
+def _name_every_token(file: Path, vocabulary: int) -> None:
+    """Give every id a text: the gateway sends a token once it adds some, and random weights say any of them."""
+    tokenizer = json.loads(file.read_text())
+    named = tokenizer["model"]["vocab"]
+    for token in range(max(named.values()) + 1, vocabulary):
+        named[f"w{token}"] = token
+    file.write_text(json.dumps(tokenizer))
