@@ -5,6 +5,7 @@ So a figure runs from the command on the bus to the first byte out of the gatewa
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -125,6 +126,7 @@ async def commanded_system(
         image_dir=folder / "images",
         device="cuda",
         schedulers=0,
+        log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
     )
     place = [{"gpu_ids": [0], "on": False, "max_memory_pool_size": kv_gb}]
     with log.open("w", buffering=1) as lines:

@@ -134,7 +134,7 @@ def write_random_model(folder: Path, shape: Shape, seed: int) -> int:
 
 
 def _name_every_token(file: Path, vocabulary: int) -> None:
-    """Give every id a text: the gateway sends a token once it adds some, and random weights say any of them."""
+    """Give every id a text: the gateway sends tokens that add some, and random weights say any of them."""
     tokenizer = json.loads(file.read_text())
     named = tokenizer["model"]["vocab"]
     for token in range(max(named.values()) + 1, vocabulary):
