@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-clients fuzz test-core chaos lint format clean bench-gateway
+.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway
 
 setup: $(VENV)/.ready
 
@@ -45,6 +45,11 @@ $(CLIENTS)/.ready: $(CLIENTS_LOCKS) | $(VENV)/.ready
 
 test-clients: setup $(CLIENTS)/.ready
 	@$(BIN)/python -m pytest tests/clients
+
+# The stack of deploy/compose on a Docker engine; what it keeps for the next run is in build/compose, or where
+# PRISM_COMPOSE_CACHE says.
+test-compose: setup
+	@$(BIN)/python -m tests.compose
 
 fuzz: setup
 	@PRISM_FUZZ_CASES=$${CASES:-10000} PRISM_FUZZ_SEED=$${SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/fuzz -q -s

@@ -33,25 +33,27 @@ from prism.cli.tiny_models import make_tiny_models
 
 ROOT = Path(__file__).parents[2]
 CACHE_VARIABLE = "PRISM_COMPOSE_CACHE"
+COMMANDS_LOG = ROOT / "build" / "compose-commands.log"
+SERVICES_LOG = ROOT / "build" / "compose-services.log"
 
 
-async def rehearse_stack(engine: Engine, cache: Path, services_log: Path) -> tuple[Rehearsal, list[str]]:
+async def rehearse_stack(engine: Engine, cache: Path, services_log: TextIO) -> tuple[Rehearsal, list[str]]:
     """What the stack has shown, and what is left of it in the engine once it is down."""
     models = make_tiny_models(ROOT / "build" / "tiny-models", report=lambda line: None)
     with settings_file(cache) as (settings, nats_url):
-        stack = Stack(engine, ROOT / "deploy" / "compose", settings, nats_url)
+        stack = Stack(engine, ROOT / "deploy" / "compose", settings, nats_url, services_log)
         # An earlier run may have been killed, and the engine has taken up again what it had.
         await stack.down()
         try:
             seen = await rehearse(stack, models, lambda line: print(f"   {line}", flush=True))
         finally:
             with suppress(CommandFailed):
-                await stack.write_logs(services_log)
+                await stack.write_logs("at the end")
             await stack.down()
     return seen, await left_in_engine(engine)
 
 
-async def run(cache: Path, transcript: TextIO, services_log: Path) -> bool:
+async def run(cache: Path, transcript: TextIO, services_log: TextIO) -> bool:
     """The whole test; whether all was as it should be. Raises NoEngine, and what its steps raise."""
     began = time.monotonic()
     shell = Shell(transcript, own_environment())
@@ -72,7 +74,7 @@ async def run(cache: Path, transcript: TextIO, services_log: Path) -> bool:
     return store(Run(engine, base, images, seen, kept, left, time.monotonic() - began), ROOT)
 
 
-async def run_until_told_to_end(cache: Path, transcript: TextIO, services_log: Path) -> bool:
+async def run_until_told_to_end(cache: Path, transcript: TextIO, services_log: TextIO) -> bool:
     """As `run`; SIGTERM ends it as Ctrl-C does, with everything put back."""
     task = asyncio.current_task()
     assert task is not None
@@ -90,19 +92,17 @@ def main() -> int:
         help=f"what is kept between runs (default: {CACHE_VARIABLE}, else build/compose)",
     )
     options = parser.parse_args()
-    logs = ROOT / "build" / "compose-commands.log"
-    services_log = ROOT / "build" / "compose-services.log"
     cache = options.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
-    logs.parent.mkdir(exist_ok=True)
-    with logs.open("w", buffering=1) as transcript:
+    COMMANDS_LOG.parent.mkdir(exist_ok=True)
+    with COMMANDS_LOG.open("w", buffering=1) as transcript, SERVICES_LOG.open("w") as services_log:
         try:
             return 0 if asyncio.run(run_until_told_to_end(cache, transcript, services_log)) else 1
         except NoEngine as error:
             print(f"compose: skipped, {error}")
             return 0
         except (CommandFailed, NotInstallable, NotThere, Unexpected) as error:
-            print(f"compose: failed, {error}\n   more in {logs} and {services_log}")
+            print(f"compose: failed, {error}\n   more in {COMMANDS_LOG} and {SERVICES_LOG}")
             return 1
         except (asyncio.CancelledError, KeyboardInterrupt):
             print("compose: ended before it was done")

@@ -79,7 +79,7 @@ def meaning(rules: str) -> list[str]:
         if line.startswith("*"):
             table = line[1:]
         elif line.startswith(":"):
-            chain, policy = line.split()[:2]
+            chain, policy = line[1:].split()[:2]
             if policy != "ACCEPT":
                 lines.append(f"{table} {chain} {policy}")
         elif line.startswith("-"):

@@ -42,7 +42,7 @@ class PackageConfiguration:
         files = {}
         if self.pip:
             content = configparser.RawConfigParser()
-            content["global"] = {name: value.replace("\n", "\n  ") for name, value in self.pip.items()}
+            content["global"] = self.pip
             files["pip_config"] = folder / "pip.conf"
             files["pip_config"].touch(mode=0o600)
             with files["pip_config"].open("w") as file:

@@ -1,5 +1,6 @@
 """The stack's life from `up` to `down`, under load: scaled both ways, a gateway and a worker killed."""
 
+import asyncio
 import random
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from tests.chaos.traffic import COMPLETE, Exchange, Traffic, traffic
 from tests.compose.checks import Unexpected, check_client, first_token, until_counted
 from tests.compose.stack import NotThere, Stack
 
+from prism.common.messages.models import ModelState
+
 CLIENTS = 6
 MEANWHILE = 8
 ENOUGH = 60
@@ -20,6 +23,7 @@ SEED = 5
 FIRST_TOKEN_DEADLINE_S = 180.0
 REQUESTS_DEADLINE_S = 150.0
 REPLACED_DEADLINE_S = 120.0
+LOOK_S = 0.1
 SCALED = ("gateway", "global_scheduler", "gpu_worker")
 FIRST_MODEL = "tiny-llama"
 
@@ -39,8 +43,13 @@ class Rehearsal:
 
     @property
     def retried(self) -> int:
-        """Requests that were asked again on another gateway."""
+        """Requests that a gateway refused, or whose gateway went away, and that were asked again."""
         return sum(1 for each in self.exchanges if each.refused or each.breaks)
+
+    @property
+    def breaks(self) -> list[str]:
+        """Each connection that ended before its answer was whole."""
+        return [line for exchange in self.exchanges for line in exchange.breaks]
 
 
 async def rehearse(stack: Stack, models: list[Path], tell: Callable[[str], None]) -> Rehearsal:
@@ -92,6 +101,8 @@ async def _under_load(
         seen.seconds[f"{service}_replaced"] = time.monotonic() - began
         tell(f"{killed.name} killed, there again after {seen.seconds[f'{service}_replaced']:.1f} s")
         await _more(flow)
+    # Of containers that go, logs go too.
+    await stack.write_logs("before it is scaled down")
     began = time.monotonic()
     await stack.scale(dict.fromkeys(SCALED, 1))
     await _right(stack, view, 1)
@@ -108,8 +119,24 @@ async def _right(stack: Stack, view: ClusterView, count: int) -> None:
     """Wait until `count` of each scaled service are there, for clients, for the bus, and for each other."""
     await stack.ready(count, REPLACED_DEADLINE_S)
     await until_counted(stack.nats_url, _counts(count), REPLACED_DEADLINE_S)
+    await _all_serve(view, count)
     if wrong := await view.until_right(count, REPLACED_DEADLINE_S):
         raise Unexpected(f"after {REPLACED_DEADLINE_S:.0f} s: {'; '.join(wrong)}")
+
+
+async def _all_serve(view: ClusterView, workers: int) -> None:
+    """Wait until each of `workers` workers has a model that takes requests, which none has at once."""
+    deadline = time.monotonic() + REPLACED_DEADLINE_S
+    while time.monotonic() < deadline:
+        serving = [
+            name
+            for name, report in view.living().items()
+            if any(load.state is ModelState.ACTIVE for load in report.models)
+        ]
+        if len(serving) == workers == len(view.living()):
+            return
+        await asyncio.sleep(LOOK_S)
+    raise Unexpected(f"not {workers} workers serve after {REPLACED_DEADLINE_S:.0f} s, but {serving}")
 
 
 def _counts(scaled: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import httpx
 from tests.compose.docker_engine import Engine
@@ -49,12 +49,16 @@ class Container:
 
 @dataclass
 class Stack:
-    """The stack of one engine. `gateways` is kept up to date by `followed`, as a load balancer's list is."""
+    """The stack of one engine, from the compose file in `folder` with the `settings` of a file.
+
+    `gateways` is kept up to date while it is `followed`, as a load balancer's list is.
+    """
 
     engine: Engine
     folder: Path
     settings: Path
     nats_url: str
+    services_log: TextIO
     gateways: list[str] = field(default_factory=list)
 
     async def up(self) -> None:
@@ -96,12 +100,12 @@ class Stack:
         """End everything, with all volumes. Raises CommandFailed."""
         await self._compose("down", "--volumes", "--remove-orphans", timeout_s=DOWN_DEADLINE_S)
 
-    async def write_logs(self, path: Path) -> None:
-        """What the services have said, to `path`. Raises CommandFailed."""
+    async def write_logs(self, when: str) -> None:
+        """Add to `services_log` what the services have said so far. Raises CommandFailed."""
         told = await self._compose(
             "logs", "--no-color", "--timestamps", f"--tail={LOG_LINES}", timeout_s=LOG_DEADLINE_S
         )
-        await asyncio.to_thread(path.write_text, told)
+        self.services_log.write(f"=== {when}\n{told}")
 
     async def containers(self, service: str | None = None) -> list[Container]:
         """Those of one service or of all, stopped ones too. Raises CommandFailed."""
@@ -122,7 +126,8 @@ class Stack:
         """See where gateways listen now. Raises CommandFailed."""
         found = await self.containers("gateway")
         ports = sorted(port for each in found if each.status == "running" for port in each.ports)
-        self.gateways = [f"http://127.0.0.1:{port}" for port in ports]
+        # While there is none, clients try where the last ones were.
+        self.gateways = [f"http://127.0.0.1:{port}" for port in ports] or self.gateways
 
     @asynccontextmanager
     async def followed(self) -> AsyncIterator[None]:
