@@ -21,14 +21,19 @@ DEADLINE_S = 10
 
 @contextmanager
 def registering_gateway() -> Iterator[tuple[str, list[str]]]:
-    """A gateway that is ready at once and knows one more model each time that it is asked for them: its URL,
-    and the models, in the order in which it gets to know them."""
-    coming = ["first", "second"]
+    """A gateway that is ready at once and learns one more thing of two models each time that it is asked for
+    them: its URL, and what it knows by now, in that order."""
+    coming = ["first", "second", "first is read", "second is no good"]
     known: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps({"data": [{"id": model} for model in known]}).encode()
+            entries: list[dict[str, object]] = [{"id": model, "state": "cold"} for model in known[:2]]
+            if "first is read" in known:
+                entries[0]["context_length"] = 512
+            if "second is no good" in known:
+                entries[1]["state"] = "failed"
+            body = json.dumps({"data": entries}).encode()
             if self.path == "/v1/models" and coming:
                 known.append(coming.pop(0))
             self.send_response(200)
@@ -55,7 +60,7 @@ async def test_a_ready_gateway_that_does_not_know_the_models_yet_is_waited_for()
         with registering_gateway() as (url, known):
             async with asyncio.timeout(DEADLINE_S):
                 await wait_until_served(url, {"first", "second"}, failure)
-            assert known == ["first", "second"]
+            assert known == ["first", "second", "first is read", "second is no good"]
     finally:
         await end_task(failure)
 

@@ -92,7 +92,8 @@ def engine_processes(system: RunningSystem) -> dict[str, psutil.Process]:
     found = {}
     for process in descendants(worker.pid):
         title = " ".join(command_line(process)).split()
-        if title[:1] == ["prism-engine"]:
+        # A title that is just being written may lack the model.
+        if title[:1] == ["prism-engine"] and len(title) > 1:
             found[title[1]] = process
     return found
 

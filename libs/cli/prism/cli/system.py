@@ -35,6 +35,7 @@ from prism.common.process import die_with_parent
 log = logging.getLogger(__name__)
 
 READY_DEADLINE_S = 120.0
+FOLDERS_READ_S = 20.0
 STOP_DEADLINE_S = 45.0
 KILL_DEADLINE_S = 5.0
 RESTART_DELAY_S = 1.0
@@ -405,17 +406,29 @@ def _socket(folder: Path, store: str) -> str:
 async def wait_until_served(url: str, models: set[str], failure: "asyncio.Future[Any]") -> None:
     """Wait until the gateway at `url` is ready and knows `models`: the scheduler registers them meanwhile.
 
-    The caller bounds the wait. Raises PrismError with what `failure` says once that is done.
+    For FOLDERS_READ_S also until the store has read each model's folder, or said why it can't; one that is
+    fetched from a hub takes longer, and is not waited for. The caller bounds the wait. Raises PrismError with
+    what `failure` says once that is done.
     """
+    listed_at: float | None = None
     async with httpx.AsyncClient(base_url=url, timeout=5) as client:
         while True:
             try:
                 if (await client.get("/readyz")).status_code == 200:
-                    listed = (await client.get("/v1/models")).json()["data"]
-                    if models <= {entry["id"] for entry in listed}:
-                        return
+                    entries = (await client.get("/v1/models")).json()["data"]
+                    listed = {entry["id"]: entry for entry in entries}
+                    if models <= listed.keys():
+                        listed_at = listed_at or time.monotonic()
+                        unread = [name for name in models if not _is_read(listed[name])]
+                        if not unread or time.monotonic() - listed_at > FOLDERS_READ_S:
+                            return
             except httpx.HTTPError as error:
                 log.debug("gateway not there yet: %s", error)
             if failure.done():
                 raise PrismError(ErrorCode.INTERNAL, str(failure.result()))
             await asyncio.sleep(0.1)
+
+
+def _is_read(entry: dict[str, Any]) -> bool:
+    """Whether an entry of /v1/models says what its folder holds, or that it is no good."""
+    return entry.get("context_length") is not None or entry.get("state") == "failed"
