@@ -17,16 +17,17 @@ log = logging.getLogger(__name__)
 
 WARM_DEADLINE_S = 300.0
 RETRY_S = 5.0
+EXIT_DEADLINE_S = 5.0
 
 
 class WarmShells:
-    """Keeps `count` shells warm. Made by `warm_shells`."""
+    """Keeps `count` shells warm. Made by `warm_shells`. `changed` tells when one gets warm or is taken."""
 
     def __init__(self, shells: StartedShells, count: int) -> None:
         self._shells = shells
         self._count = count
         self._warm: deque[Shell] = deque()
-        self._changed = asyncio.Condition()
+        self.changed = asyncio.Condition()
 
     @property
     def ready(self) -> bool:
@@ -37,35 +38,35 @@ class WarmShells:
         """A warm shell; another one is begun in its place. Raises PrismError(internal, retry) when none gets
         warm within WARM_DEADLINE_S."""
         try:
-            async with asyncio.timeout(WARM_DEADLINE_S), self._changed:
+            async with asyncio.timeout(WARM_DEADLINE_S), self.changed:
                 while True:
                     while self._warm:
                         shell = self._warm.popleft()
-                        self._changed.notify_all()
+                        self.changed.notify_all()
                         if not shell.exited.done():
                             return shell
-                    await self._changed.wait()
+                    await self.changed.wait()
         except TimeoutError as error:
             raise PrismError(
                 ErrorCode.INTERNAL,
-                f"no engine process got ready within {WARM_DEADLINE_S:.0f} s; its log says why",
+                f"no engine process got ready within {WARM_DEADLINE_S:g} s; its log says why",
                 retry=True,
             ) from error
 
     async def keep(self) -> None:
         """Start shells one after the other, until cancelled."""
         while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: len(self._warm) < self._count)
+            async with self.changed:
+                await self.changed.wait_for(lambda: len(self._warm) < self._count)
             try:
                 shell = await self._warmed()
             except PrismError as error:
-                log.error("%s; trying again in %.0f s", error.message, RETRY_S)
+                log.error("%s; trying again in %g s", error.message, RETRY_S)
                 await asyncio.sleep(RETRY_S)
                 continue
-            async with self._changed:
+            async with self.changed:
                 self._warm.append(shell)
-                self._changed.notify_all()
+                self.changed.notify_all()
 
     async def _warmed(self) -> Shell:
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -84,9 +85,11 @@ class WarmShells:
         waited: list[asyncio.Future[Any]] = [told, shell.exited]
         try:
             await asyncio.wait(waited, timeout=WARM_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
-            if os.read(read, 1) if told.done() else b"":
+            if told.done() and os.read(read, 1):
                 return shell
-            how = shell.exited.result() if shell.exited.done() else f"not warm after {WARM_DEADLINE_S:.0f} s"
+            # A pipe that ends without a word is that of a process that does, a moment later.
+            await asyncio.wait({shell.exited}, timeout=EXIT_DEADLINE_S if told.done() else 0)
+            how = shell.exited.result() if shell.exited.done() else f"not warm after {WARM_DEADLINE_S:g} s"
             shell.connection.close()
             raise PrismError(ErrorCode.INTERNAL, f"an engine process did not get ready: {how}", retry=True)
         finally:

@@ -12,7 +12,7 @@ from prism.gpu_worker.shells import ShellSource
 from prism.gpu_worker.warm_shells import WarmShells, warm_shells
 
 MIB = 1 << 20
-SHELL_MODULE = "prism.gpu_worker.cuda_shell"
+SHELL_MODULE = "prism.gpu_worker.engine.cuda_shell"
 # A context with cuBLAS, graphs, SGLang's buffers and torch's cache: measured, see docs/gpu.md.
 FIXED_BYTES = 2048 * MIB
 ACTIVATION_SLACK_BYTES = 4096 * MIB
