@@ -65,5 +65,5 @@ async def test_a_shell_that_ends_before_it_is_warm_is_started_again(
 async def test_whoever_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async with warm_shells(MODULE, 1, {"NEVER_WARM": "yes"}) as shells:
         monkeypatch.setattr(module, "WARM_DEADLINE_S", 0.05)
-        with pytest.raises(PrismError, match="no engine process got ready within 0.05 s"):
+        with pytest.raises(PrismError, match=r"no engine process got ready within 0\.05 s"):
             await shells.take()

@@ -90,11 +90,22 @@ class WarmShells:
             # A pipe that ends without a word is that of a process that does, a moment later.
             await asyncio.wait({shell.exited}, timeout=EXIT_DEADLINE_S if told.done() else 0)
             how = shell.exited.result() if shell.exited.done() else f"not warm after {WARM_DEADLINE_S:g} s"
-            shell.connection.close()
             raise PrismError(ErrorCode.INTERNAL, f"an engine process did not get ready: {how}", retry=True)
+        except BaseException:
+            shell.connection.close()
+            raise
         finally:
             loop.remove_reader(read)
             os.close(read)
+
+    async def close(self) -> None:
+        """Let go of the shells that nobody took: the end of its socket ends each."""
+        for shell in self._warm:
+            shell.connection.close()
+        ending = {shell.exited for shell in self._warm}
+        self._warm.clear()
+        if ending:
+            await asyncio.wait(ending, timeout=EXIT_DEADLINE_S)
 
 
 @asynccontextmanager
@@ -111,3 +122,4 @@ async def warm_shells(module: str, count: int, environment: Mapping[str, str]) -
             yield shells
         finally:
             await end_task(keeper)
+            await shells.close()

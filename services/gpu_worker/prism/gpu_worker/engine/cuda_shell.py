@@ -1,7 +1,7 @@
 """A warm shell on a GPU: SGLang imported and a CUDA context made before there is a model for it.
 
-Run as `python -m prism.gpu_worker.engine.cuda_shell CONNECTION WARM`, two inherited file descriptors: the socket to
-the worker, and a pipe that gets a byte once the shell is warm.
+Run as `python -m prism.gpu_worker.engine.cuda_shell CONNECTION WARM`, two inherited file descriptors: the
+socket to the worker, and a pipe that gets a byte once the shell is warm.
 """
 
 import gc
