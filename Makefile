@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway
+.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway bench-activation
 
 setup: $(VENV)/.ready
 
@@ -78,6 +78,12 @@ $(PEERS)/.ready: $(PEERS_LOCK) | $(VENV)/.ready
 
 bench-gateway: setup $(PEERS)/.ready
 	@$(BIN)/python -m prism.bench.gateway --peers $(PEERS)/bin/python
+
+# On a GPU host (docs/gpu.md), with the cells that there is time for; `merge` makes one file of several runs.
+CELLS ?= wake_small wake_14b cycles
+bench-activation: setup
+	@$(BIN)/python -m prism.bench.activation cell $(CELLS)
+	@$(BIN)/python -m prism.bench.activation merge $(CELLS:%=build/bench-activation/%.json)
 
 format: setup
 	@$(BIN)/ruff check --fix .

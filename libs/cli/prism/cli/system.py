@@ -59,7 +59,7 @@ class SystemSettings:
     nats_port: int = 0
     host: str = "127.0.0.1"
     port: int = 0
-    worker_memory_gb: float = 4.0
+    worker_memory_gb: float | None = 4.0
     store_memory_gb: float | None = None
     image_dir: Path | None = None
     mode: str = "full"
@@ -387,7 +387,8 @@ def _arguments(
         case "gpu_worker":
             worker = [*common, "--device", settings.device, "--first-gpu-id", str(number - 1)]
             worker += ["--store-socket", _socket(folder, stores[(number - 1) % len(stores)])]
-            worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
+            if settings.worker_memory_gb is not None:
+                worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
             return [*worker, "--drain-s", str(settings.drain_s)]
         case "global_scheduler":
             scheduler = [*common, "--placement", str(settings.placement)]

@@ -48,7 +48,7 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
 @click.option("--node", envvar="PRISM_NODE", show_envvar=True, default=node_name, help="Name of this host.")
 @click.option(
     "--device",
-    type=click.Choice(["cpu", "simulated"]),
+    type=click.Choice(["cpu", "cuda", "simulated"]),
     envvar="PRISM_DEVICE",
     show_envvar=True,
     default="cpu",
@@ -65,12 +65,35 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     help="Cluster-wide id of this worker's first GPU. auto: the lowest that no other worker has.",
 )
 @click.option(
+    "--gpu",
+    type=click.IntRange(min=0),
+    envvar="PRISM_GPU",
+    show_envvar=True,
+    default=0,
+    help="cuda: which of this machine's GPUs, as nvidia-smi numbers them.",
+)
+@click.option(
+    "--warm-shells",
+    type=click.IntRange(min=1),
+    envvar="PRISM_WARM_SHELLS",
+    show_envvar=True,
+    default=1,
+    help="cuda: engine processes that are started ahead of need.",
+)
+@click.option(
+    "--attention-backend",
+    envvar="PRISM_ATTENTION_BACKEND",
+    show_envvar=True,
+    default="triton",
+    help="cuda: SGLang's attention backend (triton, fa3 where it is installed, flashinfer).",
+)
+@click.option(
     "--worker-memory-gb",
     type=float,
     envvar="PRISM_WORKER_MEMORY_GB",
     show_envvar=True,
-    default=4.0,
-    help="What weights and KV caches may take, in 10^9 bytes.",
+    help="What weights, KV caches and (cuda) engines may take, in 10^9 bytes. "
+    "[default: 4; cuda: the GPU's memory less room for activations]",
 )
 @click.option(
     "--store-socket",
@@ -143,7 +166,10 @@ def main(
     node: str,
     device: str,
     first_gpu_id: int | None,
-    worker_memory_gb: float,
+    gpu: int,
+    warm_shells: int,
+    attention_backend: str,
+    worker_memory_gb: float | None,
     store_socket: str,
     admission: str,
     max_running_requests: int,
@@ -165,12 +191,12 @@ def main(
         identity.gpu_ids = gpu_ids
 
     async def serve(stop: asyncio.Event) -> None:
-        if worker_memory_gb <= 0:
+        if worker_memory_gb is not None and worker_memory_gb <= 0:
             raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
             # Engines begin their imports, which take longer than ids do.
-            _device(device) as engines,
+            _device(device, gpu, warm_shells, attention_backend) as engines,
             claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
@@ -180,7 +206,7 @@ def main(
                 publisher,
                 drain_s=drain_s,
                 admission=admission_policies[admission](),
-                memory_limit_bytes=int(worker_memory_gb * GB),
+                memory_limit_bytes=_memory_limit(engines, worker_memory_gb),
                 store_socket=store_socket,
                 limits=EngineLimits(max_running_requests, chunked_prefill_tokens, engine_stall_s),
             ),
@@ -193,24 +219,39 @@ def main(
                 metadata={
                     "node": node,
                     "device": device,
-                    "memory_gb": f"{worker_memory_gb:g}",
+                    "memory_gb": f"{_memory_limit(engines, worker_memory_gb) / GB:g}",
                     "admission": admission,
                 },
             ),
         ):
+            limit_gb = _memory_limit(engines, worker_memory_gb) / GB
             ids = ", ".join(map(str, identity.gpu_ids))
-            log.info(
-                "worker %s ready: %s, GPU ids %s, %.3f GB", identity.worker, device, ids, worker_memory_gb
-            )
+            log.info("worker %s ready: %s, GPU ids %s, %.3f GB", identity.worker, device, ids, limit_gb)
             await stop.wait()
 
     sys.exit(run_service("gpu_worker", serve))
 
 
-def _device(name: str) -> AbstractAsyncContextManager[Device]:
+def _device(
+    name: str, gpu: int, warm_shells: int, attention_backend: str
+) -> AbstractAsyncContextManager[Device]:
     if name == "simulated":
         return simulated_device(costs_from(os.environ))
+    if name == "cuda":
+        # Its libraries are there where GPUs are.
+        from prism.gpu_worker.devices.cuda import DECODE_GRAPH_SIZES, cuda_device
+
+        return cuda_device(
+            gpu,
+            warm=warm_shells,
+            attention_backend=attention_backend,
+            decode_graph_sizes=DECODE_GRAPH_SIZES,
+        )
     return cpu_device()
+
+
+def _memory_limit(device: Device, chosen_gb: float | None) -> int:
+    return device.default_memory_bytes if chosen_gb is None else int(chosen_gb * GB)
 
 
 if __name__ == "__main__":

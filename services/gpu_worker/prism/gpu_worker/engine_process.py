@@ -78,8 +78,6 @@ class EngineProcess:
         self._next_call = 0
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
-        self._weights_fd: int | None = None
-        self._kv_fd: int | None = None
         self._reason = ""
 
     async def open(self) -> None:
@@ -92,7 +90,6 @@ class EngineProcess:
         ready = await self._call(build, deadline_s)
         if not isinstance(ready, Ready):
             raise PrismError(ErrorCode.INTERNAL, f"engine {self.pid} answered a start with {ready}")
-        self._weights_fd, self._kv_fd = ready.weights_fd, ready.kv_fd
         return ready
 
     async def doze(self, deadline_s: float) -> Done:
@@ -120,18 +117,6 @@ class EngineProcess:
     def abort(self, rid: str) -> None:
         """Ask the engine to stop `rid`; a final output follows if it was running."""
         self._send(Abort(rid))
-
-    def resident_bytes(self) -> tuple[int, int]:
-        """Memory that stands behind weights and KV cache now, in bytes, as the kernel counts it."""
-        return self._arena_bytes(self._weights_fd), self._arena_bytes(self._kv_fd)
-
-    def _arena_bytes(self, fd: int | None) -> int:
-        if fd is None or self.ended.done():
-            return 0
-        try:
-            return os.stat(f"/proc/{self.pid}/fd/{fd}").st_blocks * 512
-        except OSError:
-            return 0
 
     async def close(self) -> None:
         """End the engine: closing its socket asks for it, a signal enforces it. Returns when it is gone."""

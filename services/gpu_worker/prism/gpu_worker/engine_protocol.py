@@ -4,6 +4,7 @@ One Unix stream socket an engine: length-prefixed msgpack. The socket is inherit
 disk, and its end is how each side learns of the other's death.
 """
 
+import enum
 import struct
 
 import msgspec
@@ -14,10 +15,27 @@ from prism.common.messages.generation import SamplingParams, TokenLogprob
 HEADER = struct.Struct("<I")
 
 
+class EngineDevice(enum.StrEnum):
+    """What an engine computes on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class EngineOptions(msgspec.Struct, frozen=True):
+    """What all engines of a device are told. CUDA graphs are kept for decode batches of
+    `decode_graph_sizes`, ascending; none without any."""
+
+    device: EngineDevice = EngineDevice.CPU
+    attention_backend: str = ""
+    decode_graph_sizes: list[int] = []
+
+
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     """Become an engine for this model. Answered by `Progress`, one `WeightsSized`, then `Ready` or `Failed`.
 
-    `kv_bytes` bounds the KV cache; `layout` names the engine image to ask the store for and to make.
+    `kv_bytes` bounds the KV cache; `weights_bytes` is what the worker has reserved for the weights until they
+    are sized; `layout` names the engine image to ask the store for and to make.
     """
 
     call: int
@@ -31,6 +49,8 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     chunked_prefill_tokens: int
     copy_threads: int
     store_deadline_s: float
+    weights_bytes: int = 0
+    options: EngineOptions = EngineOptions()
 
 
 class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):
@@ -84,8 +104,8 @@ class WeightsSized(msgspec.Struct, frozen=True, tag="weights_sized"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine serves. File descriptors name its memory arenas, so that the worker can see for itself
-    how much memory stands behind them (`/proc/<pid>/fd/<n>`)."""
+    """The engine serves. On a CPU, file descriptors name its memory arenas, so that the worker can see for
+    itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1."""
 
     call: int
     pid: int
@@ -96,6 +116,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     max_prompt_tokens: int
     imaged: bool
     seconds: dict[str, float]
+    weights_bytes: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

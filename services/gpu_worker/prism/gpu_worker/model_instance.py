@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 STORE_DEADLINE_S = 600.0
 IMAGE_DEADLINE_S = 20.0
 SLOWEST_COPY_BYTES_PER_S = 500e6
+ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
+FREED_DEADLINE_S = 2.0
+FREED_POLL_S = 0.002
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
@@ -120,17 +123,18 @@ class ModelInstance:
     async def _wake(self, deadline_s: float) -> dict[str, float]:
         assert self.engine is not None
         # The engine's KV pool was made for its first quota; it wakes with the same.
-        self._ledger.reserve(
+        self._ledger.resize(
             self.name, weights=self._weights_bytes, kv=self._kv_bytes, fixed=self._device.fixed_bytes
         )
         self.set_state(ModelState.WAKING)
         try:
-            done = await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
+            async with self._device.copying:
+                done = await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
         except BaseException as error:
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
-            rolled_back = isinstance(error, PrismError) and error.code is ErrorCode.STORE_UNAVAILABLE
-            if rolled_back and not sum(self.engine.resident_bytes()):
-                self._ledger.release(self.name)
+            rolled_back = isinstance(error, PrismError) and error.code in ROLLED_BACK
+            if rolled_back and not self._left_bytes():
+                self._hold_fixed()
                 self.set_state(ModelState.DOZING)
             else:
                 await self.discard_engine(*_after(error, "wake failed"))
@@ -182,6 +186,8 @@ class ModelInstance:
             max_running_requests=self._limits.max_running_requests,
             chunked_prefill_tokens=self._limits.chunked_prefill_tokens,
             copy_threads=self._device.copy_threads,
+            weights_bytes=self._ledger.held(self.name).weights,
+            options=self._device.options,
             store_deadline_s=STORE_DEADLINE_S,
         )
 
@@ -251,13 +257,24 @@ class ModelInstance:
         return {**done.seconds, "total": time.perf_counter() - began}
 
     async def _confirm_freed(self) -> None:
-        assert self.engine is not None
-        left = sum(self.engine.resident_bytes())
+        # A driver may take a moment to count.
+        deadline = time.monotonic() + FREED_DEADLINE_S
+        while (left := self._left_bytes()) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(FREED_POLL_S)
         if left:
             raise PrismError(
                 ErrorCode.INTERNAL, f"{self.name}: {left} bytes are still mapped after the engine freed them"
             )
-        self._ledger.release(self.name)
+        self._hold_fixed()
+
+    def _hold_fixed(self) -> None:
+        """A dozing engine keeps what its process costs, and nothing else."""
+        self._ledger.resize(self.name, fixed=self._device.fixed_bytes)
+
+    def _left_bytes(self) -> int:
+        if self.engine is None or self.ready is None or self.engine.ended.done():
+            return 0
+        return self._device.left_bytes(self.engine.pid, self.ready)
 
     async def discard_engine(self, state: ModelState, failure: str | None = None) -> None:
         """End the engine, if any; its memory is free when this returns, and the state is `state`."""
@@ -289,7 +306,9 @@ class ModelInstance:
 
     def resident_bytes(self) -> tuple[int, int]:
         """Memory that stands behind weights and KV cache now, as the kernel counts it."""
-        return self.engine.resident_bytes() if self.engine is not None else (0, 0)
+        if self.engine is None or self.ready is None or self.engine.ended.done():
+            return 0, 0
+        return self._device.resident_bytes(self.engine.pid, self.ready)
 
     def load(self, queued: int) -> ModelLoad:
         """What there is to report of this model now; bytes are what the kernel says is there."""

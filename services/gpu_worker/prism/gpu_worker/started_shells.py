@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from prism.common.errors import ErrorCode, PrismError
@@ -15,18 +15,22 @@ log = logging.getLogger(__name__)
 
 
 class StartedShells:
-    """Starts `python -m <module> FD <arguments>` for each shell. Made by `started_shells`."""
+    """Starts `python -m <module> FD <inherited FDs> <arguments>` for each shell. Made by `started_shells`."""
 
     ready = True
 
-    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self._module = module
+        self._environment = dict(environment)
         self._arguments = list(arguments)
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._watches: set[asyncio.Task[None]] = set()
 
-    async def take(self) -> Shell:
-        """A shell. Raises PrismError(internal) when no process can be started."""
+    async def take(self, inherited: Sequence[int] = ()) -> Shell:
+        """A shell, which gets the file descriptors `inherited`.
+
+        Raises PrismError(internal) when no process can be started.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
@@ -35,10 +39,11 @@ class StartedShells:
                     "-m",
                     self._module,
                     str(theirs.fileno()),
+                    *map(str, inherited),
                     *self._arguments,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), *inherited],
                     stdin=asyncio.subprocess.DEVNULL,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **self._environment},
                 )
             except BaseException as error:
                 ours.close()
@@ -68,9 +73,11 @@ class StartedShells:
 
 
 @asynccontextmanager
-async def started_shells(module: str, arguments: Sequence[str] = ()) -> AsyncIterator[StartedShells]:
-    """Shells of `module`; none is left at the end."""
-    shells = StartedShells(module, arguments)
+async def started_shells(
+    module: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> AsyncIterator[StartedShells]:
+    """Shells of `module`, with `environment` on top of ours; none is left at the end."""
+    shells = StartedShells(module, arguments, environment or {})
     try:
         yield shells
     finally:

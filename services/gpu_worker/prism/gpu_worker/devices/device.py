@@ -1,7 +1,9 @@
 """The device interface: how engines are made there and what their memory costs."""
 
+import asyncio
 from typing import Protocol
 
+from prism.gpu_worker.engine_protocol import EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
 
 
@@ -10,7 +12,8 @@ class Device(Protocol):
 
     `element_bytes` is the size of a weight or KV element there, None for the checkpoint's own;
     `dtype` is what engines are told to use; `fixed_bytes` is the device memory that an engine holds
-    beyond weights and KV cache in any tier above staged.
+    beyond weights and KV cache in any tier above staged. `copying` is held while weights are copied in, where
+    two copies at once would only slow each other down.
     """
 
     name: str
@@ -18,8 +21,19 @@ class Device(Protocol):
     dtype: str
     fixed_bytes: int
     copy_threads: int
+    options: EngineOptions
     shells: ShellSource
+    copying: asyncio.Semaphore
+    default_memory_bytes: int
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
         """Names the engine-layout images that engines of this device can take."""
+        ...
+
+    def resident_bytes(self, pid: int, ready: Ready) -> tuple[int, int]:
+        """Device memory behind weights and KV cache of a live engine now, by who counts it there."""
+        ...
+
+    def left_bytes(self, pid: int, ready: Ready) -> int:
+        """What a dozing engine still holds beyond `fixed_bytes`."""
         ...

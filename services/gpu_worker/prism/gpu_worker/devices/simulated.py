@@ -4,6 +4,7 @@ Its name stands in load reports, in the metadata of the micro service and in `/v
 takes what it says, or how fast, for a model's doing.
 """
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
@@ -11,12 +12,15 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
+from prism.gpu_worker.devices import arena_memory
 from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
+from prism.gpu_worker.engine_protocol import EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
 from prism.gpu_worker.started_shells import StartedShells, started_shells
 
 log = logging.getLogger(__name__)
 
+COPIES_AT_ONCE = 64
 ENGINE_MODULE = "prism.gpu_worker.devices.simulated_engine"
 
 
@@ -27,14 +31,25 @@ class SimulatedDevice:
     element_bytes: int | None = None
     dtype = "auto"
     fixed_bytes = 0
+    options = EngineOptions()
+    default_memory_bytes = 4_000_000_000
     copy_threads = 1
 
     def __init__(self, shells: StartedShells) -> None:
         self.shells: ShellSource = shells
+        self.copying = asyncio.Semaphore(COPIES_AT_ONCE)
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
         """Never deposited: these engines take the checkpoint."""
         return f"simulated/tp{tp_rank}of{tp_size}"
+
+    def resident_bytes(self, pid: int, ready: Ready) -> tuple[int, int]:
+        """As the kernel counts it."""
+        return arena_memory.resident_bytes(pid, ready)
+
+    def left_bytes(self, pid: int, ready: Ready) -> int:
+        """Everything that is still there."""
+        return arena_memory.left_bytes(pid, ready)
 
 
 @asynccontextmanager

@@ -14,15 +14,17 @@ from sglang.srt.managers import mm_utils
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
-from prism.gpu_worker.engine import memory_saver, seeds
-from prism.gpu_worker.engine.arena import MemoryArena
+from prism.common.messages.generation import SamplingParams
+from prism.gpu_worker.engine import seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
-from prism.gpu_worker.engine.scheduler import EngineScheduler
+from prism.gpu_worker.engine.platform import Platform, platform_for
+from prism.gpu_worker.engine.scheduler import PRIMING_RID, EngineScheduler
 from prism.gpu_worker.engine.weights import ModelWeights, loader_for
 from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.engine_protocol import (
     Dying,
     Failed,
+    Generate,
     Imaged,
     Ready,
     StartEngine,
@@ -32,8 +34,9 @@ from prism.gpu_worker.engine_protocol import (
 
 log = logging.getLogger(__name__)
 
-KV_ARENA_SLACK = 2
 EXIT_FAILED = 3
+PRIMING_PROMPT_TOKENS = 128
+PRIMING_NEW_TOKENS = 3
 
 # Prompts are token ids, never images. Left unset, the first request of each engine would import SGLang's
 # tokenizer manager only to find this out.
@@ -81,16 +84,16 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
         answer = link.receive()
         return isinstance(answer, WeightsGranted) and answer.granted
 
-    weights = ModelWeights(start, ask_for_memory=ask_for_memory, on_progress=link.send)
+    platform = platform_for(start)
+    weights = platform.weights_class(start, ask_for_memory=ask_for_memory, on_progress=link.send)
     weights.stage()
-    kv = MemoryArena("prism-kv", start.kv_bytes * KV_ARENA_SLACK)
-    memory_saver.install(kv)
+    platform.prepare()
     seeds.install()
     # Memory instead of a TCP port for the (one-rank) process group: nothing to collide with, nothing that an
     # engine killed here would leave on disk.
     group = os.memfd_create("prism-process-group")
     os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file:///proc/self/fd/{group}"
-    server_args = _server_args(start, weights)
+    server_args = _server_args(start, weights, platform)
     ports = PortArgs(
         tokenizer_ipc_name="",
         scheduler_input_ipc_name="",
@@ -101,40 +104,46 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
         tokenizer_worker_ipc_name=None,
         decoupled_spec_ipc_config=None,
     )
-    scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, kv=kv)
-    if kv.used > start.kv_bytes:
-        raise PrismError(
-            ErrorCode.OUT_OF_MEMORY,
-            f"{start.model}: the KV cache takes {kv.used} bytes, its quota is {start.kv_bytes}; "
-            "raise max_memory_pool_size",
+    scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, platform=platform)
+
+    def ready() -> None:
+        weights_fd, kv_fd = platform.arenas(weights)
+        link.send(
+            Ready(
+                call=start.call,
+                pid=os.getpid(),
+                weights_fd=weights_fd,
+                kv_fd=kv_fd,
+                kv_tokens=scheduler.max_total_num_tokens,
+                kv_bytes_per_token=_kv_bytes_per_token(scheduler),
+                max_prompt_tokens=scheduler.max_req_input_len,
+                imaged=weights.imaged,
+                seconds={**weights.seconds, "build": time.perf_counter() - began},
+                weights_bytes=weights.nbytes,
+            )
         )
-    assert weights.arena is not None
-    link.send(
-        Ready(
-            call=start.call,
-            pid=os.getpid(),
-            weights_fd=weights.arena.fd,
-            kv_fd=kv.fd,
-            kv_tokens=scheduler.max_total_num_tokens,
-            kv_bytes_per_token=_kv_bytes_per_token(scheduler),
-            max_prompt_tokens=scheduler.max_req_input_len,
-            imaged=weights.imaged,
-            seconds={**weights.seconds, "build": time.perf_counter() - began},
-        )
-    )
-    weights.export_behind(lambda seconds, error: link.send(Imaged(seconds, error)))
+        weights.export_behind(lambda seconds, error: link.send(Imaged(seconds, error)))
+
+    if platform.primed:
+        scheduler.on_primed = ready
+        scheduler.handle_generate(_priming_request(scheduler))
+    else:
+        ready()
     return scheduler
 
 
-def _server_args(start: StartEngine, weights: ModelWeights) -> ServerArgs:
+def _priming_request(scheduler: EngineScheduler) -> Generate:
+    """What has every kernel compiled and loaded that a request needs, before somebody waits for it."""
+    length = min(PRIMING_PROMPT_TOKENS, scheduler.max_req_input_len - PRIMING_NEW_TOKENS - 1)
+    sampling = SamplingParams(max_new_tokens=PRIMING_NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    return Generate(PRIMING_RID, [1] * max(1, length), sampling, None, 0)
+
+
+def _server_args(start: StartEngine, weights: ModelWeights, platform: Platform) -> ServerArgs:
     common = {
         "model_path": start.model_path,
-        "device": "cpu",
-        "attention_backend": "torch_native",
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        "disable_cuda_graph": True,
-        "disable_overlap_schedule": True,
         "dtype": start.dtype,
         "page_size": 1,
         "skip_tokenizer_init": True,
@@ -145,6 +154,7 @@ def _server_args(start: StartEngine, weights: ModelWeights) -> ServerArgs:
         "chunked_prefill_size": start.chunked_prefill_tokens,
         "log_level": "warning",
         "host": "127.0.0.1",
+        **platform.server_args(start),
     }
     config = ModelConfig(start.model_path, dtype=start.dtype)
     # A batch wider than the contexts that fit into the KV cache would only be retracted again.

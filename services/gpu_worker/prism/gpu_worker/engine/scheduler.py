@@ -22,12 +22,13 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams as WireSamplingParams
 from prism.common.messages.generation import TokenLogprob
-from prism.gpu_worker.engine.arena import MemoryArena
 from prism.gpu_worker.engine.link import EngineLink
+from prism.gpu_worker.engine.platform import KvMemory, Platform
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import Abort, Done, Doze, Generate, Outputs, TokenOutput, Wake
 
 LOWEST_LOGPROB = -1e30
+PRIMING_RID = "priming"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,10 @@ class StopTokens:
 
 
 class EngineScheduler(Scheduler):  # type: ignore[misc]
-    """One model's scheduler. `kv` and `weights` are what it gives back while dozing."""
+    """One model's scheduler. `kv` and `weights` are what it gives back while dozing.
+
+    `on_primed` is called once the request with PRIMING_RID has run, if there is one.
+    """
 
     def __init__(
         self,
@@ -54,15 +58,17 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         *,
         link: EngineLink,
         weights: ModelWeights,
-        kv: MemoryArena,
+        platform: Platform,
     ) -> None:
         self.link = link
         self.weights = weights
-        self.kv = kv
+        self.kv: KvMemory | None = None
+        self.on_primed: Callable[[], None] | None = None
         self.dozing = False
         self._told_load = (0, 0, 0, 0)
         self._doze_when_idle: Doze | None = None
         super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
+        self.kv = platform.kv_memory(self)
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         """Our socket instead of SGLang's ZMQ channels."""
@@ -169,12 +175,16 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
 
     def current_load(self) -> tuple[int, int, int, int]:
         """Requests running, requests waiting, KV tokens held by requests, forward passes so far."""
-        allocator = self.token_to_kv_pool_allocator
-        held = self.max_total_num_tokens - allocator.available_size() - self.tree_cache.evictable_size()
+        held = self.kv.held_tokens(self) if self.kv is not None else 0
         return len(self.running_batch.reqs), len(self.waiting_queue), held, self.forward_ct
 
     def tell(self, outputs: list[TokenOutput]) -> None:
         """Send outputs with the engine's load."""
+        if self.on_primed is not None:
+            if any(output.rid == PRIMING_RID and output.finish for output in outputs):
+                primed, self.on_primed = self.on_primed, None
+                primed()
+            return
         self._told_load = self.current_load()
         self.link.send(Outputs(outputs, *self._told_load))
 
@@ -201,6 +211,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         if self.dozing:
             return {}
         began = time.perf_counter()
+        assert self.kv is not None
         self.weights.unmap()
         self.flush_cache(empty_cache=False)
         self.kv.unmap()
@@ -210,11 +221,13 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
     def _wake(self) -> dict[str, float]:
         if not self.dozing:
             return {}
+        assert self.kv is not None
         began = time.perf_counter()
         self.weights.restore()
+        copied = time.perf_counter()
         self.kv.map()
         self.dozing = False
-        return {"copy": time.perf_counter() - began}
+        return {"copy": copied - began, "kv": time.perf_counter() - copied}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)

@@ -3,11 +3,13 @@
 The layout of the arena is the layout of the engine image: a wake is one contiguous copy.
 """
 
+import contextlib
 import mmap
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from sglang.srt.configs.model_config import ModelConfig
@@ -31,7 +33,10 @@ KEPT_INITIAL_VALUE_BYTES = 1 << 20
 
 
 class ModelWeights:
-    """Owns the lease of a model's image and the arena of its weights, for one engine's life."""
+    """Owns the lease of a model's image and the arena of its weights, for one engine's life.
+
+    Here for the CPU; `cuda_weights.py` has what a GPU does otherwise.
+    """
 
     def __init__(
         self,
@@ -47,7 +52,7 @@ class ModelWeights:
         self._layout: list[TensorEntry] = []
         self._export: threading.Thread | None = None
         self._export_error: ErrorBody | None = None
-        self.arena: MemoryArena | None = None
+        self.arena: Any = None
         self.seconds: dict[str, float] = {}
 
     def stage(self) -> None:
@@ -64,39 +69,60 @@ class ModelWeights:
             on_progress=lambda done, total: self._on_progress(Progress(done, total)),
         )
 
+    def initializing(self) -> contextlib.AbstractContextManager[Any]:
+        """Within this, a model is constructed, its weights without content."""
+        return contextlib.nullcontext()
+
     def fill(self, model: nn.Module, target: torch.device) -> None:
         """Move `model`'s tensors into an arena and put the leased image's content there."""
         assert self._lease is not None
-        tensors = _named_tensors(model)
+        tensors = named_tensors(model)
         self._layout = _layout(tensors)
-        nbytes = _end(self._layout)
+        nbytes = end_of(self._layout)
+        self._take_memory(nbytes)
+        self.arena = MemoryArena("prism-weights", nbytes)
+        _relocate(tensors, self._layout, self.arena)
+        began = time.perf_counter()
+        if self._image_fits():
+            self._copy_from_image(nbytes)
+        else:
+            self._lease_checkpoint()
+            DefaultModelLoader.load_weights_and_postprocess(model, self._checkpoint(), target)
+            self._check_filled()
+        self.seconds["load"] = time.perf_counter() - began
+        _check_in_place(named_tensors(model), self.arena)
+
+    def _take_memory(self, nbytes: int) -> None:
         if not self._ask_for_memory(nbytes):
             raise PrismError(
                 ErrorCode.OUT_OF_MEMORY,
                 f"{self._start.model} needs {nbytes} bytes for its weights, more than the worker has free",
                 retry=True,
             )
-        self.arena = MemoryArena("prism-weights", nbytes)
-        _relocate(tensors, self._layout, self.arena)
-        began = time.perf_counter()
-        if self._lease.kind is ImageKind.ENGINE and self._lease.manifest.tensors == self._layout:
-            self.arena.copy_in(self._lease.fd, nbytes, threads=self._start.copy_threads)
-        else:
-            if self._lease.kind is ImageKind.ENGINE:
-                # Made by an engine that lays this model out differently: build from the checkpoint instead.
-                self._lease.close()
-                self._lease = self._take_lease("")
-            self._load_checkpoint(model, target)
-        self.seconds["load"] = time.perf_counter() - began
-        _check_in_place(_named_tensors(model), self.arena)
 
-    def _load_checkpoint(self, model: nn.Module, target: torch.device) -> None:
+    def _image_fits(self) -> bool:
         assert self._lease is not None
-        manifest = self._lease.manifest
+        return self._lease.kind is ImageKind.ENGINE and self._lease.manifest.tensors == self._layout
+
+    def _lease_checkpoint(self) -> None:
+        """Have the checkpoint on lease, be it in the place of an image that is laid out otherwise."""
+        assert self._lease is not None
+        if self._lease.kind is ImageKind.ENGINE:
+            self._lease.close()
+            self._lease = self._take_lease("")
+
+    def _checkpoint(self) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self._lease is not None
         # Not closed by hand: the mapping goes when the last tensor over it does.
         content = mmap.mmap(self._lease.fd, self._lease.nbytes, access=mmap.ACCESS_COPY)
-        DefaultModelLoader.load_weights_and_postprocess(model, _checkpoint_tensors(manifest, content), target)
-        self._check_filled()
+        return _checkpoint_tensors(self._lease.manifest, content)
+
+    def _copy_from_image(self, nbytes: int) -> None:
+        assert self._lease is not None
+        self.arena.copy_in(self._lease.fd, nbytes, threads=self._start.copy_threads)
+
+    def _copy_to_image(self, fd: int, nbytes: int) -> None:
+        self.arena.copy_out(fd, nbytes)
 
     def _check_filled(self) -> None:
         """Raises PrismError when the checkpoint had nothing for a part of the weights: SGLang passes that
@@ -110,6 +136,11 @@ class ModelWeights:
                     f"the checkpoint holds nothing for {missing} of {entry.nbytes} bytes of {entry.name}; "
                     "do config.json and the weights belong together, and are all weight files there?",
                 )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena that weights take."""
+        return end_of(self._layout)
 
     @property
     def imaged(self) -> bool:
@@ -137,7 +168,7 @@ class ModelWeights:
     def _export_image(self) -> None:
         assert self.arena is not None
         assert self._lease is not None  # the checkpoint's
-        nbytes = _end(self._layout)
+        nbytes = end_of(self._layout)
         manifest = ImageManifest(
             fingerprint=self._lease.manifest.fingerprint,
             kind=ImageKind.ENGINE,
@@ -147,7 +178,7 @@ class ModelWeights:
         )
         fd = create_memfd("prism-image", nbytes)
         try:
-            self.arena.copy_out(fd, nbytes)
+            self._copy_to_image(fd, nbytes)
             deposit(
                 self._start.store_socket,
                 self._start.model,
@@ -178,7 +209,7 @@ class ModelWeights:
         assert self._lease is not None
         self.arena.map()
         try:
-            self.arena.copy_in(self._lease.fd, _end(self._layout), threads=self._start.copy_threads)
+            self._copy_from_image(end_of(self._layout))
         except OSError as error:
             self.arena.unmap()
             raise PrismError(
@@ -195,12 +226,12 @@ def loader_for(weights: ModelWeights) -> type[BaseModelLoader]:
         def download_model(self, model_config: ModelConfig) -> None:
             """The store has it."""
 
-        def load_model(self, *, model_config: ModelConfig, device_config: object) -> nn.Module:
+        def load_model(self, *, model_config: ModelConfig, device_config: Any) -> nn.Module:
             """The model, its weights in place."""
-            target = torch.device("cpu")
+            target = torch.device(device_config.device)
             quantization = _get_quantization_config(model_config, self.load_config)
             with set_default_torch_dtype(model_config.dtype):
-                with target:
+                with target, weights.initializing():
                     model: nn.Module = _initialize_model(model_config, self.load_config, quantization)
                 weights.fill(model, target)
             return model.eval()
@@ -208,7 +239,8 @@ def loader_for(weights: ModelWeights) -> type[BaseModelLoader]:
     return ImageLoader
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What an image of `model` holds: parameters, and buffers that a checkpoint may have."""
     parameters: list[tuple[str, torch.Tensor]] = list(model.named_parameters())
     persistent = set(model.state_dict(keep_vars=True))
     return parameters + [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
@@ -225,7 +257,8 @@ def _layout(tensors: list[tuple[str, torch.Tensor]]) -> list[TensorEntry]:
     return entries
 
 
-def _end(layout: list[TensorEntry]) -> int:
+def end_of(layout: list[TensorEntry]) -> int:
+    """Bytes from the arena's start to the end of its last tensor."""
     return max((entry.offset + entry.nbytes for entry in layout), default=0)
 
 

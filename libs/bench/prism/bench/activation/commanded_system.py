@@ -1,0 +1,173 @@
+"""A running system without a scheduler, whose worker is told what to do by the benchmark itself.
+
+So a figure runs from the command on the bus to the first byte out of the gateway, with no decision in it.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from msgspec import convert
+from nats.aio.msg import Msg
+
+from prism.cli.system import SystemSettings, running_system
+from prism.common import subjects
+from prism.common.bus import Bus, connect_bus
+from prism.common.errors import PrismError
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.load import LoadReport
+from prism.common.messages.models import ModelFacts, ModelSpec
+from prism.common.messages.placement import Command, CommandKind, CommandOutcome
+from prism.common.mirror import mirror_bucket
+from prism.scheduling.memory import kv_reservation
+
+COMMAND_DEADLINE_S = 400.0
+ANSWER_DEADLINE_S = 120.0
+EPOCH = 1
+
+
+@dataclass
+class Answer:
+    """A streamed completion: when its first byte came (monotonic seconds), and what it said."""
+
+    first_byte_at: float = 0.0
+    text: str = ""
+    error: str = ""
+
+
+@dataclass
+class CommandedSystem:
+    """The bus, the gateway and the worker of a running system.
+
+    `requested_at` and `framed_at` are when the last request and the frames of its answer were on the bus, in
+    seconds on the monotonic clock.
+    """
+
+    bus: Bus
+    http: httpx.AsyncClient
+    specs: dict[str, ModelSpec]
+    facts: dict[str, ModelFacts]
+    worker: str = ""
+    reported: asyncio.Event = field(default_factory=asyncio.Event)
+    requested_at: float = 0.0
+    framed_at: list[float] = field(default_factory=list)
+
+    async def command(self, kind: CommandKind, model: str) -> CommandOutcome:
+        """Tell the worker, and wait for what came of it. Raises PrismError with its error."""
+        spec, facts = self.specs[model], self.facts[model]
+        command = Command(
+            kind,
+            EPOCH,
+            spec,
+            facts,
+            deadline_s=COMMAND_DEADLINE_S,
+            drain_s=10.0,
+            kv_bytes=kv_reservation(spec, facts, None),
+        )
+        subject = subjects.command(self.worker)
+        outcome = await self.bus.request(subject, command, CommandOutcome, timeout_s=COMMAND_DEADLINE_S + 10)
+        if outcome.error is not None:
+            raise PrismError.from_body(outcome.error)
+        return outcome
+
+    async def complete(self, model: str, prompt: list[int], tokens: int) -> Answer:
+        """A greedy streamed completion of token ids."""
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        answer = Answer()
+        request = self.http.stream("POST", "/v1/completions", json=body, timeout=ANSWER_DEADLINE_S)
+        async with request as response:
+            async for line in response.aiter_lines():
+                if not line.startswith("data: "):
+                    answer.error += line
+                    continue
+                if not answer.first_byte_at:
+                    answer.first_byte_at = time.monotonic()
+                if line != "data: [DONE]":
+                    event = json.loads(line.removeprefix("data: "))
+                    answer.error += json.dumps(event["error"]) if "error" in event else ""
+                    answer.text += "".join(choice["text"] for choice in event.get("choices", []))
+        return answer
+
+    async def parked(self, count: int) -> None:
+        """Wait until the gateway has so many requests parked."""
+        async with asyncio.timeout(ANSWER_DEADLINE_S):
+            while True:
+                metrics = (await self.http.get("/metrics")).text.splitlines()
+                lines = [line for line in metrics if line.startswith("prism_gateway_parked")]
+                if sum(float(line.rsplit(" ", 1)[1]) for line in lines) >= count:
+                    return
+                await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def commanded_system(
+    models: dict[str, Path], folder: Path, *, kv_gb: float, log: Path
+) -> AsyncIterator[CommandedSystem]:
+    """NATS, store, worker on a GPU and gateway; `models` registered, none of them started."""
+    placement = folder / "placement.json"
+    placement.write_text("[]")
+    settings = SystemSettings(
+        placement=placement,
+        store_memory_gb=100.0,
+        worker_memory_gb=None,
+        image_dir=folder / "images",
+        device="cuda",
+        schedulers=0,
+        log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
+    )
+    place = [{"gpu_ids": [0], "on": False, "max_memory_pool_size": kv_gb}]
+    with log.open("w", buffering=1) as lines:
+        async with (
+            running_system(settings, lambda name, line: print(name, line, file=lines)) as system,
+            connect_bus(system.nats_url, name="bench") as bus,
+            httpx.AsyncClient(base_url=system.gateway_url) as http,
+        ):
+            bucket = await bus.bucket(subjects.BUCKET_MODELS)
+            specs = {
+                name: convert(
+                    {"model_name": name, "model_path": str(path), "init_placements": place}, ModelSpec
+                )
+                for name, path in models.items()
+            }
+            for name, spec in specs.items():
+                await bucket.put(subjects.spec_key(name), encode(spec))
+            commanded = CommandedSystem(bus, http, specs, {})
+
+            async def on_load(message: Msg) -> None:
+                report = decode(message.data, LoadReport)
+                if report.ready:
+                    commanded.worker = report.worker
+                    commanded.reported.set()
+
+            async def on_request(_: Msg) -> None:
+                commanded.requested_at = time.monotonic()
+                commanded.framed_at = []
+
+            async def on_frame(_: Msg) -> None:
+                commanded.framed_at.append(time.monotonic())
+
+            await bus.subscribe(subjects.load("*"), on_load, inline=True)
+            await bus.subscribe(subjects.request("x", "*").replace(".x.", ".*."), on_request, inline=True)
+            await bus.subscribe(subjects.replies("*"), on_frame, inline=True)
+            async with (
+                mirror_bucket(bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*") as facts,
+                asyncio.timeout(COMMAND_DEADLINE_S),
+            ):
+                await commanded.reported.wait()
+                while len(facts.values) < len(models):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                commanded.facts = {fact.model: fact for fact in facts.values.values()}
+            yield commanded

@@ -1,0 +1,65 @@
+"""NVIDIA GPUs: SGLang engines with CUDA graphs and kvcached; the driver tells what memory they hold."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from prism.gpu_worker.devices.gpu_memory import GpuMemory, gpu_memory
+from prism.gpu_worker.engine_protocol import EngineDevice, EngineOptions, Ready
+from prism.gpu_worker.shells import ShellSource
+from prism.gpu_worker.warm_shells import WarmShells, warm_shells
+
+MIB = 1 << 20
+SHELL_MODULE = "prism.gpu_worker.engine.cuda_shell"
+# A context with cuBLAS, graphs, SGLang's buffers and torch's cache: measured, see docs/gpu.md.
+FIXED_BYTES = 2048 * MIB
+ACTIVATION_SLACK_BYTES = 4096 * MIB
+DECODE_GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+MOST_COPY_THREADS = 16
+
+
+class CudaDevice:
+    """Engines on one GPU. `memory` is what the driver counts there."""
+
+    name = "cuda"
+    element_bytes: int | None = None
+    dtype = "auto"
+    fixed_bytes = FIXED_BYTES
+
+    def __init__(
+        self, memory: GpuMemory, shells: WarmShells, attention_backend: str, decode_graph_sizes: Sequence[int]
+    ) -> None:
+        self.memory = memory
+        self.shells: ShellSource = shells
+        self.copying = asyncio.Semaphore(1)
+        self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
+        self.options = EngineOptions(EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)))
+        self.default_memory_bytes = memory.total_bytes - ACTIVATION_SLACK_BYTES
+
+    def layout(self, tp_rank: int, tp_size: int) -> str:
+        """Engine, version, kind of GPU, dtype and rank: an image of any other is not ours to use."""
+        device = f"sm{self.memory.compute_capability}"
+        return f"sglang-{version('sglang')}/{device}/{self.dtype}/tp{tp_rank}of{tp_size}"
+
+    def resident_bytes(self, pid: int, ready: Ready) -> tuple[int, int]:
+        """What the driver counts beyond the engine's fixed cost: weights first, the rest is KV cache."""
+        beyond = self.left_bytes(pid, ready)
+        weights = min(beyond, ready.weights_bytes)
+        return weights, beyond - weights
+
+    def left_bytes(self, pid: int, ready: Ready) -> int:
+        """What the driver counts for the engine beyond its fixed cost."""
+        return max(0, self.memory.used_by(pid) - self.fixed_bytes)
+
+
+@asynccontextmanager
+async def cuda_device(
+    index: int, *, warm: int, attention_backend: str, decode_graph_sizes: Sequence[int]
+) -> AsyncIterator[CudaDevice]:
+    """GPU `index` of this machine, with `warm` shells kept ready for the next models."""
+    with gpu_memory(index) as memory:
+        environment = {"CUDA_VISIBLE_DEVICES": memory.uuid}
+        async with warm_shells(SHELL_MODULE, warm, environment) as shells:
+            yield CudaDevice(memory, shells, attention_backend, decode_graph_sizes)

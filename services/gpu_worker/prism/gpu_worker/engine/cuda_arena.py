@@ -1,0 +1,129 @@
+"""GPU memory that can be given back while its addresses stay, so that CUDA graphs over it stay valid.
+
+The GPU's counterpart of `arena.py`: an address range of fixed size, grown piece by piece while a model is
+built in it; dozing unmaps all of it, waking maps it again and fills it at the speed of the bus.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from prism.gpu_worker.engine import cuda_driver
+from prism.gpu_worker.engine.arena import align
+from prism.gpu_worker.engine.registered_image import RegisteredImage
+
+TENSOR_ALIGNMENT = 256
+GROWTH_BYTES = 256 * 1024 * 1024
+REMAPPED_BYTES = 1024 * 1024 * 1024
+# Two halves of a NaN in every 16-bit float type; no checkpoint holds a page of it.
+UNTOUCHED = 0x7FC57FC5
+COMPARED_WORDS = 1 << 26
+
+
+class CudaArena:
+    """`capacity` bytes of GPU address space, of which the first `mapped_bytes` have memory behind them."""
+
+    def __init__(self, device: int, capacity: int) -> None:
+        self._device = device
+        self._granularity = cuda_driver.granularity(device)
+        self.capacity = align(max(capacity, 1), self._granularity)
+        self.address = cuda_driver.reserve_addresses(self.capacity)
+        self.used = 0
+        self.mapped_bytes = 0
+        self._pieces: list[tuple[int, int, Any]] = []
+        self._stream = torch.cuda.Stream(device)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether memory stands behind the arena."""
+        return self.mapped_bytes > 0
+
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over the next free bytes, which are filled with UNTOUCHED.
+
+        Raises PrismError(out_of_memory) when the device, MemoryError when the address range is full.
+        """
+        offset = align(self.used, TENSOR_ALIGNMENT)
+        end = offset + math.prod(shape) * dtype.itemsize
+        self.grow(end)
+        self.used = end
+        return self.view(offset, shape, dtype)
+
+    def grow(self, nbytes: int) -> None:
+        """Have memory behind the first `nbytes` at least."""
+        if nbytes <= self.mapped_bytes:
+            return
+        if nbytes > self.capacity:
+            raise MemoryError(f"the arena has addresses for {self.capacity} bytes, {nbytes} are asked for")
+        wanted = min(max(nbytes - self.mapped_bytes, GROWTH_BYTES), self.capacity - self.mapped_bytes)
+        self._map_piece(align(wanted, self._granularity))
+        offset, size, _ = self._pieces[-1]
+        cuda_driver.fill_words(self.address + offset, UNTOUCHED, size)
+
+    def _map_piece(self, nbytes: int) -> None:
+        offset = self.mapped_bytes
+        handle = cuda_driver.map_memory(self._device, self.address + offset, nbytes)
+        self._pieces.append((offset, nbytes, handle))
+        self.mapped_bytes += nbytes
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over the mapped bytes at `offset`."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        device = torch.device("cuda", self._device)
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype, device=device)
+        flat = torch.as_tensor(_DeviceBytes(self.address + offset, nbytes), device=device)
+        return flat.view(dtype).view(shape)
+
+    def untouched_bytes(self, offset: int, nbytes: int) -> int:
+        """Bytes of this part that nothing has been written to since it was mapped; 0 if that is less than
+        a page, which a few weights may look like by chance."""
+        begin = align(offset, 4)
+        words = self.view(begin, ((offset + nbytes - begin) // 4,), torch.int32)
+        untouched = sum(int((part == UNTOUCHED).sum().item()) for part in words.split(COMPARED_WORDS))
+        return untouched * 4 if untouched * 4 >= 4096 else 0
+
+    def unmap(self) -> None:
+        """Give all memory back once the GPU is done with it; the addresses stay reserved."""
+        torch.cuda.synchronize(self._device)
+        for offset, nbytes, handle in self._pieces:
+            cuda_driver.unmap_memory(self.address + offset, nbytes, handle)
+        self._pieces.clear()
+        self.mapped_bytes = 0
+
+    def copy_in(self, source: RegisteredImage, nbytes: int) -> None:
+        """Fill the first `nbytes` from the image, with memory behind them where there is none yet.
+
+        Mapping goes on while the pieces before are copied. Done when this returns; on failure what was mapped
+        stays so. Raises PrismError(out_of_memory).
+        """
+        stream = self._stream.cuda_stream
+        for offset, size in source.pieces():
+            size = min(size, nbytes - offset)
+            while self.mapped_bytes < offset + size:
+                left = align(max(self.used, nbytes), self._granularity) - self.mapped_bytes
+                self._map_piece(min(left, REMAPPED_BYTES))
+            cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
+        self._stream.synchronize()
+
+    def copy_out(self, target: RegisteredImage, nbytes: int) -> None:
+        """Copy the first `nbytes` into host memory; done when this returns."""
+        stream = self._stream.cuda_stream
+        for offset, size in target.pieces():
+            size = min(size, nbytes - offset)
+            cuda_driver.copy_to_host(target.address + offset, self.address + offset, size, stream)
+        self._stream.synchronize()
+
+
+class _DeviceBytes:
+    """Bytes of GPU memory as the array interface that torch takes without a copy."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }

@@ -1,0 +1,105 @@
+"""The CUDA driver's memory calls that engines need, with errors that say what was asked for.
+
+Addresses and sizes are bytes. The context is the process's primary one, which torch has made.
+"""
+
+from typing import Any
+
+from cuda.bindings import driver
+
+from prism.common.errors import ErrorCode, PrismError
+
+
+def check(result: tuple[Any, ...], what: str) -> Any:
+    """The values of a driver call without its status.
+
+    Raises PrismError: out_of_memory (retry) when the device has too little, else internal.
+    """
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, name = driver.cuGetErrorName(status)
+        text = f"{what}: {name.decode() if name else status}"
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            too_little = f"the GPU has too little free memory for {text}"
+            raise PrismError(ErrorCode.OUT_OF_MEMORY, too_little, retry=True)
+        raise PrismError(ErrorCode.INTERNAL, text)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _properties(device: int) -> Any:
+    properties = driver.CUmemAllocationProp()
+    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = device
+    return properties
+
+
+def granularity(device: int) -> int:
+    """What sizes of physical memory are multiples of."""
+    flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+    return int(check(driver.cuMemGetAllocationGranularity(_properties(device), flag), "granularity"))
+
+
+def reserve_addresses(nbytes: int) -> int:
+    """Address space without memory behind it."""
+    return int(check(driver.cuMemAddressReserve(nbytes, 0, 0, 0), f"reserving {nbytes} bytes of addresses"))
+
+
+def free_addresses(address: int, nbytes: int) -> None:
+    """Give address space back."""
+    check(driver.cuMemAddressFree(address, nbytes), f"freeing {nbytes} bytes of addresses")
+
+
+def map_memory(device: int, address: int, nbytes: int) -> Any:
+    """Put fresh memory of `device` behind `nbytes` from `address`; returns the handle to unmap it with.
+
+    All or nothing. Raises PrismError(out_of_memory).
+    """
+    handle = check(driver.cuMemCreate(nbytes, _properties(device), 0), f"{nbytes} bytes")
+    try:
+        check(driver.cuMemMap(address, nbytes, 0, handle, 0), f"mapping {nbytes} bytes")
+        try:
+            access = driver.CUmemAccessDesc()
+            access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            access.location.id = device
+            access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            check(driver.cuMemSetAccess(address, nbytes, [access], 1), f"access to {nbytes} bytes")
+        except BaseException:
+            driver.cuMemUnmap(address, nbytes)
+            raise
+    except BaseException:
+        driver.cuMemRelease(handle)
+        raise
+    return handle
+
+
+def unmap_memory(address: int, nbytes: int, handle: Any) -> None:
+    """Take the memory of a `map_memory` away again and free it; nothing may be using it."""
+    check(driver.cuMemUnmap(address, nbytes), f"unmapping {nbytes} bytes")
+    check(driver.cuMemRelease(handle), f"releasing {nbytes} bytes")
+
+
+def register_host(address: int, nbytes: int) -> None:
+    """Pin host memory, so that copies of it run at the speed of the bus."""
+    flags = driver.CU_MEMHOSTREGISTER_PORTABLE
+    check(driver.cuMemHostRegister(address, nbytes, flags), f"registering {nbytes} bytes of host memory")
+
+
+def unregister_host(address: int) -> None:
+    """Undo `register_host`."""
+    check(driver.cuMemHostUnregister(address), "unregistering host memory")
+
+
+def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Enqueue a copy from registered host memory."""
+    check(driver.cuMemcpyHtoDAsync(target, source, nbytes, stream), f"copying {nbytes} bytes to the GPU")
+
+
+def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Enqueue a copy to registered host memory."""
+    check(driver.cuMemcpyDtoHAsync(target, source, nbytes, stream), f"copying {nbytes} bytes from the GPU")
+
+
+def fill_words(target: int, word: int, nbytes: int) -> None:
+    """Set `nbytes` (a multiple of 4) to a 32-bit pattern."""
+    check(driver.cuMemsetD32(target, word, nbytes // 4), f"filling {nbytes} bytes")

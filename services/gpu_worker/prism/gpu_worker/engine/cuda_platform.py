@@ -1,0 +1,47 @@
+"""Engines on an NVIDIA GPU: CUDA graphs for decoding, the KV cache under kvcached."""
+
+from typing import Any
+
+from prism.gpu_worker.engine.cuda_weights import CudaModelWeights
+from prism.gpu_worker.engine.kvcached_memory import KvcachedMemory
+from prism.gpu_worker.engine.weights import ModelWeights
+from prism.gpu_worker.engine_protocol import StartEngine
+
+# What kvcached and SGLang make their address ranges from; how much of it is used is the quota's business.
+ADDRESSED_SHARE = 0.9
+
+
+class CudaPlatform:
+    """SGLang on the one GPU that this process sees."""
+
+    weights_class = CudaModelWeights
+    primed = True
+
+    def __init__(self) -> None:
+        self._limit_bytes = 0
+
+    def prepare(self) -> None:
+        """Nothing: kvcached's patch is there since SGLang was imported."""
+
+    def server_args(self, start: StartEngine) -> dict[str, Any]:
+        """Decode graphs for the chosen batch sizes, none for prefill, batches prepared while one runs."""
+        self._limit_bytes = start.kv_bytes
+        sizes = [size for size in start.options.decode_graph_sizes if size <= start.max_running_requests]
+        if start.max_running_requests not in sizes:
+            sizes.append(start.max_running_requests)
+        graphs = {"cuda_graph_bs_decode": sizes, "cuda_graph_max_bs_decode": sizes[-1]}
+        return {
+            "device": "cuda",
+            "attention_backend": start.options.attention_backend,
+            "disable_prefill_cuda_graph": True,
+            "mem_fraction_static": ADDRESSED_SHARE,
+            **(graphs if start.options.decode_graph_sizes else {"disable_cuda_graph": True}),
+        }
+
+    def kv_memory(self, scheduler: Any) -> KvcachedMemory:
+        """kvcached's pool, within its quota from here on."""
+        return KvcachedMemory(scheduler, self._limit_bytes)
+
+    def arenas(self, weights: ModelWeights) -> tuple[int, int]:
+        """The driver counts this memory, no file does."""
+        return -1, -1

@@ -1,0 +1,173 @@
+"""A model's weights on a GPU: constructed in place, copied in and out at the speed of the bus.
+
+Twice the weights would not fit beside each other, so the model is constructed in the arena from the start:
+what its layers allocate with `torch.empty` lies there. Loading and post-processing may replace tensors
+(quantised weights); those are moved into the arena behind the others. An engine from an image does
+the same with no content in them, so that it comes to the same layout, and then copies the image over it all.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sglang.srt.model_loader.loader import DefaultModelLoader
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.store import ImageKind, TensorEntry
+from prism.gpu_worker.engine.cuda_arena import CudaArena
+from prism.gpu_worker.engine.registered_image import RegisteredImage
+from prism.gpu_worker.engine.weights import ModelWeights, end_of, named_tensors
+
+PLACED_FROM_BYTES = 64 * 1024
+ADDRESS_SLACK = 2
+LEAST_ADDRESSES = 8 << 30
+
+
+class CudaModelWeights(ModelWeights):
+    """Weights of one engine on the GPU `gpu` of this process."""
+
+    arena: CudaArena
+
+    def __init__(self, *args: Any, gpu: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gpu = gpu
+        self._registered: RegisteredImage | None = None
+
+    @contextlib.contextmanager
+    def initializing(self) -> Iterator[None]:
+        """Construct the model in the arena."""
+        capacity = max(self._start.weights_bytes * ADDRESS_SLACK, LEAST_ADDRESSES)
+        self.arena = CudaArena(self._gpu, capacity)
+        with _PlaceIn(self.arena):
+            yield
+
+    def fill(self, model: nn.Module, target: torch.device) -> None:
+        """Give the constructed model its content, from the leased image if that fits, else the checkpoint."""
+        assert self._lease is not None
+        began = time.perf_counter()
+        if self._lease.kind is ImageKind.ENGINE:
+            # No content yet, only the tensors that post-processing leaves.
+            DefaultModelLoader.load_weights_and_postprocess(_Unloaded(model), iter(()), target)
+            self._settle(model)
+            if self._image_fits():
+                self._copy_from_image(end_of(self._layout))
+            else:
+                raise PrismError(
+                    ErrorCode.MODEL_FAILED,
+                    f"the engine image of {self._start.model} has another layout than this engine gives it; "
+                    "delete it from the store's image folder, it is made anew",
+                )
+        else:
+            DefaultModelLoader.load_weights_and_postprocess(model, self._checkpoint(), target)
+            self._settle(model)
+            self._check_filled()
+        self.seconds["load"] = time.perf_counter() - began
+
+    def _settle(self, model: nn.Module) -> None:
+        """Have every tensor in the arena, and know where."""
+        entries = []
+        for name, tensor in named_tensors(model):
+            if tensor.numel() and not self._holds(tensor):
+                if tensor.is_contiguous():
+                    placed = self.arena.place(tuple(tensor.shape), tensor.dtype)
+                else:
+                    placed = self._place_strided(name, tensor)
+                placed.copy_(tensor.data)
+                tensor.data = placed
+            offset = tensor.data_ptr() - self.arena.address if tensor.numel() else 0
+            nbytes = tensor.numel() * tensor.element_size()
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(name, offset, nbytes, dtype, tuple(tensor.shape)))
+        self._layout = entries
+        torch.cuda.empty_cache()
+        self._take_memory(end_of(entries))
+
+    def _place_strided(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in steps)
+        if span != math.prod(tensor.shape):
+            raise PrismError(
+                ErrorCode.UNSUPPORTED,
+                f"the weights of {self._start.model} can't be put into an image exactly: {name} has strides "
+                f"{tensor.stride()} over shape {tuple(tensor.shape)}; use another quantisation of the model",
+            )
+        flat = self.arena.place((span,), tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride())
+
+    def _holds(self, tensor: torch.Tensor) -> bool:
+        return 0 <= int(tensor.data_ptr()) - self.arena.address < self.arena.used
+
+    def _copy_from_image(self, nbytes: int) -> None:
+        assert self._lease is not None
+        registered = self._register(self._lease.fd, nbytes)
+        began = time.perf_counter()
+        self.arena.copy_in(registered, nbytes)
+        self.seconds["copy"] = time.perf_counter() - began
+
+    def restore(self) -> None:
+        """Map memory again and copy the weights back; on failure nothing is held."""
+        assert self._lease is not None
+        try:
+            self._copy_from_image(end_of(self._layout))
+        except BaseException:
+            self.arena.unmap()
+            raise
+
+    def _copy_to_image(self, fd: int, nbytes: int) -> None:
+        torch.cuda.set_device(self._gpu)
+        self.arena.copy_out(self._register(fd, nbytes), nbytes)
+
+    def _register(self, fd: int, nbytes: int) -> RegisteredImage:
+        """The image of `fd`, pinned; kept for the next wake."""
+        image = RegisteredImage.of(fd, nbytes, self._registered)
+        if image is not self._registered and self._registered is not None:
+            self._registered.close()
+        self._registered = image
+        return image
+
+    def _export_image(self) -> None:
+        super()._export_image()
+        assert self._lease is not None
+        # The store lends what it was given, or an equal image that it had already.
+        self._register(self._lease.fd, end_of(self._layout))
+
+
+class _PlaceIn(TorchFunctionMode):  # type: ignore[misc]
+    """Within this mode, larger tensors of `torch.empty` lie in an arena."""
+
+    def __init__(self, arena: CudaArena) -> None:
+        super().__init__()
+        self._arena = arena
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and torch.device(kwargs.get("device") or "cuda").type == "cuda":
+            shape = tuple(kwargs["size"] if "size" in kwargs else args[0] if _is_shape(args) else args)
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            if math.prod(shape) * dtype.itemsize >= PLACED_FROM_BYTES:
+                return self._arena.place(shape, dtype)
+        return func(*args, **kwargs)
+
+
+def _is_shape(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and not isinstance(args[0], int)
+
+
+class _Unloaded:
+    """A model whose `load_weights` does nothing: everything else is the model's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def load_weights(self, weights: object) -> None:
+        """There are none yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)

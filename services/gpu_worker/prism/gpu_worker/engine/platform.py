@@ -1,0 +1,58 @@
+"""What differs between engines on a CPU and on a GPU, behind one interface."""
+
+from typing import Any, Protocol
+
+from prism.gpu_worker.engine.weights import ModelWeights
+from prism.gpu_worker.engine_protocol import EngineDevice, StartEngine
+
+
+class KvMemory(Protocol):
+    """The memory behind a KV cache, given back while dozing. `limit_bytes` at most is behind it."""
+
+    def map(self) -> None:
+        """Make the KV cache usable."""
+
+    def unmap(self) -> None:
+        """Give its memory back; nothing is cached in it any more."""
+
+    def held_tokens(self, scheduler: Any) -> int:
+        """Tokens of requests in it, without cached prefixes."""
+        ...
+
+
+class Platform(Protocol):
+    """One kind of device, for one engine's life."""
+
+    primed: bool
+    """Whether a request runs through the engine before it counts as ready: to compile and load kernels."""
+
+    @property
+    def weights_class(self) -> type[ModelWeights]:
+        """How weights come into the device's memory and leave it."""
+        ...
+
+    def prepare(self) -> None:
+        """Before the scheduler is made: what SGLang must find in place."""
+
+    def server_args(self, start: StartEngine) -> dict[str, Any]:
+        """SGLang's arguments that depend on the device."""
+        ...
+
+    def kv_memory(self, scheduler: Any) -> KvMemory:
+        """The scheduler's KV memory. Raises PrismError when it is not what it must be."""
+        ...
+
+    def arenas(self, weights: ModelWeights) -> tuple[int, int]:
+        """File descriptors of the memory behind weights and KV cache, -1 where there are none."""
+        ...
+
+
+def platform_for(start: StartEngine) -> Platform:
+    """The platform that `start` names; imports only that one's libraries."""
+    if start.options.device is EngineDevice.CUDA:
+        from prism.gpu_worker.engine.cuda_platform import CudaPlatform
+
+        return CudaPlatform()
+    from prism.gpu_worker.engine.cpu_platform import CpuPlatform
+
+    return CpuPlatform(start)
