@@ -107,7 +107,7 @@ async def _own_engine(
         if earlier.run_is_on():
             raise NoEngine(f"another run (process {earlier.run}) uses {cache}")
         print("== putting back what an earlier run, which was killed, has left", flush=True)
-        await _tidy(shell, earlier)
+        await _tidy(shell, earlier, cache)
     if others := [each.pid for each in psutil.process_iter() if _is_engine(each)]:
         raise NoEngine(f"a Docker engine runs (process {others[0]}) that does not answer here")
     before = await read_host_network(shell)
@@ -128,7 +128,7 @@ async def _own_engine(
             if process is not None:
                 await _end(process)
             shell.transcript.write(log.read_text(errors="replace") if log.exists() else "")
-            await _tidy(shell, running)
+            await _tidy(shell, running, cache)
             record.unlink()
 
 
@@ -217,16 +217,17 @@ def _is_engine(process: psutil.Process) -> bool:
         return False
 
 
-def mounts_below(folder: Path) -> list[str]:
-    """Where something is mounted below `folder`, the innermost first."""
+def mounts_within(folder: Path) -> list[str]:
+    """Where something is mounted on `folder` or below, the innermost first."""
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    return sorted((path for path in mounts if path.startswith(f"{folder}/")), reverse=True)
+    return sorted((path for path in mounts if f"{path}/".startswith(f"{folder}/")), reverse=True)
 
 
-async def _tidy(shell: Shell, ended: EngineRecord) -> None:
-    """Remove what an engine has left: processes, mounts, control groups, files, changes in the network."""
+async def _tidy(shell: Shell, ended: EngineRecord, cache: Path) -> None:
+    """Remove what an engine has left, but for its images in `cache`."""
     await _end_processes(ended.folder)
-    for mounted in mounts_below(ended.folder):
+    # An engine mounts the folder of its images onto itself.
+    for mounted in (*mounts_within(ended.folder), *mounts_within(cache)):
         await shell.run("umount", mounted, timeout_s=COMMAND_DEADLINE_S)
     await put_back(shell, ended.before)
     for cgroup in sorted(_cgroups(), reverse=True):

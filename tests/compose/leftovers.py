@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.compose.docker_engine import Engine, engine_processes, mounts_below
+from tests.compose.docker_engine import Engine, engine_processes, mounts_within
 from tests.compose.host_network import HostNetwork, differences, read_host_network
 from tests.compose.shell import Shell
 from tests.compose.stack import PROJECT
@@ -26,5 +26,5 @@ async def left_in_engine(engine: Engine) -> list[str]:
 async def left_in_system(shell: Shell, before: HostNetwork, cache: Path) -> list[str]:
     """Processes and mounts of an engine that kept its images in `cache`, and changes in the network."""
     processes = [f"process {each.pid}: {' '.join(each.cmdline())[:120]}" for each in engine_processes(cache)]
-    mounted = [f"mount {path}" for path in mounts_below(cache)]
+    mounted = [f"mount {path}" for path in mounts_within(cache)]
     return [*processes, *mounted, *differences(before, await read_host_network(shell))]
