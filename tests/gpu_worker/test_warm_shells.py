@@ -5,6 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.processes import command_line
 
 from prism.common.errors import PrismError
 from prism.gpu_worker import warm_shells as module
@@ -38,7 +39,7 @@ async def test_a_shell_is_warm_before_it_is_asked_for_and_replaced_when_taken() 
 async def test_a_warm_shell_that_dies_is_not_handed_out() -> None:
     async with warm_shells(MODULE, 1, {}) as shells:
         await until_ready(shells)
-        [waiting] = psutil.Process().children()
+        [waiting] = [child for child in psutil.Process().children() if MODULE in command_line(child)]
         waiting.kill()
         async with asyncio.timeout(DEADLINE_S):
             # The worker notices by the process's exit; until then the shell may still be handed out.
