@@ -84,13 +84,13 @@ async def read_prism(folder: Path, models: Path, seconds: float, readings: Readi
 async def read_other(stack: Stack, backend: OpenAIBackend, seconds: float, readings: Readings) -> None:
     """Everything about a stack in front of the OpenAI backend."""
     told = readings.taker(stack.name)
-    # Requests come first: what 256 streams have saturated is still at them when they have left.
     await backend.pace(REQUEST_STEP_MS)
     await read_requests(stack, seconds, told)
-    await backend.pace(STEP_MS)
-    await read_latency(stack, told)
     await backend.pace(0)
     await read_throughput(stack, seconds, "tokens", told)
+    # Last: what 256 streams have saturated is still at them when they have left.
+    await backend.pace(STEP_MS)
+    await read_latency(stack, told)
 
 
 async def run(folder: Path, models: Path, peers: Path | None, seconds: float) -> Readings:
