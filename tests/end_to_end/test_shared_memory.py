@@ -21,11 +21,22 @@ LIMIT_BYTES = int(WORKER_MEMORY_GB * 1e9)
 SAMPLE_INTERVAL_S = 0.05
 
 
+def held_at_one_instant(system: RunningSystem) -> int:
+    """What stands behind all arenas of all engines, as the kernel counts it; never more than was there at once.
+
+    Engines are looked at one after the other, and one can doze and the next wake between two looks. So each is
+    looked at twice: the lower of both is what it held at the instant between the two rounds, or less.
+    """
+    processes = engine_processes(system).values()
+    first = [arena_bytes(process.pid) for process in processes]
+    second = [arena_bytes(process.pid) for process in processes]
+    return sum(map(min, first, second))
+
+
 async def sample_arenas(system: RunningSystem, samples: list[int]) -> None:
-    """Note what stands behind all arenas of all engines, again and again, as the kernel counts it."""
+    """Note what all engines hold, again and again."""
     while True:
-        processes = engine_processes(system).values()
-        samples.append(sum(arena_bytes(process.pid) for process in processes))
+        samples.append(held_at_one_instant(system))
         await asyncio.sleep(SAMPLE_INTERVAL_S)
 
 
