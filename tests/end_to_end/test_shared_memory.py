@@ -22,10 +22,11 @@ SAMPLE_INTERVAL_S = 0.05
 
 
 def held_at_one_instant(system: RunningSystem) -> int:
-    """What stands behind all arenas of all engines, as the kernel counts it; never more than was there at once.
+    """What stands behind all arenas of all engines, as the kernel counts it; never more than was there at
+    once.
 
-    Engines are looked at one after the other, and one can doze and the next wake between two looks. So each is
-    looked at twice: the lower of both is what it held at the instant between the two rounds, or less.
+    Engines are looked at one after the other, and one can doze and the next wake between two looks. So each
+    is looked at twice: the lower of both is what it held at the instant between the two rounds, or less.
     """
     processes = engine_processes(system).values()
     first = [arena_bytes(process.pid) for process in processes]

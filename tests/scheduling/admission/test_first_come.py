@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism.scheduling.admission import EngineCapacity, FirstComeAdmission, QueuedRequest, policies
+from prism.scheduling.admission import EngineCapacity, FirstComeAdmission, GpuWork, QueuedRequest, policies
 
 pytestmark = pytest.mark.core
 
@@ -24,7 +24,7 @@ def engine(
 
 
 def select(queue: list[QueuedRequest], engines: dict[str, EngineCapacity], now: float = 1.0) -> list[str]:
-    return FirstComeAdmission().select(queue, engines, now)
+    return FirstComeAdmission().select(queue, engines, GpuWork(), now).rids
 
 
 def test_it_is_registered_by_name() -> None:

@@ -19,6 +19,7 @@ from prism.gpu_worker.model_instance import ModelInstance
 from prism.scheduling.admission import (
     AdmissionPolicy,
     EngineCapacity,
+    GpuWork,
     QueuedRequest,
 )
 
@@ -130,8 +131,10 @@ class GenerationRequests:
         """Release every queued request that admission lets start now."""
         if not self._entries:
             return
-        chosen = self._admission.select(list(self._entries.values()), self._capacities(), time.monotonic())
-        for rid in chosen:
+        admitted = self._admission.select(
+            list(self._entries.values()), self._capacities(), GpuWork(), time.monotonic()
+        )
+        for rid in admitted.rids:
             entry = self._queued.pop(rid)
             del self._entries[rid]
             self._running[rid] = entry

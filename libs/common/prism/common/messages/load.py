@@ -8,7 +8,13 @@ from prism.common.messages.models import ModelState
 class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model on one worker. Bytes are what it holds of the device's memory now; `idle_s` is the time
     since it last had a request queued or running; `failure` says why it last failed, if it did;
-    `engine_steps` counts forward passes of its engine."""
+    `engine_steps` counts forward passes of its engine.
+
+    `kv_wanted_bytes` is what the requests here, queued ones included, would take of KV cache. `queue_s` is
+    how long requests waited lately before the engine had them. `prefill_tokens_per_s` and `decode_step_s` are
+    as measured, None before that. The last four count finished requests that kept, or did not keep, their
+    objectives. `gpu_ids` are those of the worker's GPUs that it is on, empty for all.
+    """
 
     model: str
     state: ModelState
@@ -23,6 +29,16 @@ class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     generated_tokens: int = 0
     failure: str | None = None
     engine_steps: int = 0
+    kv_wanted_bytes: int = 0
+    queue_s: float = 0.0
+    prefill_tokens_per_s: float | None = None
+    decode_step_s: float | None = None
+    requests: int = 0
+    ttft_met: int = 0
+    ttft_missed: int = 0
+    tpot_met: int = 0
+    tpot_missed: int = 0
+    gpu_ids: list[int] = []
 
 
 class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):

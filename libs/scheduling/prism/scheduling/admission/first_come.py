@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from prism.scheduling.admission.policy import EngineCapacity, QueuedRequest
+from prism.scheduling.admission.policy import Admission, EngineCapacity, GpuWork, QueuedRequest
 
 
 class FirstComeAdmission:
@@ -14,8 +14,12 @@ class FirstComeAdmission:
     """
 
     def select(
-        self, queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], now: float
-    ) -> list[str]:
+        self,
+        queue: Sequence[QueuedRequest],
+        engines: Mapping[str, EngineCapacity],
+        gpu: GpuWork,
+        now: float,
+    ) -> Admission:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
         left: dict[str, EngineCapacity] = dict(engines)
         closed: set[str] = {model for model, engine in left.items() if not engine.accepting}
@@ -32,4 +36,4 @@ class FirstComeAdmission:
             left[request.model] = EngineCapacity(
                 engine.running + 1, engine.max_running, engine.kv_free_tokens - request.tokens
             )
-        return chosen
+        return Admission(chosen)

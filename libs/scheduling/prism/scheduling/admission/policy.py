@@ -1,6 +1,7 @@
 """What an admission policy sees and answers."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Protocol
 
 import msgspec
@@ -10,7 +11,9 @@ class QueuedRequest(msgspec.Struct, frozen=True):
     """A request that waits on a worker.
 
     `arrival_s` and `deadline_s` (the end of its whole time budget) are on the clock of `now`.
-    `max_new_tokens` is what it may generate at most.
+    `max_new_tokens` is what it may generate at most, `expected_new_tokens` what it probably will (None: not
+    known). `ttft_slo_s` is the time from arrival within which its first token is promised; infinite without a
+    promise. `weight` is its tenant's share relative to others', above 0.
     """
 
     rid: str
@@ -21,29 +24,75 @@ class QueuedRequest(msgspec.Struct, frozen=True):
     deadline_s: float
     priority: int = 0
     tenant: str = "default"
+    ttft_slo_s: float = inf
+    expected_new_tokens: int | None = None
+    weight: float = 1.0
 
     @property
     def tokens(self) -> int:
-        """KV tokens that it takes at most."""
-        return self.prompt_tokens + self.max_new_tokens
+        """KV tokens that it takes, as far as is known: at most, or probably."""
+        if self.expected_new_tokens is None:
+            return self.prompt_tokens + self.max_new_tokens
+        return self.prompt_tokens + min(self.max_new_tokens, self.expected_new_tokens)
+
+    @property
+    def first_token_due_s(self) -> float:
+        """When its first token is due, on the clock of `now`."""
+        return self.arrival_s + self.ttft_slo_s
 
 
 class EngineCapacity(msgspec.Struct, frozen=True):
-    """What one model's engine can take now. `kv_free_tokens` is its quota less all that the requests it
-    runs may still come to take; cached prefixes that can be evicted count as free."""
+    """What one model's engine can take now, and how fast it is. `kv_free_tokens` is its quota less all that
+    the requests it runs may still come to take; cached prefixes that can be evicted count as free.
+
+    Prefill of n tokens takes `prefill_fixed_s` + n / `prefill_tokens_per_s` seconds while nobody else uses
+    the GPU; an engine that has not been measured has an infinite rate. `decoding` requests of it are past
+    their prefill; one decode step of them takes `decode_step_s`, and `tpot_slo_s` is what each token is
+    promised in (infinite: no promise).
+    """
 
     running: int
     max_running: int
     kv_free_tokens: int
     accepting: bool = True
+    prefill_tokens_per_s: float = inf
+    prefill_fixed_s: float = 0.0
+    decoding: int = 0
+    decode_step_s: float = 0.0
+    tpot_slo_s: float = inf
+
+    def prefill_s(self, tokens: int) -> float:
+        """Seconds that the prefill of so many prompt tokens takes on a GPU that does nothing else."""
+        return self.prefill_fixed_s + tokens / self.prefill_tokens_per_s
+
+
+class GpuWork(msgspec.Struct, frozen=True):
+    """What the GPU that all engines share has been given already.
+
+    `prefill_until_s` is when the prefill of the requests released so far will probably be done, on the clock
+    of `now`; in the past when there is none.
+    """
+
+    prefill_until_s: float = 0.0
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """The `rids` to start now, in this order, and when to look again even if nothing happens until then."""
+
+    rids: list[str]
+    again_at_s: float | None = None
 
 
 class AdmissionPolicy(Protocol):
     """Decides, without a clock or a memory of its own."""
 
     def select(
-        self, queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], now: float
-    ) -> list[str]:
-        """The rids of `queue` (in any order) to start now on `engines` (by model), in the order to start
-        them. Requests that it leaves out stay queued."""
+        self,
+        queue: Sequence[QueuedRequest],
+        engines: Mapping[str, EngineCapacity],
+        gpu: GpuWork,
+        now: float,
+    ) -> Admission:
+        """Which of `queue` (in any order) to start now on `engines` (by model). Requests that it leaves out
+        stay queued."""
         ...

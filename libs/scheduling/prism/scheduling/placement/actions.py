@@ -4,13 +4,15 @@ import msgspec
 
 
 class Activate(msgspec.Struct, frozen=True, tag="activate"):
-    """Have `model` serve on `worker` with a KV quota of `kv_bytes`. `footprint_bytes` is what it reserves."""
+    """Have `model` serve on `worker` with a KV quota of `kv_bytes`. `footprint_bytes` is what it reserves on
+    each of its GPUs; `gpu_ids` are those of the worker's that it goes to, none for all of them."""
 
     model: str
     worker: str
     kv_bytes: int
     footprint_bytes: int
     reason: str
+    gpu_ids: tuple[int, ...] = ()
 
 
 class Doze(msgspec.Struct, frozen=True, tag="doze"):

@@ -6,12 +6,20 @@ import msgspec
 
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.common.messages.placement import CommandKind
+from prism.scheduling.cost import GpuProfile
+from prism.scheduling.traffic import Traffic
 
 
 class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
     """A model on a worker as the worker reports it. Bytes are held on the device now, times in seconds:
     `idle_s` since a request was last queued or running, `state_s` since it came into its state.
-    `active_bytes` is what it held when it was last seen active there, 0 if it never was."""
+    `active_bytes` is what it held when it was last seen active there, 0 if it never was.
+
+    `gpu_ids` are those of the worker's GPUs that it is on, none for all of them. Of the KV cache, requests
+    hold `kv_used_bytes`, and those here, queued ones included, would take `kv_wanted_bytes`. `queue_s` is how
+    long requests waited lately before an engine had them. Prefill rate and the time of a decode step are as
+    measured, None before that.
+    """
 
     state: ModelState
     queued: int = 0
@@ -22,6 +30,12 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
     state_s: float = 0.0
     active_bytes: int = 0
     failure: str | None = None
+    gpu_ids: tuple[int, ...] = ()
+    kv_used_bytes: int = 0
+    kv_wanted_bytes: int = 0
+    queue_s: float = 0.0
+    prefill_tokens_per_s: float | None = None
+    decode_step_s: float | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -35,7 +49,9 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A worker that reports. Memory is bytes of each of its GPUs; `gpu_ids` are cluster-wide."""
+    """A worker that reports. Memory is bytes of each of its GPUs, what is reserved that of the fullest,
+    unless `reserved_by_gpu` tells it of each; `gpu_ids` are cluster-wide. `profile` says what such a GPU can
+    do, None when nobody knows."""
 
     id: str
     node: str
@@ -47,16 +63,20 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     draining: bool = False
     ready: bool = True
     models: Mapping[str, ResidentModel] = {}
+    reserved_by_gpu: Mapping[int, int] = {}
+    profile: GpuProfile | None = None
 
 
 class ModelView(msgspec.Struct, frozen=True, omit_defaults=True):
     """A registered model. `started`: a worker which is still there has had it running once. `removed`: it
-    is not registered any more, but may still be resident somewhere."""
+    is not registered any more, but may still be resident somewhere. `traffic` is what it was asked for
+    lately."""
 
     spec: ModelSpec
     facts: ModelFacts | None = None
     started: bool = False
     removed: bool = False
+    traffic: Traffic = Traffic()
 
 
 class Demand(msgspec.Struct, frozen=True, omit_defaults=True):

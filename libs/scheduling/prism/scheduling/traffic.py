@@ -1,0 +1,77 @@
+"""What a model was asked for lately: rates that fade, kept without a clock."""
+
+import math
+
+import msgspec
+
+WINDOW_S = 60.0
+
+
+class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Rates per second over about the last WINDOW_S seconds, and how long ago the last request came
+    (infinite: none was seen). `gap_s` is the usual time between two requests, None before there were two."""
+
+    arrivals_per_s: float = 0.0
+    prompt_tokens_per_s: float = 0.0
+    output_tokens_per_s: float = 0.0
+    last_arrival_s: float = math.inf
+    gap_s: float | None = None
+
+
+class FadingRate:
+    """Events a second; each fades with a time constant of `window_s` seconds."""
+
+    __slots__ = ("_at", "_rate", "_window_s")
+
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        self._window_s = window_s
+        self._rate = 0.0
+        self._at = 0.0
+
+    def add(self, now: float, amount: float = 1.0) -> None:
+        """`amount` at `now`, which never goes back."""
+        self._rate = self.at(now) + amount / self._window_s
+        self._at = now
+
+    def at(self, now: float) -> float:
+        """The rate at `now`."""
+        return self._rate * math.exp(-max(0.0, now - self._at) / self._window_s)
+
+
+class TrafficWindow:
+    """One model's traffic. Times are on the caller's clock and never go back."""
+
+    __slots__ = ("_arrivals", "_gap_s", "_last", "_output", "_prompt")
+
+    GAP_WEIGHT = 0.2
+
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        self._arrivals = FadingRate(window_s)
+        self._prompt = FadingRate(window_s)
+        self._output = FadingRate(window_s)
+        self._last = -math.inf
+        self._gap_s: float | None = None
+
+    def arrived(self, now: float, prompt_tokens: int) -> None:
+        """A request came."""
+        if self._last > -math.inf:
+            gap = now - self._last
+            known = self._gap_s
+            self._gap_s = gap if known is None else known + self.GAP_WEIGHT * (gap - known)
+        self._last = now
+        self._arrivals.add(now)
+        self._prompt.add(now, prompt_tokens)
+
+    def generated(self, now: float, tokens: int) -> None:
+        """Tokens were generated."""
+        self._output.add(now, tokens)
+
+    def at(self, now: float) -> Traffic:
+        """All of it as of `now`."""
+        return Traffic(
+            self._arrivals.at(now),
+            self._prompt.at(now),
+            self._output.at(now),
+            now - self._last,
+            self._gap_s,
+        )
