@@ -6,6 +6,9 @@ from typing import Protocol
 
 import msgspec
 
+PREFILL_WINDOW_S = 1.0
+"""Over how long the shares of prefill and decode in a GPU's time are looked at, in seconds."""
+
 
 class QueuedRequest(msgspec.Struct, frozen=True):
     """A request that waits on a worker.
@@ -70,10 +73,14 @@ class GpuWork(msgspec.Struct, frozen=True):
     """What the GPU that all engines share has been given already.
 
     `prefill_until_s` is when the prefill of the requests released so far will probably be done, on the clock
-    of `now`; in the past when there is none.
+    of `now`; in the past when there is none. `recent_prefill_s` is how many seconds of prefill were released
+    within the last PREFILL_WINDOW_S, and `recent_overaged_s` the part of it that went to requests which had
+    waited beyond their bound. `PrefillBacklog` keeps count of all three.
     """
 
     prefill_until_s: float = 0.0
+    recent_prefill_s: float = 0.0
+    recent_overaged_s: float = 0.0
 
 
 class Admission(msgspec.Struct, frozen=True):
