@@ -3,17 +3,25 @@
 The requests of an instance that is spread over several GPUs queue at its first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from prism.bench.simulation.engine import Request
 from prism.bench.simulation.events import EventQueue
-from prism.scheduling.admission import AdmissionPolicy, EngineCapacity, GpuWork, QueuedRequest
+from prism.scheduling.admission import (
+    AdmissionPolicy,
+    Bounds,
+    EngineCapacity,
+    PrefillBacklog,
+    QueuedRequest,
+)
 
 if TYPE_CHECKING:
     from prism.bench.simulation.instance import Instance
 
 SHORTEST_WAIT_S = 1e-4
+BOUNDS = Bounds()
 
 
 class AdmissionQueue:
@@ -22,6 +30,7 @@ class AdmissionQueue:
 
     __slots__ = (
         "_again_at",
+        "_backlog",
         "_deadline_s",
         "_events",
         "_max_running",
@@ -31,7 +40,6 @@ class AdmissionQueue:
         "entries",
         "instances",
         "most",
-        "prefill_until_s",
         "prefills",
         "waiting",
     )
@@ -54,7 +62,7 @@ class AdmissionQueue:
         self.instances: dict[str, Instance] = {}
         self.entries: dict[str, QueuedRequest] = {}
         self.waiting: dict[str, tuple[Request, Instance]] = {}
-        self.prefill_until_s = 0.0
+        self._backlog = PrefillBacklog()
         self.prefills = 0
         self.decisions = 0
         self.most = 0
@@ -120,9 +128,7 @@ class AdmissionQueue:
                 engine.step_s * engine.share,
                 instance.model.tpot_slo_s,
             )
-        admission = self._policy.select(
-            list(self.entries.values()), capacities, GpuWork(self.prefill_until_s), now
-        )
+        admission = self._policy.select(list(self.entries.values()), capacities, self._backlog.work(now), now)
         for rid in admission.rids:
             del self.entries[rid]
             request, instance = self.waiting.pop(rid)
@@ -141,19 +147,25 @@ class AdmissionQueue:
     def _started(self, instance: "Instance", request: Request, now: float) -> None:
         engine = instance.engine
         assert engine is not None
-        seconds = engine.prefill_fixed_s + (request.prompt + request.got) * engine.prefill_token_s
-        self.prefill_until_s = max(now, self.prefill_until_s) + seconds * engine.slowdown
+        # Prompts that wait for the same engine are prefilled together, at one fixed cost.
+        seconds = (0.0 if engine.waiting else engine.prefill_fixed_s) + (
+            request.prompt + request.got
+        ) * engine.prefill_token_s
+        slo = instance.model.ttft_slo_s
+        overaged = now - request.arrival_s >= BOUNDS.patience * (
+            slo if slo < inf else BOUNDS.unpromised_slo_s
+        )
+        self._backlog.released(str(request.index), seconds * engine.slowdown, now, overaged=overaged)
         self.prefills += 1
         instance.running += 1
         instance.reserved += request.reserved
         self._release(instance, request, now)
 
-    def prefilled(self, count: int, now: float) -> None:
-        """The prefill of so many requests is done."""
-        self.prefills -= count
-        if self.prefills <= 0:
-            self.prefills = 0
-            self.prefill_until_s = now
+    def prefilled(self, requests: Sequence[Request], now: float) -> None:
+        """The prefill of these is done, or will not be."""
+        for request in requests:
+            self._backlog.prefilled(str(request.index), now)
+        self.prefills = max(0, self.prefills - len(requests))
         if self.entries:
             self.pump(now)
 

@@ -16,7 +16,7 @@ from prism.scheduling import admission as admission_policies
 from prism.scheduling import placement as placement_policies
 
 DEFAULT_PLACEMENT = "balanced" if "balanced" in placement_policies.policies else "lru"
-DEFAULT_ADMISSION = "moore_hodgson" if "moore_hodgson" in admission_policies.policies else "first_come"
+DEFAULT_ADMISSION = admission_policies.DEFAULT_POLICY
 
 
 def summary_lines(result: dict[str, Any]) -> list[str]:

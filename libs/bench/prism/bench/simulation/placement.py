@@ -289,7 +289,7 @@ class PlacementShell:
             return
         assert instance.engine is not None
         assert instance.queue is not None
-        prefilling = len(instance.engine.batch) + len(instance.engine.waiting)
+        prefilling = [*instance.engine.batch, *instance.engine.waiting]
         moved = instance.engine.take_out(now)
         instance.running = instance.reserved = 0
         instance.queue.prefilled(prefilling, now)

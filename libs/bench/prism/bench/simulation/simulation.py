@@ -12,7 +12,6 @@ import msgspec
 from prism.bench.simulation.admission import AdmissionQueue
 from prism.bench.simulation.engine import PREFILL, Engine, Request
 from prism.bench.simulation.events import EventQueue
-from prism.bench.simulation.expected_output import RecentOutputs
 from prism.bench.simulation.gpu import Gpu
 from prism.bench.simulation.instance import Instance
 from prism.bench.simulation.model import SimulatedModel
@@ -20,6 +19,7 @@ from prism.bench.simulation.placement import PlacementShell, SimulatedWorker
 from prism.bench.traces.trace import Trace
 from prism.common.messages.models import ModelState
 from prism.scheduling.admission import AdmissionPolicy
+from prism.scheduling.admission.expected_output import ExpectedOutput
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
 from prism.scheduling.traffic import TrafficWindow
@@ -95,7 +95,7 @@ class Simulation:
         ]
         self._parked: list[deque[Request]] = [deque() for _ in models]
         self._windows = [TrafficWindow() for _ in models]
-        self._outputs = [RecentOutputs() for _ in models]
+        self._outputs = [ExpectedOutput() for _ in models]
         self._ttft = array("d", [NOT_YET]) * len(trace)
         self._tpot = array("d", [NOT_YET]) * len(trace)
         self._ended = array("b", [0]) * len(trace)
@@ -172,20 +172,16 @@ class Simulation:
         self._enqueue(min(instances, key=lambda each: each.load), request, now)
 
     def _enqueue(self, instance: Instance, request: Request, now: float) -> None:
-        model = instance.model
-        most = max(1, model.max_new_tokens - request.got)
-        expected = self._outputs[request.model].expected
+        expected = self._outputs[request.model].remaining(instance.model.max_new_tokens, request.got)
         assert instance.queue is not None
-        instance.queue.arrive(
-            instance, request, most if expected is None else max(1, min(most, expected - request.got)), now
-        )
+        instance.queue.arrive(instance, request, max(1, expected), now)
 
     def _release(self, instance: Instance, request: Request, now: float) -> None:
         assert instance.engine is not None
         instance.engine.take(request, now)
 
     def _engine_ended(self, engine: Engine, now: float) -> None:
-        prefilled = len(engine.batch) if engine.mode == PREFILL else 0
+        prefilled = engine.batch if engine.mode == PREFILL else None
         done = engine.ended(now)
         instance: Instance = engine.owner
         queue = instance.queue if instance.queue is not None else self._queues[instance.gpus[0].index]
@@ -205,7 +201,7 @@ class Simulation:
         self._left -= 1
         model = request.model
         self._windows[model].generated(now, output)
-        self._outputs[model].add(output)
+        self._outputs[model].finished(output)
         instance.running -= 1
         instance.reserved -= request.reserved
         if not instance.running and not instance.queued:
