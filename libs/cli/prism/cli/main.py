@@ -11,6 +11,8 @@ COMMANDS = {
     "events": ("prism.cli.events", "events_command"),
     "demo": ("prism.cli.demo", "demo_command"),
     "simulate": ("prism.bench.simulation.command", "simulate_command"),
+    "plan": ("prism.bench.simulation.plan_command", "plan_command"),
+    "calibrate": ("prism.bench.calibration.command", "calibrate_command"),
     "make-tiny-models": ("prism.cli.tiny_models", "make_tiny_models_command"),
 }
 

@@ -11,6 +11,7 @@ published ratio. It has not been measured.
 """
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -70,7 +71,8 @@ def scaled_h100(h200: GpuProfile) -> GpuProfile:
         memory_bytes=H100_MEMORY_BYTES,
         memory_bytes_per_s=h200.memory_bytes_per_s * ratio,
         source="SCALED, not measured: the profile h200 with memory bandwidth times "
-        f"{H100_BYTES_PER_S / 1e12:g}/{H200_BYTES_PER_S / 1e12:g} (published figures); arithmetic, launches and bus as there",
+        f"{H100_BYTES_PER_S / 1e12:g}/{H200_BYTES_PER_S / 1e12:g} (published figures); "
+        "arithmetic, launches and bus as there",
     )
 
 
@@ -101,7 +103,7 @@ def _fit_first_tokens(rows: list[dict[str, Any]], operations_per_s: float) -> tu
     return _line(points)
 
 
-def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Intercept and slope by least squares."""
     slope, intercept = np.polyfit([x / 1e9 for x, _ in points], [y for _, y in points], 1)
     return float(intercept), float(slope) / 1e9

@@ -20,8 +20,10 @@ from prism.scheduling.admission import (
 if TYPE_CHECKING:
     from prism.bench.simulation.instance import Instance
 
-SHORTEST_WAIT_S = 1e-4
+SHORTEST_WAIT_S = 1e-3
 BOUNDS = Bounds()
+NEAR = 0.8
+"""An engine whose requests may take this share of its quota is about to want more."""
 
 
 class AdmissionQueue:
@@ -36,6 +38,7 @@ class AdmissionQueue:
         "_max_running",
         "_policy",
         "_release",
+        "_tight",
         "decisions",
         "entries",
         "instances",
@@ -49,6 +52,7 @@ class AdmissionQueue:
         policy: AdmissionPolicy,
         events: EventQueue,
         release: "Callable[[Instance, Request, float], None]",
+        tight: "Callable[[Instance, float], None]",
         *,
         max_running: int,
         deadline_s: float,
@@ -56,6 +60,7 @@ class AdmissionQueue:
         self._policy = policy
         self._events = events
         self._release = release
+        self._tight = tight
         self._max_running = max_running
         self._deadline_s = deadline_s
         self._again_at = float("inf")
@@ -113,21 +118,7 @@ class AdmissionQueue:
         if not self.entries:
             return
         self.decisions += 1
-        capacities = {}
-        for name, instance in self.instances.items():
-            engine = instance.engine
-            assert engine is not None
-            capacities[name] = EngineCapacity(
-                instance.running,
-                self._max_running,
-                instance.quota_tokens - instance.reserved,
-                True,
-                1.0 / (engine.prefill_token_s * engine.slowdown),
-                engine.prefill_fixed_s * engine.slowdown,
-                len(engine.ends),
-                engine.step_s * engine.share,
-                instance.model.tpot_slo_s,
-            )
+        capacities = {name: self._capacity(instance) for name, instance in self.instances.items()}
         admission = self._policy.select(list(self.entries.values()), capacities, self._backlog.work(now), now)
         for rid in admission.rids:
             del self.entries[rid]
@@ -135,14 +126,39 @@ class AdmissionQueue:
             self._unqueue(instance, request)
             instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
+        for instance in self.instances.values():
+            if instance.queued and instance.reserved + instance.queued_tokens > instance.quota_tokens:
+                self._tight(instance, now)
         again = admission.again_at_s
         if again is not None and self.entries and again < self._again_at:
             self._again_at = max(again, now + SHORTEST_WAIT_S)
             self._events.at(self._again_at, self._again)
 
+    def _capacity(self, instance: "Instance") -> EngineCapacity:
+        engine = instance.engine
+        assert engine is not None
+        decoding = len(engine.ends)
+        step_s = 0.0
+        if decoding:
+            # As measured: engines that decode on its GPUs take turns.
+            step_s = engine.step_s * max(sum(1 for each in gpu.computing if each.ends) for gpu in engine.gpus)
+        return EngineCapacity(
+            instance.running,
+            self._max_running,
+            instance.quota_tokens - instance.reserved,
+            True,
+            1.0 / (engine.prefill_token_s * engine.slowdown),
+            engine.prefill_fixed_s * engine.slowdown,
+            decoding,
+            step_s,
+            instance.model.tpot_slo_s,
+        )
+
     def _again(self, now: float) -> None:
-        self._again_at = float("inf")
-        self.pump(now)
+        # An earlier look has replaced any other.
+        if now == self._again_at:
+            self._again_at = float("inf")
+            self.pump(now)
 
     def _started(self, instance: "Instance", request: Request, now: float) -> None:
         engine = instance.engine
@@ -159,6 +175,8 @@ class AdmissionQueue:
         self.prefills += 1
         instance.running += 1
         instance.reserved += request.reserved
+        if instance.reserved > NEAR * instance.quota_tokens:
+            self._tight(instance, now)
         self._release(instance, request, now)
 
     def prefilled(self, requests: Sequence[Request], now: float) -> None:

@@ -106,13 +106,16 @@ def simulate_command(
     replicate: int,
     seconds: float | None,
     mapping: tuple[str, ...],
+    context_length: int | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Simulate a trace on GPUs with the real schedulers, and say how many requests met their objectives."""
     with clean_end():
         began = time.perf_counter()
-        scenario = read_scenario(traces, models, gpu_memory_gb, profile, replicate, seconds, mapping)
+        scenario = read_scenario(
+            traces, models, gpu_memory_gb, profile, replicate, seconds, mapping, context_length
+        )
         settings: dict[str, Any] = {
             "gpus": gpus,
             "policy": policy,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prism.bench.simulation.engine import Engine
+    from prism.bench.simulation.instance import Instance
 
 
 class Gpu:
@@ -22,12 +23,14 @@ class Gpu:
         "index",
         "limit_bytes",
         "reserved_bytes",
+        "residents",
     )
 
     def __init__(self, index: int, limit_bytes: int) -> None:
         self.index = index
         self.limit_bytes = limit_bytes
         self.reserved_bytes = 0
+        self.residents: dict[str, Instance] = {}
         self.computing: list[Engine] = []
         self.bus_free_s = 0.0
         self.busy_s = 0.0

@@ -83,4 +83,8 @@ class Instance:
         more = weights + quota + context - self.weights_bytes - self.quota_bytes - self.context_bytes
         for gpu in self.gpus:
             gpu.reserved_bytes += more
+            if weights + quota + context:
+                gpu.residents[self.model.name] = self
+            else:
+                gpu.residents.pop(self.model.name, None)
         self.weights_bytes, self.quota_bytes, self.context_bytes = weights, quota, context

@@ -74,6 +74,11 @@ _SCENARIO: tuple[Decorator, ...] = (
         metavar="TRACE_MODEL=MODEL",
         help="Which model serves a model of the trace.  [default: the same name, the others by popularity]",
     ),
+    click.option(
+        "--context-length",
+        type=click.IntRange(min=1),
+        help="Serve contexts of at most so many tokens.  [default: each model's own]",
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the search for placements."),
 )
 
@@ -93,6 +98,7 @@ def read_scenario(
     replicate: int,
     seconds: float | None,
     mapping: tuple[str, ...],
+    context_length: int | None,
 ) -> Scenario:
     """The scenario that the options ask for. Raises PrismError(invalid_request)."""
     gpu = read_profile(profile)
@@ -108,7 +114,8 @@ def read_scenario(
         if not equals:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"--map {pair!r}: it has to be TRACE_MODEL=MODEL")
         targets[source] = target
-    return make_scenario(replicated(trace, replicate), read_models(models, gpu), gpu, memory, targets)
+    served = read_models(models, gpu, context_length)
+    return make_scenario(replicated(trace, replicate), served, gpu, memory, targets)
 
 
 @contextmanager

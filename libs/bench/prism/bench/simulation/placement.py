@@ -10,6 +10,7 @@ from prism.bench.simulation.events import EventQueue
 from prism.bench.simulation.gpu import Gpu
 from prism.bench.simulation.instance import Instance
 from prism.bench.simulation.model import SimulatedModel
+from prism.bench.simulation.quotas import QuotaShell, kv_floor_bytes
 from prism.common.messages.models import ModelState, Tier
 from prism.common.messages.placement import CommandKind
 from prism.scheduling.cost import GpuProfile
@@ -27,7 +28,6 @@ from prism.scheduling.placement.snapshot import (
 from prism.scheduling.traffic import TrafficWindow
 
 SETTLING_ROUNDS = 8
-LEAST_KV_TOKENS = 2048
 
 
 class SimulatedWorker:
@@ -56,6 +56,7 @@ class PlacementShell:
         profile: GpuProfile,
         events: EventQueue,
         *,
+        quotas: QuotaShell,
         queue_of: Callable[[Gpu], AdmissionQueue],
         on_active: Callable[[Instance, float], None],
         on_gone: Callable[[list[Request], float], None],
@@ -78,6 +79,7 @@ class PlacementShell:
         self._policy = policy
         self._profile = profile
         self._events = events
+        self._quotas = quotas
         self._queue_of = queue_of
         self._on_active = on_active
         self._on_gone = on_gone
@@ -193,11 +195,10 @@ class PlacementShell:
             ModelState.STAGED: Tier.STAGED,
             ModelState.COLD: Tier.COLD,
         }[instance.state]
-        free = min(gpu.free_bytes for gpu in gpus) + instance.context_bytes
-        room = free - cost.weights_bytes - cost.context_bytes
-        kv_bytes = min(action.kv_bytes, room)
-        if kv_bytes < min(action.kv_bytes, LEAST_KV_TOKENS * cost.kv_bytes_per_token):
-            self._fail(action, f"out of memory: {free} bytes free", now)
+        held = instance.context_bytes
+        kv_bytes = self._quotas.make_room(model, gpus, action.kv_bytes, now, held=held)
+        if kv_bytes < min(action.kv_bytes, kv_floor_bytes(model)):
+            self._fail(action, f"out of memory on {worker.id}", now)
             return
         instance.hold(weights=cost.weights_bytes, quota=kv_bytes, context=cost.context_bytes)
         instance.active_bytes = cost.weights_bytes + kv_bytes

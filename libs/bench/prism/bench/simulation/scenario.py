@@ -19,6 +19,9 @@ from prism.scheduling import admission as admission_policies
 from prism.scheduling import placement as placement_policies
 from prism.scheduling.cost import GpuProfile, model_cost
 
+FIXED_QUOTAS = frozenset({"static"})
+"""Policies whose models keep the memory that they were given."""
+
 
 class Scenario(msgspec.Struct):
     """Models and a trace of theirs on one kind of GPU, at the trace's own rate; what each model reaches
@@ -31,14 +34,15 @@ class Scenario(msgspec.Struct):
     alone: list[Alone]
 
 
-def read_models(path: Path, profile: GpuProfile) -> list[SimulatedModel]:
-    """The models of a placement file with what they cost on such a GPU. Raises
-    PrismError(invalid_request)."""
+def read_models(path: Path, profile: GpuProfile, context_length: int | None = None) -> list[SimulatedModel]:
+    """The models of a placement file with what they cost on such a GPU, serving contexts of at most
+    `context_length` tokens. Raises PrismError(invalid_request)."""
     specs = read_placement_file(path)
     if not specs:
         raise PrismError(ErrorCode.INVALID_REQUEST, f"placement file {path} has no models")
-    # Like the placement file's own check: relative folders are looked for beside it.
-    facts = [read_model_facts(spec.model_name, spec.model_path) for spec in specs]
+    facts = [
+        read_model_facts(spec.model_name, spec.model_path, tokens_of_context=context_length) for spec in specs
+    ]
     return [
         SimulatedModel(index, spec, found, model_cost(found, profile, tp_size=spec.tp_size))
         for index, (spec, found) in enumerate(zip(specs, facts, strict=True))
@@ -120,7 +124,9 @@ def simulate(
     limits: Limits | None = None,
     placements: Sequence[ModelSpec] | None = None,
 ) -> Outcome:
-    """One run. `placements` are specs to be used instead of the scenario's own, in the same order."""
+    """One run; quotas move unless the policy is one of FIXED_QUOTAS. `placements` are specs to be used
+    instead of the scenario's own, in the same order."""
+    limits = limits or Limits(elastic=policy not in FIXED_QUOTAS)
     if gpus < 1:
         raise PrismError(ErrorCode.INVALID_REQUEST, f"{gpus} GPUs: at least 1 is needed")
     specs, _ = within(placements or [model.spec for model in scenario.models], gpus)

@@ -16,6 +16,7 @@ from prism.bench.simulation.gpu import Gpu
 from prism.bench.simulation.instance import Instance
 from prism.bench.simulation.model import SimulatedModel
 from prism.bench.simulation.placement import PlacementShell, SimulatedWorker
+from prism.bench.simulation.quotas import QuotaShell
 from prism.bench.traces.trace import Trace
 from prism.common.messages.models import ModelState
 from prism.scheduling.admission import AdmissionPolicy
@@ -29,7 +30,8 @@ NOT_YET = nan
 
 class Limits(msgspec.Struct, frozen=True):
     """What the services are configured with. Seconds: between two plans without an event, until a request is
-    given up. `gpus_per_worker` None: one, or as many as the largest model needs."""
+    given up. `gpus_per_worker` None: one, or as many as the largest model needs. `staged`: weights are in
+    host memory from the start. `elastic`: KV quotas follow demand."""
 
     plan_interval_s: float = 1.0
     deadline_s: float = 600.0
@@ -37,6 +39,7 @@ class Limits(msgspec.Struct, frozen=True):
     chunk_tokens: int = 8192
     gpus_per_worker: int | None = None
     staged: bool = True
+    elastic: bool = True
 
 
 class Outcome(msgspec.Struct):
@@ -83,11 +86,13 @@ class Simulation:
         self._limits = limits
         self._events = EventQueue()
         self.gpus = [Gpu(index, gpu_memory_bytes) for index in range(gpus)]
+        self._quotas = QuotaShell(self._events, elastic=limits.elastic)
         self._queues = [
             AdmissionQueue(
                 admission,
                 self._events,
                 self._release,
+                self._quotas.wanted,
                 max_running=limits.max_running,
                 deadline_s=limits.deadline_s,
             )
@@ -106,6 +111,7 @@ class Simulation:
             self._workers(gpus),
             profile,
             self._events,
+            quotas=self._quotas,
             queue_of=lambda gpu: self._queues[gpu.index],
             on_active=self._on_active,
             on_gone=self._on_gone,
