@@ -193,6 +193,7 @@ class Balancing:
                 for one in gpu.instances
                 if reconciler.is_idle(one)
                 and reconciler.may_doze(one)
+                and not self._called_for_again(one)
                 and self._chance(one) < policy.doubtful
             ]
             idle.sort(key=self._judge.victim_rank)
@@ -200,6 +201,11 @@ class Balancing:
                 if gpu.kv_wanted <= policy.kv_short * gpu.kv_space:
                     break
                 reconciler.doze(instance, "its neighbours lack memory for KV cache")
+
+    def _called_for_again(self, instance: Instance) -> bool:
+        """Whether the operator asked for so many replicas that this one would come back."""
+        view = instance.view
+        return view is not None and 1 < view.spec.replicas >= len(self._board.serving[instance.model])
 
     def wake_ahead(self) -> None:
         """Bring up models that will probably be asked for soon where that costs nobody anything."""
