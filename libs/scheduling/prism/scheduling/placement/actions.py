@@ -24,6 +24,14 @@ class Doze(msgspec.Struct, frozen=True, tag="doze"):
     reason: str
 
 
+class Freeze(msgspec.Struct, frozen=True, tag="freeze"):
+    """Have a dozing `model` give back what its engine still holds of the GPU on `worker`."""
+
+    model: str
+    worker: str
+    reason: str
+
+
 class Stage(msgspec.Struct, frozen=True, tag="stage"):
     """Bring the weights of `model` into host memory at `worker`."""
 
@@ -40,7 +48,7 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     reason: str
 
 
-Action = Activate | Doze | Stage | Release
+Action = Activate | Doze | Freeze | Stage | Release
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
