@@ -15,7 +15,7 @@ from prism.cli.table import aligned
 from prism.scheduling import admission as admission_policies
 from prism.scheduling import placement as placement_policies
 
-DEFAULT_PLACEMENT = "balanced" if "balanced" in placement_policies.policies else "lru"
+DEFAULT_PLACEMENT = placement_policies.DEFAULT_POLICY
 DEFAULT_ADMISSION = admission_policies.DEFAULT_POLICY
 
 

@@ -15,7 +15,7 @@ from prism.common.messages.models import ModelState, Tier
 from prism.common.messages.placement import CommandKind
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
-from prism.scheduling.placement.actions import Action, Activate, Doze, Release, Stage
+from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Release, Stage
 from prism.scheduling.placement.backoff import BackoffTable
 from prism.scheduling.placement.snapshot import (
     ClusterSnapshot,
@@ -28,6 +28,14 @@ from prism.scheduling.placement.snapshot import (
 from prism.scheduling.traffic import TrafficWindow
 
 SETTLING_ROUNDS = 8
+
+_TIERS = {
+    ModelState.DOZING: Tier.DOZING,
+    ModelState.FROZEN: Tier.FROZEN,
+    ModelState.STAGED: Tier.STAGED,
+    ModelState.COLD: Tier.COLD,
+}
+"""The states that a model can be activated from."""
 
 
 class SimulatedWorker:
@@ -63,7 +71,9 @@ class PlacementShell:
         parked: Sequence[deque[Request]],
         windows: Sequence[TrafficWindow],
         chunk_tokens: int,
+        balance_interval_s: float = 5.0,
         staged: bool = True,
+        freezes: bool = True,
     ) -> None:
         self.models = {model.name: model for model in models}
         self.workers = {worker.id: worker for worker in workers}
@@ -86,6 +96,9 @@ class PlacementShell:
         self._parked = parked
         self._windows = windows
         self._chunk_tokens = chunk_tokens
+        self._freezes = freezes
+        self._balance_interval_s = balance_interval_s
+        self._balanced_at = -balance_interval_s
         self._host_tier = ModelState.STAGED if staged else ModelState.COLD
         self._in_flight: dict[tuple[str, str], InFlight] = {}
         self._backoff = BackoffTable()
@@ -128,7 +141,10 @@ class PlacementShell:
         return len(plan.actions)
 
     def snapshot(self, now: float) -> ClusterSnapshot:
-        """The cluster as the policy sees it now."""
+        """The cluster as the policy sees it now; time to look at balance every `balance_interval_s`."""
+        balance = now - self._balanced_at >= self._balance_interval_s
+        if balance:
+            self._balanced_at = now
         demand: dict[str, Demand] = {}
         views: dict[str, ModelView] = {}
         for name, model in self.models.items():
@@ -144,6 +160,7 @@ class PlacementShell:
             demand,
             tuple(self._in_flight.values()),
             self._backoff.failures(),
+            balance=balance,
         )
 
     def _view(self, worker: SimulatedWorker, now: float) -> WorkerView:
@@ -160,6 +177,8 @@ class PlacementShell:
             models={name: _resident(instance, now) for name, instance in worker.instances.items()},
             reserved_by_gpu=by_gpu if several else {},
             profile=self._profile,
+            elastic=self._quotas.elastic,
+            freezes=self._freezes,
         )
 
     def _carry_out(self, action: Action, now: float) -> None:
@@ -167,6 +186,8 @@ class PlacementShell:
             self._activate(action, now)
         elif isinstance(action, Doze):
             self._put_away(action, action.drain_s, now, doze=True)
+        elif isinstance(action, Freeze):
+            self._freeze(action, now)
         elif isinstance(action, Release):
             self._put_away(action, 0.0, now, doze=False)
         elif isinstance(action, Stage):
@@ -178,23 +199,19 @@ class PlacementShell:
         if instance is None:
             instance = worker.instances[action.model] = Instance(model, worker.id, self._host_tier)
         gpus = self._gpus(action, worker, instance)
-        if instance.state not in (ModelState.DOZING, ModelState.STAGED, ModelState.COLD):
+        if instance.state not in _TIERS:
             self._fail(action, f"it is {instance.state}", now)
             return
         if len(gpus) < model.spec.tp_size:
             self._fail(action, f"{worker.id} has {len(worker.gpus)} GPUs", now)
             return
-        if instance.state is ModelState.DOZING and instance.gpus != gpus:
+        if instance.state in (ModelState.DOZING, ModelState.FROZEN) and instance.gpus != gpus:
             # Its process can't move to other GPUs.
             instance.hold(weights=0, quota=0, context=0)
             instance.enter(self._host_tier, now)
         cost = model.cost
         instance.gpus = gpus
-        before = {
-            ModelState.DOZING: Tier.DOZING,
-            ModelState.STAGED: Tier.STAGED,
-            ModelState.COLD: Tier.COLD,
-        }[instance.state]
+        before = _TIERS[instance.state]
         held = instance.context_bytes
         kv_bytes = self._quotas.make_room(model, gpus, action.kv_bytes, now, held=held)
         if kv_bytes < min(action.kv_bytes, kv_floor_bytes(model)):
@@ -202,10 +219,16 @@ class PlacementShell:
             return
         instance.hold(weights=cost.weights_bytes, quota=kv_bytes, context=cost.context_bytes)
         instance.active_bytes = cost.weights_bytes + kv_bytes
-        waking = before is Tier.DOZING
+        waking = before in (Tier.DOZING, Tier.FROZEN)
         instance.enter(ModelState.WAKING if waking else ModelState.STARTING, now)
         key = (worker.id, action.model)
-        self._in_flight[key] = InFlight(worker.id, action.model, CommandKind.ACTIVATE, action.footprint_bytes)
+        self._in_flight[key] = InFlight(
+            worker.id,
+            action.model,
+            CommandKind.ACTIVATE,
+            action.footprint_bytes,
+            tuple(gpu.index for gpu in gpus),
+        )
         if self._instant:
             self._activated(instance, now)
             return
@@ -220,7 +243,7 @@ class PlacementShell:
         tp_size = self.models[action.model].spec.tp_size
         if action.gpu_ids:
             return tuple(worker.gpus[index] for index in action.gpu_ids if index in worker.gpus)
-        if instance.state is ModelState.DOZING:
+        if instance.state in (ModelState.DOZING, ModelState.FROZEN):
             return instance.gpus
         freest = sorted(worker.gpus.values(), key=lambda gpu: (-gpu.free_bytes, gpu.index))
         return tuple(freest[:tp_size])
@@ -278,7 +301,7 @@ class PlacementShell:
             if moved:
                 self._on_gone(moved, now)
             return
-        if instance.state is ModelState.DOZING and not doze:
+        if instance.state in (ModelState.DOZING, ModelState.FROZEN) and not doze:
             instance.hold(weights=0, quota=0, context=0)
             instance.enter(self._host_tier, now)
             return
@@ -321,6 +344,23 @@ class PlacementShell:
         instance.enter(ModelState.DOZING if doze else self._host_tier, now)
         self._in_flight.pop((instance.worker, instance.model.name), None)
         self.plan_soon(now)
+
+    def _freeze(self, action: Freeze, now: float) -> None:
+        worker = self.workers[action.worker]
+        instance = worker.instances.get(action.model)
+        if instance is None or instance.state is not ModelState.DOZING:
+            self._fail(action, "it does not doze", now)
+            return
+        key = (worker.id, action.model)
+        self._in_flight[key] = InFlight(worker.id, action.model, CommandKind.FREEZE)
+
+        def frozen(then: float) -> None:
+            instance.hold(weights=0, quota=0, context=0)
+            instance.enter(ModelState.FROZEN, then)
+            self._in_flight.pop(key, None)
+            self.plan_soon(then)
+
+        self._events.at(now + self._profile.freeze_s, frozen)
 
     def _stage(self, action: Stage, now: float) -> None:
         model, worker = self.models[action.model], self.workers[action.worker]

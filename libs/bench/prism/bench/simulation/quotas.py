@@ -8,15 +8,16 @@ it holds, at most every INTERVAL_S seconds, and when a model is to come to a GPU
 from collections.abc import Sequence
 from functools import partial
 
+import msgspec
+
 from prism.bench.simulation.events import EventQueue
 from prism.bench.simulation.gpu import Gpu
 from prism.bench.simulation.instance import Instance
 from prism.bench.simulation.model import SimulatedModel
-from prism.scheduling.memory import GB
+from prism.scheduling.memory import GB, kv_floor
 from prism.scheduling.quotas import QuotaHolder, arbitrate
 
 INTERVAL_S = 0.1
-FLOOR_TOKENS = 4096
 NO_CAP = 1 << 62
 
 
@@ -66,12 +67,21 @@ class QuotaShell:
         found = kv_bytes
         plans = []
         for gpu in gpus:
+            pool = _pool(gpu) - fixed
             holders = [_holder(each) for each in gpu.residents.values() if each.quota_bytes]
             new = QuotaHolder("", 0, wanted_bytes=kv_bytes, floor_bytes=floor, cap_bytes=kv_bytes)
-            plan = arbitrate(_pool(gpu) - fixed, [*holders, new])
-            needed = sum(min(each.needed_bytes, each.quota_bytes) for each in holders)
-            if needed + floor > _pool(gpu) - fixed:
-                return 0
+            plan = arbitrate(pool, [*holders, new])
+            if plan.targets[""] < floor:
+                # What running requests will only come to take may be had: they wait, or are retracted.
+                holders = [
+                    msgspec.structs.replace(
+                        each, committed_bytes=each.used_bytes, wanted_bytes=each.used_bytes
+                    )
+                    for each in holders
+                ]
+                if sum(max(each.used_bytes, each.floor_bytes) for each in holders) + floor > pool:
+                    return 0
+                plan = arbitrate(pool, [*holders, new])
             plans.append((gpu, plan))
             found = min(found, max(floor, plan.targets[""]))
         for gpu, plan in plans:
@@ -81,9 +91,8 @@ class QuotaShell:
 
 
 def kv_floor_bytes(model: SimulatedModel) -> int:
-    """What an active model keeps in any case: a request of full length, or FLOOR_TOKENS where that is
-    less."""
-    return min(model.facts.context_length, FLOOR_TOKENS) * model.cost.kv_bytes_per_token
+    """What an active model keeps in any case."""
+    return kv_floor(model.spec, model.facts, None)
 
 
 def _pool(gpu: Gpu) -> int:

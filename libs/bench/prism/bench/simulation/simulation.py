@@ -29,17 +29,19 @@ NOT_YET = nan
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the services are configured with. Seconds: between two plans without an event, until a request is
-    given up. `gpus_per_worker` None: one, or as many as the largest model needs. `staged`: weights are in
-    host memory from the start. `elastic`: KV quotas follow demand."""
+    """What the services are configured with. Seconds: between two plans without an event, between two that
+    look at balance, until a request is given up. `gpus_per_worker` None: one, or as many as the largest model
+    needs. `staged`: weights are in host memory from the start. `elastic`: KV quotas follow demand."""
 
     plan_interval_s: float = 1.0
+    balance_interval_s: float = 5.0
     deadline_s: float = 600.0
     max_running: int = 256
     chunk_tokens: int = 8192
     gpus_per_worker: int | None = None
     staged: bool = True
     elastic: bool = True
+    freezes: bool = True
 
 
 class Outcome(msgspec.Struct):
@@ -118,7 +120,9 @@ class Simulation:
             parked=self._parked,
             windows=self._windows,
             chunk_tokens=limits.chunk_tokens,
+            balance_interval_s=limits.balance_interval_s,
             staged=limits.staged,
+            freezes=limits.freezes,
         )
 
     def _workers(self, gpus: int) -> list[SimulatedWorker]:
