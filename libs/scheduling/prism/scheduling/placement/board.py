@@ -210,7 +210,7 @@ class Board:
         for by_model in (self.serving, self.rising):
             for name, instances in by_model.items():
                 view = self.snapshot.models.get(name)
-                if view is None:
+                if view is None or not instances:
                     continue
                 share = 1.0 / (len(self.serving.get(name, ())) + len(self.rising.get(name, ())))
                 for instance in instances:
