@@ -14,6 +14,11 @@ from prism.common.messages.generation import SamplingParams, TokenLogprob
 
 HEADER = struct.Struct("<I")
 
+PLANNED_NEW_TOKENS = 128
+"""An engine starts a request when it has room for its prompt and so many tokens, or all that it may generate
+if that is less; when it runs out of room later, it takes the memory back from a request, which goes on once
+there is some again."""
+
 
 class EngineDevice(enum.StrEnum):
     """What an engine computes on."""

@@ -18,6 +18,7 @@ from prism.common.telemetry import about
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
 from prism.gpu_worker.engine_protocol import Imaged, Outputs, Progress, Ready, StartEngine
+from prism.gpu_worker.serving_record import ServingRecord
 from prism.scheduling.ledger import MemoryLedger
 from prism.scheduling.memory import weights_bytes
 
@@ -71,6 +72,7 @@ class ModelInstance:
         self.engine_load = Outputs([], 0, 0, 0)
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.record = ServingRecord()
         self.lock = asyncio.Lock()
         self._weights_bytes = 0
         self._kv_bytes = 0
@@ -86,6 +88,11 @@ class ModelInstance:
         self._watch: asyncio.Task[None] | None = None
         self._image_settled = asyncio.Event()
         self._image_error: str | None = None
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its KV quota holds now."""
+        return self.ready.kv_tokens if self.ready is not None else 0
 
     @property
     def name(self) -> str:
@@ -330,6 +337,14 @@ class ModelInstance:
             generated_tokens=self.generated_tokens,
             failure=self.failure,
             engine_steps=self.engine_load.steps,
+            queue_s=self.record.queue_s,
+            prefill_tokens_per_s=self.record.prefill.tokens_per_s if self.record.prefill.known else None,
+            decode_step_s=self.record.step.seconds,
+            requests=self.record.requests,
+            ttft_met=self.record.ttft_met,
+            ttft_missed=self.record.ttft_missed,
+            tpot_met=self.record.tpot_met,
+            tpot_missed=self.record.tpot_missed,
         )
 
 

@@ -27,7 +27,7 @@ from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
 from prism.gpu_worker.routes import WorkerRoutes, worker_routes
 from prism.gpu_worker.stall_watch import StallWatch
-from prism.scheduling.admission import AdmissionPolicy
+from prism.scheduling.admission import AdmissionPolicy, Bounds
 from prism.scheduling.ledger import MemoryLedger
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Worker:
         memory_limit_bytes: int,
         store_socket: str,
         limits: EngineLimits,
+        bounds: Bounds,
     ) -> None:
         self.identity = identity
         self.ledger = MemoryLedger(memory_limit_bytes)
@@ -74,7 +75,13 @@ class Worker:
         self.epoch = 0
         self.announcements = Announcements(bus, identity.worker, self.load_report, self.spawn)
         self.requests = GenerationRequests(
-            publisher, admission, self.instances.get, self.spawn, limits.max_running_requests
+            publisher,
+            admission,
+            self.instances.get,
+            self.spawn,
+            limits.max_running_requests,
+            bounds,
+            lambda: None,
         )
         self._transitions: dict[str, asyncio.Task[Any] | None] = {}
         self._device = device
@@ -325,6 +332,7 @@ async def run_worker(
     memory_limit_bytes: int,
     store_socket: str,
     limits: EngineLimits,
+    bounds: Bounds | None = None,
 ) -> AsyncIterator[Worker]:
     """A worker that listens and reports; retired at the end."""
     async with asyncio.TaskGroup() as tasks:
@@ -338,6 +346,7 @@ async def run_worker(
             memory_limit_bytes=memory_limit_bytes,
             store_socket=store_socket,
             limits=limits,
+            bounds=bounds or Bounds(),
         )
         me = identity.worker
         bus.on_return.append(worker.requests.reassure)
