@@ -9,6 +9,7 @@ from prism.common.messages.models import ModelFacts, ModelSpec
 GB = 10**9
 DEFAULT_CONTEXTS = 2
 COMPUTE_BYTES = 2
+KV_FLOOR_DIVISOR = 8
 
 _FLOAT_BYTES = {
     "float64": 8,
@@ -55,6 +56,12 @@ def kv_reservation(spec: ModelSpec, facts: ModelFacts, element_bytes: int | None
     pool = spec.init_placements[0].max_memory_pool_size if spec.init_placements else None
     tokens = int(pool * GB) // token if pool is not None else DEFAULT_CONTEXTS * facts.context_length
     return max(1, tokens) * token
+
+
+def kv_floor(reservation_bytes: int) -> int:
+    """What an active model's KV quota never goes below while there is memory for all floors, if it is
+    activated with `reservation_bytes`: what is above can be had for others."""
+    return -(-reservation_bytes // KV_FLOOR_DIVISOR)
 
 
 def footprint(spec: ModelSpec, facts: ModelFacts, element_bytes: int | None) -> int:

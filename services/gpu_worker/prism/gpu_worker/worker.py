@@ -25,6 +25,7 @@ from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
+from prism.gpu_worker.quota_arbiter import QuotaArbiter
 from prism.gpu_worker.routes import WorkerRoutes, worker_routes
 from prism.gpu_worker.stall_watch import StallWatch
 from prism.scheduling.admission import AdmissionPolicy, Bounds
@@ -81,7 +82,10 @@ class Worker:
             self.spawn,
             limits.max_running_requests,
             bounds,
-            lambda: None,
+            self._on_demand,
+        )
+        self.quotas = QuotaArbiter(
+            self.ledger, self.instances.values, self.spawn, on_changed=self._on_quota_changed
         )
         self._transitions: dict[str, asyncio.Task[Any] | None] = {}
         self._device = device
@@ -223,6 +227,8 @@ class Worker:
                 on_engine_lost=self._on_engine_lost,
                 on_discarded=self._on_discarded,
                 on_progress=self.announcements.progress,
+                room=self.quotas.room,
+                kv_tokens=self.requests.kv_tokens,
             )
         elif instance.engine is None:
             instance.spec, instance.facts = command.spec, command.facts
@@ -255,6 +261,13 @@ class Worker:
         await self.routes.close(instance.name)
         await self.requests.drain(instance, drain_s)
         return time.perf_counter() - began
+
+    def _on_demand(self) -> None:
+        self.quotas.changed()
+
+    def _on_quota_changed(self) -> None:
+        self.requests.pump()
+        self.announcements.changed()
 
     def _on_state(self, instance: ModelInstance) -> None:
         self.announcements.state_entered(instance, self.ledger.held(instance.name))
@@ -357,6 +370,7 @@ async def run_worker(
             loops = [
                 worker.spawn(worker.announcements.report_load(), name="load reports"),
                 worker.spawn(worker.watch_requests(), name="watch requests"),
+                worker.spawn(worker.quotas.run(), name="quotas"),
             ]
             try:
                 yield worker
