@@ -24,6 +24,7 @@ from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.gpu_id_claims import claimed_gpu_ids
 from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.worker import WorkerIdentity, run_worker
+from prism.scheduling.admission import DEFAULT_POLICY, Bounds, make_policy
 from prism.scheduling.admission import policies as admission_policies
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,18 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     type=click.Choice(sorted(admission_policies)),
     envvar="PRISM_ADMISSION",
     show_envvar=True,
-    default="first_come",
+    default=DEFAULT_POLICY,
+    show_default=True,
     help="Which queued request starts next.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    envvar="PRISM_PATIENCE",
+    show_envvar=True,
+    default=Bounds().patience,
+    show_default=True,
+    help="moore_hodgson: a request that has waited so many times its objective goes first.",
 )
 @click.option(
     "--max-running-requests",
@@ -172,6 +183,7 @@ def main(
     worker_memory_gb: float | None,
     store_socket: str,
     admission: str,
+    patience: float,
     max_running_requests: int,
     chunked_prefill_tokens: int,
     engine_stall_s: float,
@@ -205,7 +217,8 @@ def main(
                 engines,
                 publisher,
                 drain_s=drain_s,
-                admission=admission_policies[admission](),
+                admission=make_policy(admission, Bounds(patience)),
+                bounds=Bounds(patience),
                 memory_limit_bytes=_memory_limit(engines, worker_memory_gb),
                 store_socket=store_socket,
                 limits=EngineLimits(max_running_requests, chunked_prefill_tokens, engine_stall_s),

@@ -14,6 +14,11 @@ from prism.common.messages.generation import SamplingParams, TokenLogprob
 
 HEADER = struct.Struct("<I")
 
+PLANNED_NEW_TOKENS = 128
+"""An engine starts a request when it has room for its prompt and so many tokens, or all that it may generate
+if that is less; when it runs out of room later, it takes the memory back from a request, which goes on once
+there is some again."""
+
 
 class EngineDevice(enum.StrEnum):
     """What an engine computes on."""
@@ -34,7 +39,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     """Become an engine for this model. Answered by `Progress`, one `WeightsSized`, then `Ready` or `Failed`.
 
-    `kv_bytes` bounds the KV cache; `weights_bytes` is what the worker has reserved for the weights until they
+    `kv_bytes` is the first quota of the KV cache, and `kv_cap_bytes` the largest that it may ever get (0: the
+    first stays); `weights_bytes` is what the worker has reserved for the weights until they
     are sized; `layout` names the engine image to ask the store for and to make.
     """
 
@@ -51,6 +57,7 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     store_deadline_s: float
     weights_bytes: int = 0
     options: EngineOptions = EngineOptions()
+    kv_cap_bytes: int = 0
 
 
 class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):
@@ -87,7 +94,16 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
     call: int
 
 
-ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake
+class SetQuota(msgspec.Struct, frozen=True, tag="set_quota"):
+    """Let the KV cache take `kv_bytes` from now on. When that is less than it has, cached prefixes are
+    evicted first, then the requests of lowest priority wait until there is memory again. Answered by
+    `QuotaSet`."""
+
+    call: int
+    kv_bytes: int
+
+
+ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake | SetQuota
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -105,7 +121,10 @@ class WeightsSized(msgspec.Struct, frozen=True, tag="weights_sized"):
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine serves. On a CPU, file descriptors name its memory arenas, so that the worker can see for
-    itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1."""
+    itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1.
+
+    `kv_tokens` fit into the first quota. KV memory comes in pages of `kv_page_bytes`; `kv_overhead_bytes` of
+    a quota hold no tokens."""
 
     call: int
     pid: int
@@ -117,6 +136,19 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     imaged: bool
     seconds: dict[str, float]
     weights_bytes: int = 0
+    kv_page_bytes: int = 1
+    kv_overhead_bytes: int = 0
+
+
+class QuotaSet(msgspec.Struct, frozen=True, tag="quota_set"):
+    """The quota that holds now: never more memory than `kv_bytes` is behind the KV cache, which is room for
+    `kv_tokens`. More than was asked for where requests could not be made to wait at once; asked again, more
+    may be possible. `retracted` requests had to wait for it."""
+
+    call: int
+    kv_bytes: int
+    kv_tokens: int
+    retracted: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -150,13 +182,15 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """What one scheduler step produced, and the engine's load after it. `steps` counts forward passes since
-    the start: a long prefill shows in it before its first token."""
+    the start: a long prefill shows in it before its first token. `kv_cached_tokens` are those of prefixes
+    that could be evicted, beside the ones that requests hold."""
 
     outputs: list[TokenOutput]
     running: int
     waiting: int
     kv_used_tokens: int
     steps: int = 0
+    kv_cached_tokens: int = 0
 
 
 class Imaged(msgspec.Struct, frozen=True, tag="imaged"):
@@ -172,7 +206,7 @@ class Dying(msgspec.Struct, frozen=True, tag="dying"):
     reason: str
 
 
-FromEngine = Progress | WeightsSized | Ready | Failed | Done | Outputs | Imaged | Dying
+FromEngine = Progress | WeightsSized | Ready | Failed | Done | QuotaSet | Outputs | Imaged | Dying
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

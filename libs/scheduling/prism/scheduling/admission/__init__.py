@@ -21,6 +21,12 @@ policies: dict[str, type[AdmissionPolicy]] = {
 }
 DEFAULT_POLICY = "moore_hodgson"
 
+
+def make_policy(name: str, bounds: Bounds) -> AdmissionPolicy:
+    """The policy of this name, with `bounds` where it bounds waits."""
+    return MooreHodgsonAdmission(bounds) if name == "moore_hodgson" else policies[name]()
+
+
 __all__ = [
     "DEFAULT_POLICY",
     "PREFILL_WINDOW_S",
@@ -35,5 +41,6 @@ __all__ = [
     "PrefillBacklog",
     "PrefillBudget",
     "QueuedRequest",
+    "make_policy",
     "policies",
 ]

@@ -43,6 +43,11 @@ class Bounds(msgspec.Struct, frozen=True):
     unpromised_slo_s: float = 10.0
     overaged_share: float = 0.5
 
+    def exceeded(self, request: QueuedRequest, now: float) -> bool:
+        """Whether it has waited beyond its bound."""
+        slo = request.ttft_slo_s if request.ttft_slo_s < inf else self.unpromised_slo_s
+        return now - request.arrival_s >= self.patience * slo
+
 
 Overaged = list[tuple[float, str, QueuedRequest]]
 """Arrival, rid, request."""

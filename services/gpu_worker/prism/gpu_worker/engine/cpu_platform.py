@@ -5,24 +5,11 @@ from typing import Any
 from prism.common.errors import ErrorCode, PrismError
 from prism.gpu_worker.engine import memory_saver
 from prism.gpu_worker.engine.arena import MemoryArena
+from prism.gpu_worker.engine.arena_kv import ArenaKvMemory
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import StartEngine
 
 KV_ARENA_SLACK = 2
-
-
-class ArenaKvMemory:
-    """A KV cache that lies in an arena."""
-
-    def __init__(self, arena: MemoryArena) -> None:
-        self._arena = arena
-        self.map = arena.map
-        self.unmap = arena.unmap
-
-    def held_tokens(self, scheduler: Any) -> int:
-        """Tokens of requests, without cached prefixes."""
-        free = scheduler.token_to_kv_pool_allocator.available_size()
-        return int(scheduler.max_total_num_tokens - free - scheduler.tree_cache.evictable_size())
 
 
 class CpuPlatform:
@@ -33,7 +20,7 @@ class CpuPlatform:
 
     def __init__(self, start: StartEngine) -> None:
         self._start = start
-        self._kv = MemoryArena("prism-kv", start.kv_bytes * KV_ARENA_SLACK)
+        self._kv = MemoryArena("prism-kv", max(start.kv_bytes, start.kv_cap_bytes) * KV_ARENA_SLACK)
 
     def prepare(self) -> None:
         """KV pools go into the arena."""
@@ -49,14 +36,24 @@ class CpuPlatform:
         }
 
     def kv_memory(self, scheduler: Any) -> ArenaKvMemory:
-        """The arena. Raises PrismError(out_of_memory) when SGLang took more than the quota."""
-        if self._kv.used > self._start.kv_bytes:
+        """The arena, within the first quota. Raises PrismError(out_of_memory) when SGLang took more address
+        space than the largest quota, or when the first has no room for a token."""
+        largest = max(self._start.kv_bytes, self._start.kv_cap_bytes)
+        if self._kv.used > largest:
             raise PrismError(
                 ErrorCode.OUT_OF_MEMORY,
-                f"{self._start.model}: the KV cache takes {self._kv.used} bytes, its quota is "
-                f"{self._start.kv_bytes}; raise max_memory_pool_size",
+                f"{self._start.model}: the KV cache takes {self._kv.used} bytes, its quota is {largest} at "
+                "most; raise max_memory_pool_size",
             )
-        return ArenaKvMemory(self._kv)
+        memory = ArenaKvMemory(self._kv, scheduler)
+        memory.set_limit(self._start.kv_bytes)
+        if memory.limit_tokens < 2:
+            raise PrismError(
+                ErrorCode.OUT_OF_MEMORY,
+                f"{self._start.model}: a KV quota of {self._start.kv_bytes} bytes holds no token; raise "
+                "max_memory_pool_size",
+            )
+        return memory
 
     def arenas(self, weights: ModelWeights) -> tuple[int, int]:
         """Both lie in arenas."""

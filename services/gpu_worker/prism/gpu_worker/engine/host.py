@@ -106,6 +106,9 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
     )
     scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, platform=platform)
 
+    kv = scheduler.kv
+    assert kv is not None
+
     def ready() -> None:
         weights_fd, kv_fd = platform.arenas(weights)
         link.send(
@@ -114,12 +117,14 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
                 pid=os.getpid(),
                 weights_fd=weights_fd,
                 kv_fd=kv_fd,
-                kv_tokens=scheduler.max_total_num_tokens,
+                kv_tokens=kv.limit_tokens,
                 kv_bytes_per_token=_kv_bytes_per_token(scheduler),
                 max_prompt_tokens=scheduler.max_req_input_len,
                 imaged=weights.imaged,
                 seconds={**weights.seconds, "build": time.perf_counter() - began},
                 weights_bytes=weights.nbytes,
+                kv_page_bytes=kv.page_bytes,
+                kv_overhead_bytes=kv.overhead_bytes,
             )
         )
         weights.export_behind(lambda seconds, error: link.send(Imaged(seconds, error)))
@@ -159,11 +164,12 @@ def _server_args(start: StartEngine, weights: ModelWeights, platform: Platform) 
     config = ModelConfig(start.model_path, dtype=start.dtype)
     # A batch wider than the contexts that fit into the KV cache would only be retracted again.
     running = start.max_running_requests
-    tokens = (start.kv_bytes - _request_table_bytes(config.context_len, running)) // _per_token(config) - 1
+    largest = max(start.kv_bytes, start.kv_cap_bytes)
+    tokens = (largest - _request_table_bytes(config.context_len, running)) // _per_token(config) - 1
     if tokens < 2:
         raise PrismError(
             ErrorCode.OUT_OF_MEMORY,
-            f"{start.model}: a KV quota of {start.kv_bytes} bytes holds no token; raise max_memory_pool_size",
+            f"{start.model}: a KV quota of {largest} bytes holds no token; raise max_memory_pool_size",
         )
     return ServerArgs(**common, max_total_tokens=tokens, max_running_requests=running)
 

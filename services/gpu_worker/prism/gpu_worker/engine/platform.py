@@ -7,7 +7,24 @@ from prism.gpu_worker.engine_protocol import EngineDevice, StartEngine
 
 
 class KvMemory(Protocol):
-    """The memory behind a KV cache, given back while dozing. `limit_bytes` at most is behind it."""
+    """The memory behind a KV cache, bounded by a quota and given back while dozing.
+
+    It comes in pages of `page_bytes`; `overhead_bytes` of a quota hold no tokens.
+    """
+
+    page_bytes: int
+    overhead_bytes: int
+
+    @property
+    def limit_tokens(self) -> int:
+        """Tokens that the quota has room for."""
+        ...
+
+    def set_limit(self, limit_bytes: int) -> tuple[int, int]:
+        """Bound what may be behind it: raised at once, lowered by evicting prefixes, then by retracting
+        requests. Returns the bound that holds now, higher than asked for where not enough could be freed,
+        and how many requests were retracted."""
+        ...
 
     def map(self) -> None:
         """Make the KV cache usable."""
@@ -15,8 +32,8 @@ class KvMemory(Protocol):
     def unmap(self) -> None:
         """Give its memory back; nothing is cached in it any more."""
 
-    def held_tokens(self, scheduler: Any) -> int:
-        """Tokens of requests in it, without cached prefixes."""
+    def held_tokens(self) -> int:
+        """Tokens of requests in it, without cached prefixes that could be evicted."""
         ...
 
 

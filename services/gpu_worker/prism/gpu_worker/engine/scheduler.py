@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, TokenizedGenerateReqInput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
@@ -25,9 +26,25 @@ from prism.common.messages.generation import TokenLogprob
 from prism.gpu_worker.engine.link import EngineLink
 from prism.gpu_worker.engine.platform import KvMemory, Platform
 from prism.gpu_worker.engine.weights import ModelWeights
-from prism.gpu_worker.engine_protocol import Abort, Done, Doze, Generate, Outputs, TokenOutput, Wake
+from prism.gpu_worker.engine_protocol import (
+    PLANNED_NEW_TOKENS,
+    Abort,
+    Done,
+    Doze,
+    Generate,
+    Outputs,
+    QuotaSet,
+    SetQuota,
+    TokenOutput,
+    Wake,
+)
 
 LOWEST_LOGPROB = -1e30
+MEMORY_POLL_S = 0.001
+MEMORY_TOLD_S = 0.5
+
+# The worker plans with what requests usually generate; SGLang would keep room for all that they may.
+schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_NEW_TOKENS
 PRIMING_RID = "priming"
 
 
@@ -65,7 +82,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.kv: KvMemory | None = None
         self.on_primed: Callable[[], None] | None = None
         self.dozing = False
-        self._told_load = (0, 0, 0, 0)
+        self._told_load = (0, 0, 0, 0, 0)
+        self._told_at = 0.0
         self._doze_when_idle: Doze | None = None
         super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
         self.kv = platform.kv_memory(self)
@@ -107,6 +125,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._request_dispatcher._mapping[Abort] = lambda abort: self.abort_request(AbortReq(rid=abort.rid))
         self._request_dispatcher._mapping[Doze] = self.handle_doze
         self._request_dispatcher._mapping[Wake] = self.handle_wake
+        self._request_dispatcher._mapping[SetQuota] = self.handle_set_quota
 
     def handle_generate(self, message: Generate) -> None:
         """Queue a request; one that can't be run here is answered with why."""
@@ -160,6 +179,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
     def on_idle(self) -> None:
         """Tell the worker that the last request is really out of the engine, then sleep."""
         if not self.is_fully_idle():
+            self._wait_for_memory()
             return
         if self.current_load() != self._told_load:
             self.tell([])
@@ -167,16 +187,24 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self.handle_doze(self._doze_when_idle)
         super().on_idle()
 
+    def _wait_for_memory(self) -> None:
+        """Requests are here, and nothing runs: the quota has no room for them yet. That is no standstill."""
+        if time.monotonic() - self._told_at > MEMORY_TOLD_S:
+            self.tell([])
+        time.sleep(MEMORY_POLL_S)
+
     def process_batch_result(self, batch: Any, result: Any) -> None:
         """Pass results on; a step without output (a chunk of a long prefill) shows as progress."""
         super().process_batch_result(batch, result)
         if self.forward_ct != self._told_load[3]:
             self.tell([])
 
-    def current_load(self) -> tuple[int, int, int, int]:
-        """Requests running, requests waiting, KV tokens held by requests, forward passes so far."""
-        held = self.kv.held_tokens(self) if self.kv is not None else 0
-        return len(self.running_batch.reqs), len(self.waiting_queue), held, self.forward_ct
+    def current_load(self) -> tuple[int, int, int, int, int]:
+        """Requests running, requests waiting, KV tokens held by requests, forward passes so far, KV tokens of
+        cached prefixes."""
+        held = self.kv.held_tokens() if self.kv is not None else 0
+        cached = int(self.tree_cache.evictable_size())
+        return len(self.running_batch.reqs), len(self.waiting_queue), held, self.forward_ct, cached
 
     def tell(self, outputs: list[TokenOutput]) -> None:
         """Send outputs with the engine's load."""
@@ -186,6 +214,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
                 primed()
             return
         self._told_load = self.current_load()
+        self._told_at = time.monotonic()
         self.link.send(Outputs(outputs, *self._told_load))
 
     def handle_doze(self, request: Doze) -> None:
@@ -200,6 +229,13 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
     def handle_wake(self, request: Wake) -> None:
         """Take memory again, weights copied back from the image."""
         self._transition(request.call, self._wake)
+
+    def handle_set_quota(self, request: SetQuota) -> None:
+        """Bound the KV cache, between two steps."""
+        assert self.kv is not None
+        held, retracted = self.kv.set_limit(request.kv_bytes)
+        self.link.send(QuotaSet(request.call, held, self.kv.limit_tokens, retracted))
+        self.tell([])
 
     def _transition(self, call: int, run: Callable[[], dict[str, float]]) -> None:
         try:
