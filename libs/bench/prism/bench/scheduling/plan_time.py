@@ -103,10 +103,7 @@ def large_cluster(models: int, *, seed: int = 1, cold: bool = False) -> ClusterS
         for number in range(gpus)
     )
     sleeping = [
-        name
-        for resident in residents
-        for name, model in resident.items()
-        if model.state is ModelState.STAGED
+        name for resident in residents for name, model in resident.items() if model.state is ModelState.STAGED
     ]
     parked = sleeping if cold else draw.sample(sleeping, min(len(sleeping), models // 50))
     demand = {name: Demand(1, draw.uniform(0.0, 1.0)) for name in parked}
