@@ -81,7 +81,7 @@ class KvprPlacement:
             need = board.fixed_bytes(view, place.worker) + board.kv_at_least(view, place.worker)
             return all(need <= plan.space[id(gpu)] for gpu in place.gpus)
 
-        places = [place for place in board.places_for(view.spec.tp_size, plan.gpu_ratio, fits) if fits(place)]
+        places = [place for place in board.places_for(view, plan.gpu_ratio, fits) if fits(place)]
         return min(places, key=lambda place: (plan.ratio(place), place.worker.id), default=None)
 
     def _move(self, reconciler: Reconciler, judge: "KvprJudge", instance: Instance, place: Place) -> None:

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from prism.common.messages.models import ModelState, Tier
-from prism.scheduling.memory import kv_reservation
 from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release
 from prism.scheduling.placement.backoff import FIRST_S
 from prism.scheduling.placement.board import Board, Gpu, Instance, Place
 from prism.scheduling.placement.pressure import Work, work_of
-from prism.scheduling.placement.pricing import cost_on
+from prism.scheduling.placement.pricing import cost_on, sizes_on
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
@@ -119,7 +118,7 @@ class Reconciler:
             places = [self._at_home(board.places[worker], wanted) for worker in sorted(wanted.home)]
             places = [place for place in places if len(place.gpus) >= tp_size]
         else:
-            places = list(board.places_for(tp_size, judge.gpu_rank, fits))
+            places = list(board.places_for(wanted.view, judge.gpu_rank, fits))
         places = [place for place in places if place.worker.id not in wanted.beside]
         if not places and not tell:
             return []
@@ -147,10 +146,9 @@ class Reconciler:
 
     def _unbind(self, wanted: Wanted, judge: Judge) -> None:
         """Let go of an engine that sleeps on a GPU without room while another of its worker has some."""
-        for whole in self.board.places.values():
-            key = (whole.worker.id, wanted.name)
-            instance = self.board.instances.get(key)
-            if len(whole.gpus) <= wanted.view.spec.tp_size or instance is None:
+        for instance in self.board.asleep.get(wanted.name, ()):
+            whole = self.board.places[instance.place.worker.id]
+            if len(whole.gpus) <= wanted.view.spec.tp_size:
                 continue
             if not self.may_shed(instance):
                 continue
@@ -285,7 +283,7 @@ class Reconciler:
         kv = board.kv_at_least(view, worker)
         if worker.elastic:
             spare = min(gpu.free - gpu.claimed for gpu in place.gpus) - need
-            wish = kv_reservation(view.spec, view.facts, worker.element_bytes) - kv
+            wish = sizes_on(view, worker).kv_reservation - kv
             more = max(0, min(spare, wish, min(gpu.unreserved for gpu in place.gpus) - need))
             kv, need = kv + more, need + more
         here = worker.models.get(view.spec.model_name)
