@@ -1,4 +1,4 @@
-"""`python -m prism.gpu_worker`: hosts the engines of one node's GPUs."""
+"""`python -m prism.gpu_worker`: hosts the engines of one node's GPUs; `... doctor` examines the host."""
 
 import asyncio
 import logging
@@ -180,7 +180,7 @@ def main(
     log_level: str,
     log_format: str,
 ) -> None:
-    """Host the engines of this node's GPUs."""
+    """Host the engines of this node's GPUs. `doctor` as the first argument examines the host instead."""
     identity = WorkerIdentity(instance_id("worker"), node, [])
     configure_logging("gpu_worker", log_level, log_format, worker=identity.worker)
     os.environ.update(logging_environment(log_level, log_format, identity.worker))
@@ -255,4 +255,8 @@ def _memory_limit(device: Device, chosen_gb: float | None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["doctor"]:
+        from prism.gpu_worker.doctor.command import doctor
+
+        doctor(sys.argv[2:], prog_name="python -m prism.gpu_worker doctor")
     main()

@@ -87,7 +87,14 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
     call: int
 
 
-ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake
+class PrepareFreeze(msgspec.Struct, frozen=True, tag="prepare_freeze"):
+    """Dozing: let go of pinned host memory, which a thaw would pin again all at once, and touch the GPU no
+    more until the next message. Answered by `Done`."""
+
+    call: int
+
+
+ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake | PrepareFreeze
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

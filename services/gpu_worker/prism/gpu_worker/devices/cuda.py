@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from prism.gpu_worker.devices.checkpoint_process import checkpoint_process
+from prism.gpu_worker.devices.freezing import Freezer
 from prism.gpu_worker.devices.gpu_memory import GpuMemory, gpu_memory
 from prism.gpu_worker.engine_protocol import EngineDevice, EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
@@ -29,10 +31,16 @@ class CudaDevice:
     fixed_bytes = FIXED_BYTES
 
     def __init__(
-        self, memory: GpuMemory, shells: WarmShells, attention_backend: str, decode_graph_sizes: Sequence[int]
+        self,
+        memory: GpuMemory,
+        shells: WarmShells,
+        freezer: Freezer,
+        attention_backend: str,
+        decode_graph_sizes: Sequence[int],
     ) -> None:
         self.memory = memory
         self.shells: ShellSource = shells
+        self.freezer = freezer
         self.copying = asyncio.Semaphore(1)
         self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
         self.options = EngineOptions(EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)))
@@ -53,6 +61,10 @@ class CudaDevice:
         """What the driver counts for the engine beyond its fixed cost."""
         return max(0, self.memory.used_by(pid) - self.fixed_bytes)
 
+    def held_bytes(self, pid: int, ready: Ready) -> int:
+        """All that the driver counts for the engine."""
+        return self.memory.used_by(pid)
+
 
 @asynccontextmanager
 async def cuda_device(
@@ -61,5 +73,8 @@ async def cuda_device(
     """GPU `index` of this machine, with `warm` shells kept ready for the next models."""
     with gpu_memory(index) as memory:
         environment = {"CUDA_VISIBLE_DEVICES": memory.uuid}
-        async with warm_shells(SHELL_MODULE, warm, environment) as shells:
-            yield CudaDevice(memory, shells, attention_backend, decode_graph_sizes)
+        async with (
+            warm_shells(SHELL_MODULE, warm, environment) as shells,
+            checkpoint_process(environment) as freezer,
+        ):
+            yield CudaDevice(memory, shells, freezer, attention_backend, decode_graph_sizes)

@@ -25,7 +25,16 @@ from prism.common.messages.generation import TokenLogprob
 from prism.gpu_worker.engine.link import EngineLink
 from prism.gpu_worker.engine.platform import KvMemory, Platform
 from prism.gpu_worker.engine.weights import ModelWeights
-from prism.gpu_worker.engine_protocol import Abort, Done, Doze, Generate, Outputs, TokenOutput, Wake
+from prism.gpu_worker.engine_protocol import (
+    Abort,
+    Done,
+    Doze,
+    Generate,
+    Outputs,
+    PrepareFreeze,
+    TokenOutput,
+    Wake,
+)
 
 LOWEST_LOGPROB = -1e30
 PRIMING_RID = "priming"
@@ -107,6 +116,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._request_dispatcher._mapping[Abort] = lambda abort: self.abort_request(AbortReq(rid=abort.rid))
         self._request_dispatcher._mapping[Doze] = self.handle_doze
         self._request_dispatcher._mapping[Wake] = self.handle_wake
+        self._request_dispatcher._mapping[PrepareFreeze] = self.handle_prepare_freeze
 
     def handle_generate(self, message: Generate) -> None:
         """Queue a request; one that can't be run here is answered with why."""
@@ -201,6 +211,12 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         """Take memory again, weights copied back from the image."""
         self._transition(request.call, self._wake)
 
+    def handle_prepare_freeze(self, request: PrepareFreeze) -> None:
+        """Let go of what would make a thaw slow; then sleep, without a call to the device, until spoken to."""
+        self._transition(request.call, self._prepare_freeze)
+        if self.dozing:
+            self.link.wait()
+
     def _transition(self, call: int, run: Callable[[], dict[str, float]]) -> None:
         try:
             self.link.send(Done(call, run()))
@@ -217,6 +233,13 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.kv.unmap()
         self.dozing = True
         return {"unmap": time.perf_counter() - began}
+
+    def _prepare_freeze(self) -> dict[str, float]:
+        if not self.dozing:
+            raise PrismError(ErrorCode.INTERNAL, "asked to be frozen while awake", retry=True)
+        began = time.perf_counter()
+        self.weights.unpin()
+        return {"unpin": time.perf_counter() - began}
 
     def _wake(self) -> dict[str, float]:
         if not self.dozing:
