@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,19 +114,32 @@ class CommandedSystem:
 
 @asynccontextmanager
 async def commanded_system(
-    models: dict[str, Path], folder: Path, *, kv_gb: float, log: Path
+    models: dict[str, Path],
+    folder: Path,
+    *,
+    kv_gb: float,
+    log: Path,
+    device: str = "cuda",
+    worker_memory_gb: float | None = None,
+    store_memory_gb: float = 100.0,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[CommandedSystem]:
-    """NATS, store, worker on a GPU and gateway; `models` registered, none of them started."""
+    """NATS, store, worker and gateway; `models` registered, none of them started.
+
+    Services get `environment` on top of ours. Memory in 10^9 bytes; without `worker_memory_gb` the device's
+    own.
+    """
     placement = folder / "placement.json"
     placement.write_text("[]")
     settings = SystemSettings(
         placement=placement,
-        store_memory_gb=100.0,
-        worker_memory_gb=None,
+        store_memory_gb=store_memory_gb,
+        worker_memory_gb=worker_memory_gb,
         image_dir=folder / "images",
-        device="cuda",
+        device=device,
         schedulers=0,
         log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
+        environment=dict(environment or {}),
     )
     place = [{"gpu_ids": [0], "on": False, "max_memory_pool_size": kv_gb}]
     with log.open("w", buffering=1) as lines:

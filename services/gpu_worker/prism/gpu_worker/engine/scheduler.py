@@ -212,7 +212,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._transition(request.call, self._wake)
 
     def handle_prepare_freeze(self, request: PrepareFreeze) -> None:
-        """Let go of what would make a thaw slow; then sleep, without a call to the device, until spoken to."""
+        """Let go of what would slow a thaw down; then sleep, with no call to the device, until spoken to."""
         self._transition(request.call, self._prepare_freeze)
         if self.dozing:
             self.link.wait()
