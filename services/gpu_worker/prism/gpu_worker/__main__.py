@@ -41,6 +41,16 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     raise click.BadParameter(f"{text!r} is neither {AUTO!r} nor a number from 0 on")
 
 
+def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """The value of --decode-graph-sizes; empty for none."""
+    if text == "none":
+        return []
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise click.BadParameter(f"{text!r} is neither 'none' nor numbers from 1 on with commas between them")
+    return [int(size) for size in sizes]
+
+
 @click.command()
 @click.option(
     "--nats", "nats_url", envvar="PRISM_NATS_URL", show_envvar=True, default="nats://127.0.0.1:4222"
@@ -86,6 +96,24 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     show_envvar=True,
     default="triton",
     help="cuda: SGLang's attention backend (triton, fa3 where it is installed, flashinfer).",
+)
+@click.option(
+    "--decode-graph-sizes",
+    metavar="SIZES|none",
+    callback=_graph_sizes_option,
+    envvar="PRISM_DECODE_GRAPH_SIZES",
+    show_envvar=True,
+    default="1,2,4,8,16,24,32,48,64",
+    show_default=True,
+    help="cuda: batch sizes that are decoded with a CUDA graph; the largest batch always is one of them.",
+)
+@click.option(
+    "--defer-graphs/--no-defer-graphs",
+    envvar="PRISM_DEFER_GRAPHS",
+    show_envvar=True,
+    default=False,
+    show_default=True,
+    help="cuda: capture CUDA graphs once an engine is idle, not before its first token.",
 )
 @click.option(
     "--worker-memory-gb",
@@ -169,6 +197,8 @@ def main(
     gpu: int,
     warm_shells: int,
     attention_backend: str,
+    decode_graph_sizes: list[int],
+    defer_graphs: bool,
     worker_memory_gb: float | None,
     store_socket: str,
     admission: str,
@@ -196,7 +226,7 @@ def main(
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
             # Engines begin their imports, which take longer than ids do.
-            _device(device, gpu, warm_shells, attention_backend) as engines,
+            _device(device, gpu, warm_shells, attention_backend, decode_graph_sizes, defer_graphs) as engines,
             claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
@@ -233,19 +263,25 @@ def main(
 
 
 def _device(
-    name: str, gpu: int, warm_shells: int, attention_backend: str
+    name: str,
+    gpu: int,
+    warm_shells: int,
+    attention_backend: str,
+    decode_graph_sizes: list[int],
+    defer_graphs: bool,
 ) -> AbstractAsyncContextManager[Device]:
     if name == "simulated":
         return simulated_device(costs_from(os.environ))
     if name == "cuda":
         # Its libraries are there where GPUs are.
-        from prism.gpu_worker.devices.cuda import DECODE_GRAPH_SIZES, cuda_device
+        from prism.gpu_worker.devices.cuda import cuda_device
 
         return cuda_device(
             gpu,
             warm=warm_shells,
             attention_backend=attention_backend,
-            decode_graph_sizes=DECODE_GRAPH_SIZES,
+            decode_graph_sizes=decode_graph_sizes,
+            defer_graphs=defer_graphs,
         )
     return cpu_device()
 

@@ -24,11 +24,13 @@ class EngineDevice(enum.StrEnum):
 
 class EngineOptions(msgspec.Struct, frozen=True):
     """What all engines of a device are told. CUDA graphs are kept for decode batches of
-    `decode_graph_sizes`, ascending; none without any."""
+    `decode_graph_sizes`, ascending; none without any. With `defer_graphs` they are captured when the engine
+    is idle first, not before it serves."""
 
     device: EngineDevice = EngineDevice.CPU
     attention_backend: str = ""
     decode_graph_sizes: list[int] = []
+    defer_graphs: bool = False
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):

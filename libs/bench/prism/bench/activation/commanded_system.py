@@ -54,6 +54,7 @@ class CommandedSystem:
     specs: dict[str, ModelSpec]
     facts: dict[str, ModelFacts]
     worker: str = ""
+    ready: bool = False
     reported: asyncio.Event = field(default_factory=asyncio.Event)
     requested_at: float = 0.0
     framed_at: list[float] = field(default_factory=list)
@@ -101,6 +102,14 @@ class CommandedSystem:
                     answer.text += "".join(choice["text"] for choice in event.get("choices", []))
         return answer
 
+    async def shell_is_warm(self) -> None:
+        """Wait until the worker has a shell to start a model in."""
+        # What was reported before a shell was taken says nothing.
+        self.ready = False
+        async with asyncio.timeout(COMMAND_DEADLINE_S):
+            while not self.ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
     async def parked(self, count: int) -> None:
         """Wait until the gateway has so many requests parked."""
         async with asyncio.timeout(ANSWER_DEADLINE_S):
@@ -122,6 +131,7 @@ async def commanded_system(
     device: str = "cuda",
     worker_memory_gb: float | None = None,
     store_memory_gb: float = 100.0,
+    image_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[CommandedSystem]:
     """NATS, store, worker and gateway; `models` registered, none of them started.
@@ -135,7 +145,7 @@ async def commanded_system(
         placement=placement,
         store_memory_gb=store_memory_gb,
         worker_memory_gb=worker_memory_gb,
-        image_dir=folder / "images",
+        image_dir=image_dir or folder / "images",
         device=device,
         schedulers=0,
         log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
@@ -161,6 +171,7 @@ async def commanded_system(
 
             async def on_load(message: Msg) -> None:
                 report = decode(message.data, LoadReport)
+                commanded.ready = report.ready
                 if report.ready:
                     commanded.worker = report.worker
                     commanded.reported.set()

@@ -46,15 +46,25 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     import torch
 
+    from prism.gpu_worker.engine import footprint
+
     torch.cuda.init()
+    footprint.note("context")
     square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
     torch.mm(square, square)
     torch.cuda.synchronize()
+    footprint.note("cublas")
+    # Its workspace was for this one product: an engine computes on streams of its own, with others.
+    del square
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    footprint.note("cublas_cleared")
     from sglang.srt.managers import tp_worker  # noqa: F401
     from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)
 
     from prism.gpu_worker.engine.host import serve
 
+    footprint.note("imported")
     gc.collect()
     gc.freeze()
     os.write(warm, b"w")

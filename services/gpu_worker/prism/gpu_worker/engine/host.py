@@ -15,7 +15,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams
-from prism.gpu_worker.engine import seeds
+from prism.gpu_worker.engine import footprint, seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.platform import Platform, platform_for
 from prism.gpu_worker.engine.scheduler import PRIMING_RID, EngineScheduler
@@ -105,8 +105,10 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
         decoupled_spec_ipc_config=None,
     )
     scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, platform=platform)
+    footprint.note("built")
 
     def ready() -> None:
+        footprint.note("primed")
         weights_fd, kv_fd = platform.arenas(weights)
         link.send(
             Ready(

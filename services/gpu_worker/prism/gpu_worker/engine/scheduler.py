@@ -22,6 +22,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams as WireSamplingParams
 from prism.common.messages.generation import TokenLogprob
+from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.link import EngineLink
 from prism.gpu_worker.engine.platform import KvMemory, Platform
 from prism.gpu_worker.engine.weights import ModelWeights
@@ -74,6 +75,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.kv: KvMemory | None = None
         self.on_primed: Callable[[], None] | None = None
         self.dozing = False
+        self._graphs = platform.graphs
         self._told_load = (0, 0, 0, 0)
         self._doze_when_idle: Doze | None = None
         super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
@@ -175,6 +177,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self.tell([])
         if self._doze_when_idle is not None:
             self.handle_doze(self._doze_when_idle)
+        if self._graphs is not None and not self.dozing:
+            self._graphs.idle(self.forward_ct, time.monotonic())
         super().on_idle()
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
@@ -232,6 +236,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.flush_cache(empty_cache=False)
         self.kv.unmap()
         self.dozing = True
+        footprint.note("dozing")
         return {"unmap": time.perf_counter() - began}
 
     def _prepare_freeze(self) -> dict[str, float]:
@@ -250,6 +255,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         copied = time.perf_counter()
         self.kv.map()
         self.dozing = False
+        footprint.note("woken")
         return {"copy": copied - began, "kv": time.perf_counter() - copied}
 
 
