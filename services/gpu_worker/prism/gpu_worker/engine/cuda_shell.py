@@ -5,17 +5,13 @@ socket to the worker, and a pipe that gets a byte once the shell is warm.
 """
 
 import gc
-import logging
 import os
 import signal
-import socket
 import sys
 import warnings
 
 from prism.common.process import die_with_parent
 from prism.gpu_worker.engine_logs import configure_engine_logging
-
-log = logging.getLogger("cuda_shell")
 
 
 def prepare_environment() -> None:
@@ -62,22 +58,14 @@ def main() -> None:
     from sglang.srt.managers import tp_worker  # noqa: F401
     from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)
 
-    from prism.gpu_worker.engine.host import serve
+    from prism.gpu_worker.engine.host import serve_and_exit
 
     footprint.note("imported")
     gc.collect()
     gc.freeze()
     os.write(warm, b"w")
     os.close(warm)
-    status = 1
-    try:
-        status = serve(socket.socket(fileno=connection))
-    except BaseException:
-        log.exception("engine host failed")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    serve_and_exit(connection)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.store import ImageKind, TensorEntry
 from prism.gpu_worker.engine.cuda_arena import CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
+from prism.gpu_worker.engine.tensor_factories import asked_for
 from prism.gpu_worker.engine.weights import ModelWeights, end_of, named_tensors
 
 PLACED_FROM_BYTES = 64 * 1024
@@ -156,15 +157,10 @@ class _PlaceIn(TorchFunctionMode):  # type: ignore[misc]
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and torch.device(kwargs.get("device") or "cuda").type == "cuda":
-            shape = tuple(kwargs["size"] if "size" in kwargs else args[0] if _is_shape(args) else args)
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            shape, dtype = asked_for(args, kwargs)
             if math.prod(shape) * dtype.itemsize >= PLACED_FROM_BYTES:
                 return self._arena.place(shape, dtype)
         return func(*args, **kwargs)
-
-
-def _is_shape(args: tuple[Any, ...]) -> bool:
-    return len(args) == 1 and not isinstance(args[0], int)
 
 
 class _Unloaded:

@@ -4,9 +4,11 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from setproctitle import setproctitle
 from sglang.srt.configs.model_config import ModelConfig
@@ -69,6 +71,22 @@ def serve(connection: socket.socket) -> int:
             link.send(Dying(_first_line(error)))
         return EXIT_FAILED
     return 0
+
+
+def serve_and_exit(connection: int) -> NoReturn:
+    """Be an engine host on the inherited socket, and end the process, whatever becomes of it.
+
+    Without the interpreter's own end: tearing down torch takes seconds, and frees nothing the kernel won't.
+    """
+    status = 1
+    try:
+        status = serve(socket.socket(fileno=connection))
+    except BaseException:
+        log.exception("engine host failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _first_line(error: Exception) -> str:
