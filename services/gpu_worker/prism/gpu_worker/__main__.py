@@ -1,4 +1,4 @@
-"""`python -m prism.gpu_worker`: hosts the engines of one node's GPUs."""
+"""`python -m prism.gpu_worker`: hosts the engines of one node's GPUs; `... doctor` examines the host."""
 
 import asyncio
 import logging
@@ -40,6 +40,16 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     if text.isdecimal():
         return int(text)
     raise click.BadParameter(f"{text!r} is neither {AUTO!r} nor a number from 0 on")
+
+
+def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """The value of --decode-graph-sizes; empty for none."""
+    if text == "none":
+        return []
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise click.BadParameter(f"{text!r} is neither 'none' nor numbers from 1 on with commas between them")
+    return [int(size) for size in sizes]
 
 
 @click.command()
@@ -87,6 +97,24 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     show_envvar=True,
     default="triton",
     help="cuda: SGLang's attention backend (triton, fa3 where it is installed, flashinfer).",
+)
+@click.option(
+    "--decode-graph-sizes",
+    metavar="SIZES|none",
+    callback=_graph_sizes_option,
+    envvar="PRISM_DECODE_GRAPH_SIZES",
+    show_envvar=True,
+    default="1,2,4,8,16,24,32,48,64",
+    show_default=True,
+    help="cuda: batch sizes that are decoded with a CUDA graph; the largest batch always is one of them.",
+)
+@click.option(
+    "--defer-graphs/--no-defer-graphs",
+    envvar="PRISM_DEFER_GRAPHS",
+    show_envvar=True,
+    default=False,
+    show_default=True,
+    help="cuda: capture CUDA graphs once an engine is idle, not before its first token.",
 )
 @click.option(
     "--worker-memory-gb",
@@ -180,6 +208,8 @@ def main(
     gpu: int,
     warm_shells: int,
     attention_backend: str,
+    decode_graph_sizes: list[int],
+    defer_graphs: bool,
     worker_memory_gb: float | None,
     store_socket: str,
     admission: str,
@@ -192,7 +222,7 @@ def main(
     log_level: str,
     log_format: str,
 ) -> None:
-    """Host the engines of this node's GPUs."""
+    """Host the engines of this node's GPUs. `doctor` as the first argument examines the host instead."""
     identity = WorkerIdentity(instance_id("worker"), node, [])
     configure_logging("gpu_worker", log_level, log_format, worker=identity.worker)
     os.environ.update(logging_environment(log_level, log_format, identity.worker))
@@ -208,7 +238,7 @@ def main(
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
             # Engines begin their imports, which take longer than ids do.
-            _device(device, gpu, warm_shells, attention_backend) as engines,
+            _device(device, gpu, warm_shells, attention_backend, decode_graph_sizes, defer_graphs) as engines,
             claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
@@ -246,19 +276,25 @@ def main(
 
 
 def _device(
-    name: str, gpu: int, warm_shells: int, attention_backend: str
+    name: str,
+    gpu: int,
+    warm_shells: int,
+    attention_backend: str,
+    decode_graph_sizes: list[int],
+    defer_graphs: bool,
 ) -> AbstractAsyncContextManager[Device]:
     if name == "simulated":
         return simulated_device(costs_from(os.environ))
     if name == "cuda":
         # Its libraries are there where GPUs are.
-        from prism.gpu_worker.devices.cuda import DECODE_GRAPH_SIZES, cuda_device
+        from prism.gpu_worker.devices.cuda import cuda_device
 
         return cuda_device(
             gpu,
             warm=warm_shells,
             attention_backend=attention_backend,
-            decode_graph_sizes=DECODE_GRAPH_SIZES,
+            decode_graph_sizes=decode_graph_sizes,
+            defer_graphs=defer_graphs,
         )
     return cpu_device()
 
@@ -268,4 +304,8 @@ def _memory_limit(device: Device, chosen_gb: float | None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["doctor"]:
+        from prism.gpu_worker.doctor.command import doctor
+
+        doctor(sys.argv[2:], prog_name="python -m prism.gpu_worker doctor")
     main()

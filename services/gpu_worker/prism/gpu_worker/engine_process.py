@@ -23,6 +23,7 @@ from prism.gpu_worker.engine_protocol import (
     Imaged,
     MessageBuffer,
     Outputs,
+    PrepareFreeze,
     Progress,
     QuotaSet,
     Ready,
@@ -103,7 +104,14 @@ class EngineProcess:
         answer in time) ended."""
         return await self._transition(Wake, deadline_s)
 
-    async def _transition(self, kind: type[Doze] | type[Wake], deadline_s: float) -> Done:
+    async def prepare_freeze(self, deadline_s: float) -> Done:
+        """Have a dozing engine ready for its process to be frozen. Raises PrismError; the engine then dozes
+        still, or (without an answer in time) ended."""
+        return await self._transition(PrepareFreeze, deadline_s)
+
+    async def _transition(
+        self, kind: type[Doze] | type[Wake] | type[PrepareFreeze], deadline_s: float
+    ) -> Done:
         done = await self._call(kind, deadline_s)
         if not isinstance(done, Done):
             raise PrismError(ErrorCode.INTERNAL, f"engine {self.pid} answered {kind.__name__} with {done}")

@@ -29,11 +29,13 @@ class EngineDevice(enum.StrEnum):
 
 class EngineOptions(msgspec.Struct, frozen=True):
     """What all engines of a device are told. CUDA graphs are kept for decode batches of
-    `decode_graph_sizes`, ascending; none without any."""
+    `decode_graph_sizes`, ascending; none without any. With `defer_graphs` they are captured when the engine
+    is idle first, not before it serves."""
 
     device: EngineDevice = EngineDevice.CPU
     attention_backend: str = ""
     decode_graph_sizes: list[int] = []
+    defer_graphs: bool = False
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):
@@ -103,7 +105,14 @@ class SetQuota(msgspec.Struct, frozen=True, tag="set_quota"):
     kv_bytes: int
 
 
-ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake | SetQuota
+class PrepareFreeze(msgspec.Struct, frozen=True, tag="prepare_freeze"):
+    """Dozing: let go of pinned host memory, which a thaw would pin again all at once, and touch the GPU no
+    more until the next message. Answered by `Done`."""
+
+    call: int
+
+
+ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake | SetQuota | PrepareFreeze
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

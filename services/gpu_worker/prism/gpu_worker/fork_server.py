@@ -100,7 +100,6 @@ def _reap(control: socket.socket) -> None:
 
 def _become_engine(control: socket.socket, connection: int, inherited: tuple[int, int]) -> None:
     """In the child: be an engine host, and never return into the fork server's code."""
-    status = 1
     try:
         signal.set_wakeup_fd(-1)
         for signum in (signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):
@@ -110,15 +109,13 @@ def _become_engine(control: socket.socket, connection: int, inherited: tuple[int
         for fd in inherited:
             os.close(fd)
         ctypes.CDLL(None).malloc_trim(0)
-        from prism.gpu_worker.engine.host import serve
+        from prism.gpu_worker.engine.host import serve_and_exit
 
-        status = serve(socket.socket(fileno=connection))
+        serve_and_exit(connection)
     except BaseException:
-        log.exception("engine host failed")
+        log.exception("no engine host")
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ STORE_DEADLINE_S = 600.0
 IMAGE_DEADLINE_S = 20.0
 SLOWEST_COPY_BYTES_PER_S = 500e6
 ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
+LOST = (ErrorCode.ENGINE_LOST, ErrorCode.DEADLINE_EXCEEDED)
 FREED_DEADLINE_S = 2.0
 FREED_POLL_S = 0.002
 SPARE_TOKENS = 8
@@ -134,15 +135,15 @@ class ModelInstance:
         self._on_state(self)
 
     async def activate(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
-        """Serve: wake if dozing, else start an engine. Returns the seconds of each phase.
+        """Serve: wake if dozing or frozen, else start an engine. Returns the seconds of each phase.
 
-        The caller holds the lock. Raises PrismError; the model is then dozing (a wake that rolled back) or
-        failed, and holds no memory.
+        The caller holds the lock. Raises PrismError; the model is then dozing (a wake that rolled back),
+        frozen (there was no room to thaw it), cold or failed, and holds no memory beyond that.
         """
         began = time.perf_counter()
         if self.state is ModelState.ACTIVE:
             return {}
-        if self.state is ModelState.DOZING:
+        if self.state in (ModelState.DOZING, ModelState.FROZEN):
             seconds = await self._wake(deadline_s)
         elif self.state in STARTABLE:
             self._first_kv_bytes = kv_bytes
@@ -156,11 +157,15 @@ class ModelInstance:
     async def _wake(self, deadline_s: float) -> dict[str, float]:
         assert self.engine is not None
         kv_bytes = await self._reserve(self._weights_bytes, self._kv_bytes)
+        frozen = self.state is ModelState.FROZEN
         self.set_state(ModelState.WAKING)
+        thawed: dict[str, float] = {}
         try:
-            if kv_bytes != self._kv_bytes:
-                await self._have_quota(kv_bytes)
             async with self._device.copying:
+                if frozen:
+                    thawed = await self._device.freezer.thaw(self.engine.pid, deadline_s)
+                if kv_bytes != self._kv_bytes:
+                    await self._have_quota(kv_bytes)
                 done = await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
         except BaseException as error:
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
@@ -171,7 +176,7 @@ class ModelInstance:
             else:
                 await self.discard_engine(*_after(error, "wake failed"))
             raise
-        return done.seconds
+        return {**thawed, **done.seconds}
 
     async def _reserve(self, weights: int, kv_bytes: int) -> int:
         """Reserve what serving takes, for which others make room. Returns the KV quota: as much of `kv_bytes`
@@ -362,20 +367,67 @@ class ModelInstance:
         self.set_state(ModelState.DOZING)
         return {**done.seconds, "total": time.perf_counter() - began}
 
+    async def freeze(self, deadline_s: float) -> dict[str, float]:
+        """Take all device memory from a dozing engine, confirmed by the kernel. The caller holds the lock.
+
+        Raises PrismError: the model dozes on, or (when the process can't go on) its engine is gone.
+        """
+        assert self.engine is not None
+        began = time.perf_counter()
+        try:
+            prepared = await self.engine.prepare_freeze(min(deadline_s, self._copy_deadline_s()))
+            frozen = await self._device.freezer.freeze(self.engine.pid, deadline_s)
+        except BaseException as error:
+            if not isinstance(error, PrismError) or error.code in LOST:
+                await self.discard_engine(*_after(error, "freeze failed"))
+            raise
+        try:
+            await self._confirm_gone(self._held_bytes)
+        except BaseException as error:
+            await self.discard_engine(*_after(error, "freeze failed"))
+            raise
+        self._ledger.resize(self.name)
+        self.set_state(ModelState.FROZEN)
+        return {**prepared.seconds, **frozen, "total": time.perf_counter() - began}
+
+    async def thaw(self, deadline_s: float) -> dict[str, float]:
+        """Have a frozen engine doze again. The caller holds the lock.
+
+        Raises PrismError: the model is frozen still when there is no room for it, else its engine is gone.
+        """
+        assert self.engine is not None
+        began = time.perf_counter()
+        self._hold_fixed()
+        try:
+            thawed = await self._device.freezer.thaw(self.engine.pid, deadline_s)
+        except BaseException as error:
+            await self.discard_engine(*_after(error, "thaw failed"))
+            raise
+        self.set_state(ModelState.DOZING)
+        return {**thawed, "total": time.perf_counter() - began}
+
     async def _confirm_freed(self) -> None:
+        await self._confirm_gone(self._left_bytes)
+        self._hold_fixed()
+
+    async def _confirm_gone(self, held: Callable[[], int]) -> None:
         # A driver may take a moment to count.
         deadline = time.monotonic() + FREED_DEADLINE_S
-        while (left := self._left_bytes()) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while (left := held()) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(FREED_POLL_S)
         if left:
             raise PrismError(
                 ErrorCode.INTERNAL, f"{self.name}: {left} bytes are still mapped after the engine freed them"
             )
-        self._hold_fixed()
 
     def _hold_fixed(self) -> None:
         """A dozing engine keeps what its process costs, and nothing else."""
         self._ledger.resize(self.name, fixed=self._device.fixed_bytes)
+
+    def _held_bytes(self) -> int:
+        if self.engine is None or self.ready is None or self.engine.ended.done():
+            return 0
+        return self._device.held_bytes(self.engine.pid, self.ready)
 
     def _left_bytes(self) -> int:
         if self.engine is None or self.ready is None or self.engine.ended.done():

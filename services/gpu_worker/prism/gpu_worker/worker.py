@@ -201,6 +201,8 @@ class Worker:
                     await self.routes.open(instance.name)
                 case CommandKind.DOZE:
                     seconds = await self._doze(instance, command.drain_s, command.deadline_s)
+                case CommandKind.FREEZE:
+                    seconds = await self._freeze(instance, command.drain_s, command.deadline_s)
                 case CommandKind.RELEASE:
                     seconds = await self._release(instance, command.drain_s)
                 case _:
@@ -237,6 +239,8 @@ class Worker:
     async def _doze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:
         if instance.state is ModelState.DOZING:
             return {}
+        if instance.state is ModelState.FROZEN:
+            return await instance.thaw(deadline_s)
         if instance.state is not ModelState.ACTIVE:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"{instance.name} is {instance.state}, not active")
         if not await instance.can_doze():
@@ -247,6 +251,16 @@ class Worker:
             return await self._release(instance, drain_s)
         drained = await self._drain(instance, drain_s)
         return {**await instance.doze(deadline_s), "drain": drained}
+
+    async def _freeze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:
+        if instance.state is ModelState.FROZEN:
+            return {}
+        # Before anything is put to sleep for it.
+        self._device.freezer.check()
+        dozed = await self._doze(instance, drain_s, deadline_s)
+        if instance.state is not ModelState.DOZING:
+            return dozed
+        return {**dozed, **await instance.freeze(deadline_s)}
 
     async def _release(self, instance: ModelInstance, drain_s: float) -> dict[str, float]:
         began = time.perf_counter()

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from prism.gpu_worker.devices.checkpoint_process import checkpoint_process
+from prism.gpu_worker.devices.freezing import Freezer
 from prism.gpu_worker.devices.gpu_memory import GpuMemory, gpu_memory
 from prism.gpu_worker.engine_protocol import EngineDevice, EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
@@ -16,7 +18,6 @@ SHELL_MODULE = "prism.gpu_worker.engine.cuda_shell"
 # A context with cuBLAS, graphs, SGLang's buffers and torch's cache: measured, see docs/gpu.md.
 FIXED_BYTES = 2048 * MIB
 ACTIVATION_SLACK_BYTES = 4096 * MIB
-DECODE_GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MOST_COPY_THREADS = 16
 
 
@@ -29,13 +30,18 @@ class CudaDevice:
     fixed_bytes = FIXED_BYTES
 
     def __init__(
-        self, memory: GpuMemory, shells: WarmShells, attention_backend: str, decode_graph_sizes: Sequence[int]
+        self,
+        memory: GpuMemory,
+        shells: WarmShells,
+        freezer: Freezer,
+        options: EngineOptions,
     ) -> None:
         self.memory = memory
         self.shells: ShellSource = shells
+        self.freezer = freezer
         self.copying = asyncio.Semaphore(1)
         self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
-        self.options = EngineOptions(EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)))
+        self.options = options
         self.default_memory_bytes = memory.total_bytes - ACTIVATION_SLACK_BYTES
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
@@ -53,13 +59,28 @@ class CudaDevice:
         """What the driver counts for the engine beyond its fixed cost."""
         return max(0, self.memory.used_by(pid) - self.fixed_bytes)
 
+    def held_bytes(self, pid: int, ready: Ready) -> int:
+        """All that the driver counts for the engine."""
+        return self.memory.used_by(pid)
+
 
 @asynccontextmanager
 async def cuda_device(
-    index: int, *, warm: int, attention_backend: str, decode_graph_sizes: Sequence[int]
+    index: int,
+    *,
+    warm: int,
+    attention_backend: str,
+    decode_graph_sizes: Sequence[int],
+    defer_graphs: bool,
 ) -> AsyncIterator[CudaDevice]:
     """GPU `index` of this machine, with `warm` shells kept ready for the next models."""
+    options = EngineOptions(
+        EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)), defer_graphs
+    )
     with gpu_memory(index) as memory:
         environment = {"CUDA_VISIBLE_DEVICES": memory.uuid}
-        async with warm_shells(SHELL_MODULE, warm, environment) as shells:
-            yield CudaDevice(memory, shells, attention_backend, decode_graph_sizes)
+        async with (
+            warm_shells(SHELL_MODULE, warm, environment) as shells,
+            checkpoint_process(environment) as freezer,
+        ):
+            yield CudaDevice(memory, shells, freezer, options)

@@ -34,6 +34,7 @@ from prism.gpu_worker.engine_protocol import (
     Failed,
     Generate,
     Outputs,
+    PrepareFreeze,
     Progress,
     QuotaSet,
     Ready,
@@ -192,6 +193,8 @@ class SimulatedEngine:
                 self._wake(message.call)
             case SetQuota():
                 self._set_quota(message)
+            case PrepareFreeze():
+                self._prepare_freeze(message.call)
             case _:
                 raise TypeError(f"{type(message).__name__} is not for an engine that runs")
 
@@ -222,11 +225,18 @@ class SimulatedEngine:
             busy = ErrorBody(ErrorCode.INTERNAL, "asked to doze with requests in the engine", retry=True)
             self._link.send(Done(call, {}, busy))
             return
+        if self._dozing:
+            self._link.send(Done(call, {}))
+            return
         began = time.perf_counter()
         self._memory.give_back()
         time.sleep(self._costs.doze_ms / 1000)
         self._dozing = True
         self._link.send(Done(call, {"unmap": time.perf_counter() - began}))
+
+    def _prepare_freeze(self, call: int) -> None:
+        awake = ErrorBody(ErrorCode.INTERNAL, "asked to be frozen while awake", retry=True)
+        self._link.send(Done(call, {}, None if self._dozing else awake))
 
     def _wake(self, call: int) -> None:
         began = time.perf_counter()

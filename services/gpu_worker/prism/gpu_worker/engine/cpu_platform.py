@@ -6,6 +6,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.gpu_worker.engine import memory_saver
 from prism.gpu_worker.engine.arena import MemoryArena
 from prism.gpu_worker.engine.arena_kv import ArenaKvMemory
+from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import StartEngine
 
@@ -17,6 +18,7 @@ class CpuPlatform:
 
     weights_class = ModelWeights
     primed = False
+    graphs: DeferredGraphs | None = None
 
     def __init__(self, start: StartEngine) -> None:
         self._start = start

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.cuda_weights import CudaModelWeights
+from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 from prism.gpu_worker.engine.kvcached_memory import KvcachedMemory
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import StartEngine
@@ -17,15 +19,21 @@ class CudaPlatform:
     weights_class = CudaModelWeights
     primed = True
 
-    def __init__(self) -> None:
-        self._limit_bytes = 0
+    def __init__(self, start: StartEngine) -> None:
+        self._limit_bytes = start.kv_bytes
+        self._defers = start.options.defer_graphs and bool(start.options.decode_graph_sizes)
+        self.graphs: DeferredGraphs | None = None
 
     def prepare(self) -> None:
-        """Nothing: kvcached's patch is there since SGLang was imported."""
+        """Graphs wait if they shall; kvcached's patch is there since SGLang was imported."""
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        if self._defers:
+            self.graphs = DeferredGraphs(ModelRunner)
+        footprint.follow(ModelRunner, footprint.SGLANG_STEPS)
 
     def server_args(self, start: StartEngine) -> dict[str, Any]:
         """Decode graphs for the chosen batch sizes, none for prefill, batches prepared while one runs."""
-        self._limit_bytes = start.kv_bytes
         sizes = [size for size in start.options.decode_graph_sizes if size <= start.max_running_requests]
         if start.max_running_requests not in sizes:
             sizes.append(start.max_running_requests)

@@ -5,17 +5,13 @@ socket to the worker, and a pipe that gets a byte once the shell is warm.
 """
 
 import gc
-import logging
 import os
 import signal
-import socket
 import sys
 import warnings
 
 from prism.common.process import die_with_parent
 from prism.gpu_worker.engine_logs import configure_engine_logging
-
-log = logging.getLogger("cuda_shell")
 
 
 def prepare_environment() -> None:
@@ -46,28 +42,30 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     import torch
 
+    from prism.gpu_worker.engine import footprint
+
     torch.cuda.init()
+    footprint.note("context")
     square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
     torch.mm(square, square)
     torch.cuda.synchronize()
+    footprint.note("cublas")
+    # Its workspace was for this one product: an engine computes on streams of its own, with others.
+    del square
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    footprint.note("cublas_cleared")
     from sglang.srt.managers import tp_worker  # noqa: F401
     from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)
 
-    from prism.gpu_worker.engine.host import serve
+    from prism.gpu_worker.engine.host import serve_and_exit
 
+    footprint.note("imported")
     gc.collect()
     gc.freeze()
     os.write(warm, b"w")
     os.close(warm)
-    status = 1
-    try:
-        status = serve(socket.socket(fileno=connection))
-    except BaseException:
-        log.exception("engine host failed")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    serve_and_exit(connection)
 
 
 if __name__ == "__main__":

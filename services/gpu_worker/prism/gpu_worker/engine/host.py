@@ -4,9 +4,11 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from setproctitle import setproctitle
 from sglang.srt.configs.model_config import ModelConfig
@@ -15,7 +17,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams
-from prism.gpu_worker.engine import seeds
+from prism.gpu_worker.engine import footprint, seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.platform import Platform, platform_for
 from prism.gpu_worker.engine.scheduler import PRIMING_RID, EngineScheduler
@@ -71,6 +73,22 @@ def serve(connection: socket.socket) -> int:
     return 0
 
 
+def serve_and_exit(connection: int) -> NoReturn:
+    """Be an engine host on the inherited socket, and end the process, whatever becomes of it.
+
+    Without the interpreter's own end: tearing down torch takes seconds, and frees nothing the kernel won't.
+    """
+    status = 1
+    try:
+        status = serve(socket.socket(fileno=connection))
+    except BaseException:
+        log.exception("engine host failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -105,11 +123,13 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
         decoupled_spec_ipc_config=None,
     )
     scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, platform=platform)
+    footprint.note("built")
 
     kv = scheduler.kv
     assert kv is not None
 
     def ready() -> None:
+        footprint.note("primed")
         weights_fd, kv_fd = platform.arenas(weights)
         link.send(
             Ready(

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import EngineDevice, StartEngine
 
@@ -48,6 +49,9 @@ class Platform(Protocol):
         """How weights come into the device's memory and leave it."""
         ...
 
+    graphs: DeferredGraphs | None
+    """CUDA graphs that are still to be captured; None where they are there from the start, or never."""
+
     def prepare(self) -> None:
         """Before the scheduler is made: what SGLang must find in place."""
 
@@ -69,7 +73,7 @@ def platform_for(start: StartEngine) -> Platform:
     if start.options.device is EngineDevice.CUDA:
         from prism.gpu_worker.engine.cuda_platform import CudaPlatform
 
-        return CudaPlatform()
+        return CudaPlatform(start)
     from prism.gpu_worker.engine.cpu_platform import CpuPlatform
 
     return CpuPlatform(start)

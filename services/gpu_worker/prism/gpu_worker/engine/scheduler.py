@@ -23,6 +23,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams as WireSamplingParams
 from prism.common.messages.generation import TokenLogprob
+from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.link import EngineLink
 from prism.gpu_worker.engine.platform import KvMemory, Platform
 from prism.gpu_worker.engine.weights import ModelWeights
@@ -33,6 +34,7 @@ from prism.gpu_worker.engine_protocol import (
     Doze,
     Generate,
     Outputs,
+    PrepareFreeze,
     QuotaSet,
     SetQuota,
     TokenOutput,
@@ -84,6 +86,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.dozing = False
         self._told_load = (0, 0, 0, 0, 0)
         self._told_at = 0.0
+        self._graphs = platform.graphs
         self._doze_when_idle: Doze | None = None
         super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
         self.kv = platform.kv_memory(self)
@@ -126,6 +129,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._request_dispatcher._mapping[Doze] = self.handle_doze
         self._request_dispatcher._mapping[Wake] = self.handle_wake
         self._request_dispatcher._mapping[SetQuota] = self.handle_set_quota
+        self._request_dispatcher._mapping[PrepareFreeze] = self.handle_prepare_freeze
 
     def handle_generate(self, message: Generate) -> None:
         """Queue a request; one that can't be run here is answered with why."""
@@ -185,6 +189,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self.tell([])
         if self._doze_when_idle is not None:
             self.handle_doze(self._doze_when_idle)
+        if self._graphs is not None and not self.dozing:
+            self._graphs.idle(self.forward_ct, time.monotonic())
         super().on_idle()
 
     def _wait_for_memory(self) -> None:
@@ -237,6 +243,12 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.link.send(QuotaSet(request.call, held, self.kv.limit_tokens, retracted))
         self.tell([])
 
+    def handle_prepare_freeze(self, request: PrepareFreeze) -> None:
+        """Let go of what would slow a thaw down; then sleep, with no call to the device, until spoken to."""
+        self._transition(request.call, self._prepare_freeze)
+        if self.dozing:
+            self.link.wait()
+
     def _transition(self, call: int, run: Callable[[], dict[str, float]]) -> None:
         try:
             self.link.send(Done(call, run()))
@@ -252,7 +264,15 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.flush_cache(empty_cache=False)
         self.kv.unmap()
         self.dozing = True
+        footprint.note("dozing")
         return {"unmap": time.perf_counter() - began}
+
+    def _prepare_freeze(self) -> dict[str, float]:
+        if not self.dozing:
+            raise PrismError(ErrorCode.INTERNAL, "asked to be frozen while awake", retry=True)
+        began = time.perf_counter()
+        self.weights.unpin()
+        return {"unpin": time.perf_counter() - began}
 
     def _wake(self) -> dict[str, float]:
         if not self.dozing:
@@ -263,6 +283,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         copied = time.perf_counter()
         self.kv.map()
         self.dozing = False
+        footprint.note("woken")
         return {"copy": copied - began, "kv": time.perf_counter() - copied}
 
 

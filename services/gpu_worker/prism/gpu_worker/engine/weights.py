@@ -203,6 +203,9 @@ class ModelWeights:
         assert self.arena is not None
         self.arena.unmap()
 
+    def unpin(self) -> None:
+        """Nothing is pinned on a CPU."""
+
     def restore(self) -> None:
         """Take memory again and copy the weights back; on failure nothing is held."""
         assert self.arena is not None
