@@ -152,6 +152,7 @@ class AdmissionQueue:
             decoding,
             step_s,
             instance.model.tpot_slo_s,
+            engine.step_s,
         )
 
     def _again(self, now: float) -> None:

@@ -26,9 +26,19 @@ from operator import sub
 import msgspec
 import numpy as np
 
+from prism.scheduling.admission.decode_room import DecodeRoom
 from prism.scheduling.admission.on_time import late_positions
 from prism.scheduling.admission.policy import Admission, EngineCapacity, GpuWork, QueuedRequest
-from prism.scheduling.admission.release import FULL, HELD, STOPPED, PrefillBudget, Release
+from prism.scheduling.admission.release import (
+    FULL,
+    HELD,
+    ONCE_OVERAGED,
+    STARTED,
+    STOPPED,
+    TWICE_OVERAGED,
+    PrefillBudget,
+    Release,
+)
 
 VECTORISED_FROM = 64
 """From so many requests on, arrays are faster than loops."""
@@ -42,6 +52,11 @@ class Bounds(msgspec.Struct, frozen=True):
     patience: float = 8.0
     unpromised_slo_s: float = 10.0
     overaged_share: float = 0.5
+
+    def bound_s(self, request: QueuedRequest) -> float:
+        """How long `request` may wait."""
+        slo_s = request.ttft_slo_s
+        return self.patience * (slo_s if slo_s < inf else self.unpromised_slo_s)
 
     def exceeded(self, request: QueuedRequest, now: float) -> bool:
         """Whether it has waited beyond its bound."""
@@ -75,13 +90,16 @@ class MooreHodgsonAdmission:
         full_until = gpu.prefill_until_s - self._budget.lookahead_s
         if full_until >= now or not queue:
             return Admission([], full_until if queue else None)
-        release = Release(engines, gpu, now, self._budget)
-        if len(queue) == 1 and release.offer_alive(queue[0]) is not HELD:
+        room = DecodeRoom(engines, gpu)
+        release = Release(engines, gpu, now, self._budget, room)
+        if len(queue) == 1 and release.offer_alive(queue[0]) is STARTED:
             return release.admission()
         gather = _few if len(queue) < VECTORISED_FROM else _many
-        requests, seconds, dues, overaged = gather(queue, engines, now, self._bounds)
-        if overaged and not self._release_overaged(overaged, release, gpu):
-            return release.admission()
+        requests, seconds, dues, overaged = gather(queue, engines, now, self._bounds, room)
+        if overaged:
+            release.engines_kept_free = 1
+            if not self._release_overaged(overaged, release, gpu, now):
+                return release.admission()
         late = _late(release.until_s, requests, seconds, dues) if requests else []
         kept = requests
         if late:
@@ -101,7 +119,7 @@ class MooreHodgsonAdmission:
                     break
         return release.admission()
 
-    def _release_overaged(self, overaged: Overaged, release: Release, gpu: GpuWork) -> bool:
+    def _release_overaged(self, overaged: Overaged, release: Release, gpu: GpuWork, now: float) -> bool:
         """Offer those that go first now, and drop them from the list. False when nothing more can start."""
         share = self._bounds.overaged_share
         all_s, theirs_s = gpu.recent_prefill_s, gpu.recent_overaged_s
@@ -110,7 +128,9 @@ class MooreHodgsonAdmission:
             if theirs_s > share * all_s:
                 break
             before = release.until_s
-            if release.offer(request, urgent=True) is FULL:
+            twice = now - request.arrival_s >= 2.0 * self._bounds.bound_s(request)
+            overage = TWICE_OVERAGED if twice else ONCE_OVERAGED
+            if release.offer(request, urgent=True, overaged=overage) is FULL:
                 return False
             all_s += release.until_s - before
             theirs_s += release.until_s - before
@@ -145,7 +165,11 @@ class MooreHodgsonAdmission:
 
 
 def _few(
-    queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], now: float, bounds: Bounds
+    queue: Sequence[QueuedRequest],
+    engines: Mapping[str, EngineCapacity],
+    now: float,
+    bounds: Bounds,
+    room: DecodeRoom,
 ) -> Candidates:
     rows: list[tuple[float, float, str, float, QueuedRequest]] = []
     overaged: Overaged = []
@@ -162,7 +186,7 @@ def _few(
         slo = request.ttft_slo_s
         if now - arrival >= bounds.patience * (slo if slo < inf else bounds.unpromised_slo_s):
             overaged.append((arrival, request.rid, request))
-        else:
+        elif engine.running or room.has_room(engine):
             seconds = engine.prefill_fixed_s + request.prompt_tokens / engine.prefill_tokens_per_s
             rows.append((arrival + slo, arrival, request.rid, seconds, request))
     rows.sort()
@@ -171,14 +195,20 @@ def _few(
 
 
 def _many(
-    queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], now: float, bounds: Bounds
+    queue: Sequence[QueuedRequest],
+    engines: Mapping[str, EngineCapacity],
+    now: float,
+    bounds: Bounds,
+    room: DecodeRoom,
 ) -> Candidates:
     numbers: dict[str, int] = {}
     rates: list[float] = []
     fixed: list[float] = []
+    shut: list[bool] = []
     for model, engine in engines.items():
         if engine.accepting and engine.running < engine.max_running:
             numbers[model] = len(rates)
+            shut.append(not (engine.running or room.has_room(engine)))
             rates.append(engine.prefill_tokens_per_s)
             fixed.append(engine.prefill_fixed_s)
     number = np.array([numbers.get(request.model, -1) for request in queue])
@@ -192,6 +222,8 @@ def _many(
         for index in np.flatnonzero(old & able).tolist()
     ]
     overaged.sort()
+    if any(shut):
+        able &= ~np.array([*shut, True])[number]
     index = np.flatnonzero(able & ~old)
     if not len(index):
         return [], [], [], overaged

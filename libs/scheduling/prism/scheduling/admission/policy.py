@@ -51,7 +51,8 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     Prefill of n tokens takes `prefill_fixed_s` + n / `prefill_tokens_per_s` seconds while nobody else uses
     the GPU; an engine that has not been measured has an infinite rate. `decoding` requests of it are past
     their prefill; one decode step of them takes `decode_step_s`, and `tpot_slo_s` is what each token is
-    promised in (infinite: no promise).
+    promised in (infinite: no promise). `decode_alone_s` is what a step takes, or took lately, while no other
+    engine computes; 0 when that is not known.
     """
 
     running: int
@@ -63,6 +64,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     decoding: int = 0
     decode_step_s: float = 0.0
     tpot_slo_s: float = inf
+    decode_alone_s: float = 0.0
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds that the prefill of so many prompt tokens takes on a GPU that does nothing else."""

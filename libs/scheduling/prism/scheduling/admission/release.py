@@ -14,6 +14,10 @@ at most 1 - s/T of the GPU's time (the least such share of all engines, over PRE
 take n*s of decode time within n*T seconds. A prefill that alone is more than that goes when there was none
 lately. Whoever must not wait (it would be late for that, or has waited beyond its bound) is `urgent` and
 goes all the same: decode is protected as long as there is slack elsewhere.
+
+With a `DecodeRoom` an engine that runs nothing begins only where all engines then keep their promises: being
+late is worse for one request than for all that decode. While some have waited beyond their bound, one engine
+more is kept free for them; who has waited twice that long goes as the only one too many.
 """
 
 import enum
@@ -22,6 +26,7 @@ from math import inf
 
 import msgspec
 
+from prism.scheduling.admission.decode_room import DecodeRoom
 from prism.scheduling.admission.policy import (
     PREFILL_WINDOW_S,
     Admission,
@@ -56,6 +61,17 @@ STARTED, BLOCKED, HELD, FULL = Offer.STARTED, Offer.BLOCKED, Offer.HELD, Offer.F
 STOPPED = (HELD, FULL)
 
 
+class Overage(enum.Enum):
+    """Whether a request has waited beyond its bound, or beyond twice its bound."""
+
+    NONE = enum.auto()
+    ONCE = enum.auto()
+    TWICE = enum.auto()
+
+
+NOT_OVERAGED, ONCE_OVERAGED, TWICE_OVERAGED = Overage.NONE, Overage.ONCE, Overage.TWICE
+
+
 class _Left:
     """What is left of one engine. `fixed_s` is what its next prefill costs beside its tokens."""
 
@@ -69,22 +85,30 @@ class _Left:
 
 
 class Release:
-    """One decision in the making. `until_s` is when all prefill released so far is done."""
+    """One decision in the making. `until_s` is when all prefill released so far is done. `engines_kept_free`
+    may not begin for requests that are not overaged."""
 
     __slots__ = (
         "_allowed_s",
         "_budget",
+        "_decode_room",
         "_engines",
         "_left",
         "_now",
         "_spent_s",
         "again_at_s",
+        "engines_kept_free",
         "rids",
         "until_s",
     )
 
     def __init__(
-        self, engines: Mapping[str, EngineCapacity], gpu: GpuWork, now: float, budget: PrefillBudget
+        self,
+        engines: Mapping[str, EngineCapacity],
+        gpu: GpuWork,
+        now: float,
+        budget: PrefillBudget,
+        decode_room: DecodeRoom | None = None,
     ) -> None:
         self.rids: list[str] = []
         self.again_at_s: float | None = None
@@ -92,11 +116,15 @@ class Release:
         self._engines = engines
         self._now = now
         self._budget = budget
+        self._decode_room = decode_room
+        self.engines_kept_free = 0
         self._left: dict[str, _Left] = {}
         self._spent_s = gpu.recent_prefill_s
         self._allowed_s: float | None = None
 
-    def offer(self, request: QueuedRequest, *, urgent: bool = False) -> Offer:
+    def offer(
+        self, request: QueuedRequest, *, urgent: bool = False, overaged: Overage = NOT_OVERAGED
+    ) -> Offer:
         """Start `request` if it can be. After HELD, offer it again as urgent or let it wait; after FULL
         nothing else is worth offering. `again_at_s` says then when it is worth looking again."""
         ahead = self.until_s - self._now
@@ -116,6 +144,8 @@ class Release:
         if tokens > left.kv_tokens and not left.idle:
             left.slots = 0
             return BLOCKED
+        if left.idle and self._decode_room is not None and not self._may_begin(engine, overaged):
+            return BLOCKED
         seconds = left.fixed_s + request.prompt_tokens / engine.prefill_tokens_per_s
         if self._spent_s > 0 and not urgent:
             beyond = self._spent_s + seconds - self._allowed()
@@ -125,12 +155,22 @@ class Release:
                 return HELD
         left.slots -= 1
         left.kv_tokens -= tokens
-        left.idle = False
+        if left.idle:
+            left.idle = False
+            if self._decode_room is not None:
+                self._decode_room.begins(engine)
         left.fixed_s = 0.0
         self.until_s += seconds
         self._spent_s += seconds
         self.rids.append(request.rid)
         return STARTED
+
+    def _may_begin(self, engine: EngineCapacity, overaged: Overage) -> bool:
+        room = self._decode_room
+        assert room is not None
+        if overaged is NOT_OVERAGED:
+            return room.has_room(engine, self.engines_kept_free)
+        return room.has_room(engine) or (overaged is TWICE_OVERAGED and not room.overdrawn)
 
     def offer_alive(self, request: QueuedRequest) -> Offer:
         """As `offer`; one whose deadline has passed is blocked."""
