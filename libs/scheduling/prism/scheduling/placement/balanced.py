@@ -151,5 +151,6 @@ class BalancedJudge:
         """See Judge: lower priority first, then who loses least per byte."""
         view = instance.view
         assert view is not None
-        gives = max(1, self.reconciler.gives(instance))
+        known = instance.place.worker.profile is not None
+        gives = max(1, self.reconciler.gives(instance)) if known else 1
         return (view.spec.priority, self.loss_s(instance) / gives, -instance.resident.idle_s)

@@ -96,7 +96,7 @@ class KvprPlacement:
         if key in reconciler.board.backing_off or reconciler.is_bound_elsewhere(place, instance.model):
             return
         reason = f"moves from {instance.place.worker.id}: KV pressure ratio"
-        wanted = Wanted(instance.model, view, reason)
+        wanted = Wanted(instance.model, view, reason, moves_from=instance.place.worker.id)
         option = reconciler.option(wanted, place, judge)
         if option is not None and option.step <= Step.EVICT_IDLE:
             reconciler.take(wanted, option)

@@ -73,7 +73,9 @@ class MemoryPerRequestPlacement:
         view, source = instance.view, instance.place.worker.id
         assert view is not None
         reason = f"moves from {source}: more memory per request"
-        wanted = Wanted(instance.model, view, reason, may_evict=False, beside=frozenset({source}))
+        wanted = Wanted(
+            instance.model, view, reason, may_evict=False, beside=frozenset({source}), moves_from=source
+        )
         places = reconciler.candidates(wanted, judge, tell=False)
         asks = 1 + instance.resident.queued + instance.resident.running
         options = [

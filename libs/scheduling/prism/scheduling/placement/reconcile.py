@@ -268,17 +268,16 @@ class Reconciler:
     def take(self, wanted: Wanted, option: Option) -> None:
         """Do what an option says."""
         if option.step is Step.FREE:
-            self.activate(wanted.view, option.place, wanted.reason)
+            self.activate(wanted, option.place)
             return
         for victim in option.victims:
             self.sink(victim, f"memory for {wanted.name}: {wanted.reason}")
         for gpu in option.place.gpus:
             gpu.claimed += option.need
 
-    def activate(self, view: ModelView, place: Place, reason: str) -> None:
+    def activate(self, wanted: Wanted, place: Place) -> None:
         """Bring a model up where memory is free."""
-        board, worker = self.board, place.worker
-        assert view.facts is not None
+        board, view, worker = self.board, wanted.view, place.worker
         need = board.need(view, worker)
         kv = board.kv_at_least(view, worker)
         if worker.elastic:
@@ -291,7 +290,9 @@ class Reconciler:
         footprint = max(need + held, board.fixed_bytes(view, worker) + kv)
         board.activate(view, place, need, self.expected_work(view, place))
         name = view.spec.model_name
-        self.actions.append(Activate(name, worker.id, kv, footprint, reason, place.gpu_ids))
+        self.actions.append(
+            Activate(name, worker.id, kv, footprint, wanted.reason, place.gpu_ids, wanted.moves_from)
+        )
 
     def expected_work(self, view: ModelView, place: Place, *, replaces: bool = False) -> Work:
         """The work of one more instance at `place`, or of the only one if it `replaces` another."""
