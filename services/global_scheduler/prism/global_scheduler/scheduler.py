@@ -18,6 +18,7 @@ from prism.common.messages.explain import (
     ExplainedDemand,
     ExplainedNote,
     ExplainedWorker,
+    ModelExplanation,
     PlanReport,
 )
 from prism.common.messages.load import DemandReport, LoadReport
@@ -32,6 +33,8 @@ from prism.global_scheduler.routes import DeadRoutes
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
 from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release, Stage
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.explanation import explain
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ log = logging.getLogger(__name__)
 SETTLE_S = 0.5
 TICK_S = 1.0
 BALANCE_S = 5.0
+MOST_EXPLAINED = 200
 
 
 class Deadlines(msgspec.Struct, frozen=True):
@@ -216,6 +220,22 @@ class GlobalScheduler:
                 for name, demand in sorted(snapshot.demand.items())
             ],
         )
+
+    def explain_models(self, model: str = "") -> list[ModelExplanation]:
+        """Why `model` is where it is; all models in brief for an empty name. Empty for an unknown one."""
+        now = monotonic()
+        snapshot = self.cluster.snapshot(self._commands.in_flight(), now)
+        names = [model] if model else list(snapshot.models)[:MOST_EXPLAINED]
+        board = None if model else Board(snapshot, now)
+        found = [explain(self._policy, snapshot, now, name, board) for name in names]
+        recent = self._commands.recent(now)
+        return [
+            msgspec.structs.replace(
+                one, decided=[action for action in recent if model and action.model == one.model]
+            )
+            for one in found
+            if one is not None
+        ]
 
     def _carry_out(self, plan: Plan, snapshot: ClusterSnapshot, election: Election) -> None:
         for note in plan.notes:

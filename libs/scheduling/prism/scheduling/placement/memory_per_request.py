@@ -30,11 +30,15 @@ class MemoryPerRequestPlacement:
     factor: float = 2.0
     min_stay_s: float = 15.0
 
+    def judge(self, reconciler: Reconciler) -> "MemoryPerRequestJudge":
+        """See Judging."""
+        return MemoryPerRequestJudge()
+
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
         manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
-        judge = MemoryPerRequestJudge()
+        judge = self.judge(reconciler)
         wants, notes = wanted_models(snapshot, self.home_patience_s)
         reconciler.notes.update(dict.fromkeys(notes))
         for wanted in wants:

@@ -6,7 +6,7 @@ is remembered between plans.
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release
@@ -69,6 +69,19 @@ class Judge(Protocol):
     def victim_rank(self, instance: Instance) -> tuple[float, ...]:
         """Who of the idle sleeps first, least first."""
         ...
+
+
+class Judging(Protocol):
+    """A policy that weighs places: what explains it."""
+
+    def judge(self, reconciler: "Reconciler") -> Judge:
+        """Its judge, for one plan."""
+        ...
+
+
+def has_judge(policy: object) -> TypeGuard[Judging]:
+    """Whether a policy weighs places."""
+    return hasattr(policy, "judge")
 
 
 class Reconciler:
