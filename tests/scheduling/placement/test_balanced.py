@@ -47,7 +47,8 @@ class TestPlaces:
     def test_compute_counts_as_much_as_memory(self) -> None:
         # By KV cache alone "prefills" presses little: hardly any output, long prompts.
         prefills = msgspec.structs.replace(view("prefills", 8), traffic=traffic(8.0, 4000.0, 2.0))
-        it = cluster([prefills, view("chats", 8, 2.0), view("new", 8, 2.0)])
+        views = [prefills, view("chats", 8, 2.0), view("new", 8, 2.0)]
+        it = cluster(views, policy=BalancedPlacement(most_replicas=1))
         active(it, "prefills", "w0")
         active(it, "chats", "w1")
         it.ask(["new"])
@@ -94,7 +95,7 @@ class TestPlaces:
 
     def test_the_contexts_of_sleeping_engines_are_memory_too(self) -> None:
         for freezes, action in ((True, Freeze), (False, Release)):
-            it = cluster([view("a", 1), view("new", 8)], gpus=1, freezes=freezes, limit=18 * GB + 2 * GB)
+            it = cluster([view("a", 1), view("new", 8)], gpus=1, freezes=freezes, limit=18 * GB + GB // 2)
             it.held["w0", "a"] = Held(ModelState.DOZING, (0,))
             it.ask(["new"])
             assert [type(one) for one in it.step()] == [action]
@@ -104,10 +105,10 @@ class TestPlaces:
     def test_a_minimum_tier_is_kept(self) -> None:
         for tier, freezes in ((Tier.DOZING, True), (Tier.FROZEN, False)):
             low = view("a", 1, minimum_tier=tier)
-            it = cluster([low, view("new", 8)], gpus=1, freezes=freezes, limit=18 * GB + 2 * GB)
+            it = cluster([low, view("new", 8)], gpus=1, freezes=freezes, limit=18 * GB + GB // 2)
             it.held["w0", "a"] = Held(ModelState.DOZING, (0,))
             it.ask(["new"])
-            assert told(it) == []
+            assert not [one for one in told(it) if one[0] in ("Freeze", "Release")]
 
     def test_an_instance_over_two_gpus_takes_two_of_one_worker(self) -> None:
         it = cluster([view("a", 30, tp_size=2)], workers={"u": (0,), "v": (1,), "w": (2, 3, 4)})
@@ -165,12 +166,12 @@ class TestReplicas:
         return it
 
     def test_a_model_too_hot_for_one_gpu_gets_another_and_no_more_than_needed(self) -> None:
-        it = self.hot(16.0)
+        it = self.hot(24.0)
         it.settle(quiet=60)
         assert len(it.active("a")) == 2
 
     def test_it_goes_again_with_the_heat(self) -> None:
-        it = self.hot(16.0)
+        it = self.hot(24.0)
         it.settle(quiet=60)
         it.views["a"] = view("a", 14, 2.0)
         it.settle(quiet=60)

@@ -6,7 +6,7 @@ is remembered between plans.
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release
@@ -69,6 +69,19 @@ class Judge(Protocol):
     def victim_rank(self, instance: Instance) -> tuple[float, ...]:
         """Who of the idle sleeps first, least first."""
         ...
+
+
+class Judging(Protocol):
+    """A policy that weighs places: what explains it."""
+
+    def judge(self, reconciler: "Reconciler") -> Judge:
+        """Its judge, for one plan."""
+        ...
+
+
+def has_judge(policy: object) -> TypeGuard[Judging]:
+    """Whether a policy weighs places."""
+    return hasattr(policy, "judge")
 
 
 class Reconciler:
@@ -268,17 +281,16 @@ class Reconciler:
     def take(self, wanted: Wanted, option: Option) -> None:
         """Do what an option says."""
         if option.step is Step.FREE:
-            self.activate(wanted.view, option.place, wanted.reason)
+            self.activate(wanted, option.place)
             return
         for victim in option.victims:
             self.sink(victim, f"memory for {wanted.name}: {wanted.reason}")
         for gpu in option.place.gpus:
             gpu.claimed += option.need
 
-    def activate(self, view: ModelView, place: Place, reason: str) -> None:
+    def activate(self, wanted: Wanted, place: Place) -> None:
         """Bring a model up where memory is free."""
-        board, worker = self.board, place.worker
-        assert view.facts is not None
+        board, view, worker = self.board, wanted.view, place.worker
         need = board.need(view, worker)
         kv = board.kv_at_least(view, worker)
         if worker.elastic:
@@ -291,7 +303,9 @@ class Reconciler:
         footprint = max(need + held, board.fixed_bytes(view, worker) + kv)
         board.activate(view, place, need, self.expected_work(view, place))
         name = view.spec.model_name
-        self.actions.append(Activate(name, worker.id, kv, footprint, reason, place.gpu_ids))
+        self.actions.append(
+            Activate(name, worker.id, kv, footprint, wanted.reason, place.gpu_ids, wanted.moves_from)
+        )
 
     def expected_work(self, view: ModelView, place: Place, *, replaces: bool = False) -> Work:
         """The work of one more instance at `place`, or of the only one if it `replaces` another."""
