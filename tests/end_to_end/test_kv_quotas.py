@@ -13,13 +13,12 @@ from tests.end_to_end.test_shared_memory import sample_arenas
 
 from prism.cli.system import RunningSystem, SystemSettings, running_system
 from prism.common.bus import connect_bus
-from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import InitialPlacement, ModelSpec, ModelState
 
 pytestmark = pytest.mark.engine
 
 FIRST, SECOND = "tiny-llama", "tiny-qwen3"
-WORKER_MEMORY_GB = 0.075
+WORKER_MEMORY_GB = 0.125
 LIMIT_BYTES = int(WORKER_MEMORY_GB * 1e9)
 REQUESTS = 14
 PROMPT_TOKENS = 300
@@ -49,13 +48,14 @@ async def sharing(
             yield running
 
 
-def of(report: LoadReport, model: str) -> ModelLoad:
-    return next(load for load in report.models if load.model == model)
-
-
-def quotas(watcher: Watcher, model: str) -> list[int]:
-    """Its KV quota in every report so far."""
-    return [of(report, model).kv_quota_bytes for report in watcher.reports]
+def quotas(watcher: Watcher, model: str, since: int = 0) -> list[int]:
+    """Its KV quota in every report that tells of it while it serves, from report number `since` on."""
+    return [
+        load.kv_quota_bytes
+        for report in watcher.reports[since:]
+        for load in report.models
+        if load.model == model and load.state is ModelState.ACTIVE
+    ]
 
 
 async def burst(client: httpx.AsyncClient, model: str) -> list[int]:
@@ -84,16 +84,16 @@ async def test_memory_follows_demand_to_one_model_and_back(sharing: RunningSyste
             assert max(quotas(watcher, FIRST)) > begun[FIRST]
             given = min(quotas(watcher, SECOND))
             assert given < begun[SECOND]
-            taken = quotas(watcher, FIRST)[-1]
+            taken = max(quotas(watcher, FIRST))
             before = len(watcher.reports)
             assert min(await burst(client, SECOND)) >= 1
-            assert max(quotas(watcher, SECOND)[before:]) > given
-            assert min(quotas(watcher, FIRST)[before:]) < taken
+            assert max(quotas(watcher, SECOND, before)) > given
+            assert min(quotas(watcher, FIRST, before)) < taken
         finally:
             sampler.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sampler
-        assert all(of(watcher.reports[-1], model).state is ModelState.ACTIVE for model in (FIRST, SECOND))
+        assert [watcher.state(model) for model in (FIRST, SECOND)] == [ModelState.ACTIVE] * 2
     assert len(samples) >= 10
     assert 0 < max(samples) <= LIMIT_BYTES
     assert all(report.memory_reserved_bytes <= LIMIT_BYTES for report in watcher.reports)

@@ -1,8 +1,9 @@
 """Which queued requests of a worker start now: the interface, and the policies by name."""
 
+from prism.scheduling.admission.candidates import Bounds
 from prism.scheduling.admission.edf import EdfAdmission
 from prism.scheduling.admission.first_come import FirstComeAdmission
-from prism.scheduling.admission.moore_hodgson import Bounds, MooreHodgsonAdmission
+from prism.scheduling.admission.moore_hodgson import MooreHodgsonAdmission
 from prism.scheduling.admission.policy import (
     PREFILL_WINDOW_S,
     Admission,

@@ -49,18 +49,25 @@ class KvcachedMemory:
     @property
     def limit_tokens(self) -> int:
         """Tokens in whole pages within the limit, less the padding slot."""
-        in_page = int(self._pool.page_size) // int(self._pool.block_mem_size)
         pages = self._limit_bytes // self.page_bytes
-        return max(0, min(pages * in_page * int(self._pool.block_size), self._most_tokens()) - 1)
+        most = int(self._scheduler.max_total_num_tokens)
+        return max(0, min(pages * self._tokens_per_page, most) - 1)
 
-    def _most_tokens(self) -> int:
-        return int(self._scheduler.max_total_num_tokens)
+    @property
+    def _tokens_per_page(self) -> int:
+        # SGLang runs with pages of one token, which are kvcached's blocks.
+        return int(self._pool.page_size) // int(self._pool.block_mem_size)
 
     def _apply(self, limit_bytes: int) -> dict[str, Any]:
         from kvcached.control import set_instance_memory_limit
+        from kvcached.errors import QuarantinedResizeError
 
         self._revision += 1
-        outcome: dict[str, Any] = set_instance_memory_limit(limit_bytes, revision=self._revision)
+        try:
+            outcome: dict[str, Any] = set_instance_memory_limit(limit_bytes, revision=self._revision)
+        except QuarantinedResizeError as error:
+            mapped = self.mapped_bytes
+            return {"status": "rejected", "reason": str(error), "mapped_bytes": mapped, "overage_bytes": 0}
         return outcome
 
     def set_limit(self, limit_bytes: int) -> tuple[int, int]:
@@ -70,7 +77,7 @@ class KvcachedMemory:
         before = self._limit_bytes
         outcome = self._apply(limit_bytes)
         while outcome["status"] == "deferred" and cache.evictable_size():
-            retraction.evict(self._scheduler, max(1, self._tokens_of(outcome["overage_bytes"])))
+            retraction.evict(self._scheduler, max(self._tokens_per_page, self._tokens_of(outcome)))
             outcome = self._apply(limit_bytes)
         retracted = 0
         if outcome["status"] == "deferred":
@@ -82,6 +89,8 @@ class KvcachedMemory:
                 return bool(outcome["status"] != "deferred")
 
             retracted = retraction.retract_lowest(self._scheduler, enough)
+        # Pages that kvcached keeps in reserve have memory behind them.
+        self._pool.trim()
         if outcome["status"] == "applied":
             self._limit_bytes = limit_bytes
         else:
@@ -92,9 +101,8 @@ class KvcachedMemory:
             self._apply(held)
         return self._limit_bytes, retracted
 
-    def _tokens_of(self, nbytes: int) -> int:
-        per_page = int(self._pool.page_size) // int(self._pool.block_mem_size) * int(self._pool.block_size)
-        return -(-nbytes // self.page_bytes) * per_page
+    def _tokens_of(self, outcome: dict[str, Any]) -> int:
+        return -(-int(outcome["overage_bytes"]) // self.page_bytes) * self._tokens_per_page
 
     def held_tokens(self) -> int:
         """Tokens of requests, without cached prefixes that could be evicted."""

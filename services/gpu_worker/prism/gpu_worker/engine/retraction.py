@@ -7,12 +7,13 @@ its memory, waits in the scheduler's queue with what it has generated, and is pr
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
 
 def evict(scheduler: Any, tokens: int) -> None:
     """Forget cached prefixes of so many tokens, least recently used first, as far as there are any."""
     if tokens > 0:
+        # The host of this scheduler has imported it; tests of what calls this need not.
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
         scheduler.tree_cache.evict(EvictParams(num_tokens=tokens))
 
 
