@@ -146,8 +146,8 @@ def few_candidates(
     bounds: Bounds,
     shut: Collection[str] = (),
 ) -> Candidates:
-    """Those of a short queue whose engines can take a request, and whose deadline has not passed. Engines that
-    are `shut` take only those beyond their bound."""
+    """Those of a short queue whose engines can take a request, and whose deadline has not passed. Engines
+    that are `shut` take only those beyond their bound."""
     rows: list[tuple[float, float, str, float, QueuedRequest]] = []
     overaged: list[tuple[float, str, QueuedRequest]] = []
     patience, unpromised = bounds.patience, bounds.unpromised_slo_s

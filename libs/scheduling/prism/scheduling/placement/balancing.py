@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from prism.common.messages.models import ModelState
 from prism.scheduling.placement.board import Gpu, Instance, Place
-from prism.scheduling.placement.pressure import Work, work_of
+from prism.scheduling.placement.pressure import work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
 from prism.scheduling.placement.reconcile import Judge, Option, Reconciler, Step
 from prism.scheduling.placement.snapshot import ModelView
@@ -155,14 +155,15 @@ class Balancing:
         )
 
     def _without(self, gpu: Gpu, instance: Instance) -> float:
-        work = Work(-instance.work.kv_bytes, -instance.work.compute)
-        return gpu.with_work(work, -instance.resident.weights_bytes)
+        return gpu.without_work(instance.work, instance.resident.weights_bytes)
 
     def _with(self, place: Place, instance: Instance, view: ModelView) -> float:
         share = 1.0 / len(self._board.serving[instance.model])
         work = work_of(view, cost_on(view, place.worker), None, share)
         # What is measured at the source goes along.
-        work = Work(max(work.kv_bytes, instance.work.kv_bytes), work.compute or instance.work.compute)
+        work = work._replace(
+            kv_bytes=max(work.kv_bytes, instance.work.kv_bytes), compute=work.compute or instance.work.compute
+        )
         fixed = self._board.fixed_bytes(view, place.worker)
         return max(gpu.with_work(work, fixed) for gpu in place.gpus)
 

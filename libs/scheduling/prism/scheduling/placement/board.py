@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import CommandKind
-from prism.scheduling.placement.pressure import NO_WORK, Work, pressure_of, work_of
+from prism.scheduling.placement.pressure import NO_WORK, Company, Work, pressure_of, work_of
 from prism.scheduling.placement.pricing import cost_on, sizes_on
 from prism.scheduling.placement.snapshot import (
     ClusterSnapshot,
@@ -35,6 +35,7 @@ class Gpu:
 
     __slots__ = (
         "claimed",
+        "company",
         "compute",
         "free",
         "id",
@@ -56,17 +57,30 @@ class Gpu:
         self.free = self.unreserved = self.kv_space = self.limit - reserved
         self.soon = self.late = self.claimed = 0
         self.kv_wanted = self.compute = 0.0
+        self.company = Company()
         self.instances: list[Instance] = []
 
     @property
     def pressure(self) -> float:
         """The worse of its KV and its compute pressure."""
-        return pressure_of(self.kv_wanted, self.kv_space, self.compute)
+        return pressure_of(self.kv_wanted, self.kv_space, self.compute, self.company.strain)
 
     def with_work(self, work: Work, nbytes: int) -> float:
         """Its pressure with one more instance, whose weights and context take `nbytes`."""
         return pressure_of(
-            self.kv_wanted + work.kv_bytes, self.kv_space - nbytes, self.compute + work.compute
+            self.kv_wanted + work.kv_bytes,
+            self.kv_space - nbytes,
+            self.compute + work.compute,
+            self.company.strain_with(work),
+        )
+
+    def without_work(self, work: Work, nbytes: int) -> float:
+        """Its pressure without an instance that it counts, whose weights take `nbytes`."""
+        return pressure_of(
+            self.kv_wanted - work.kv_bytes,
+            self.kv_space + nbytes,
+            self.compute - work.compute,
+            self.company.strain_without(work),
         )
 
     def take(self, work: Work, nbytes: int) -> None:
@@ -74,10 +88,14 @@ class Gpu:
         self.kv_wanted += work.kv_bytes
         self.compute += work.compute
         self.kv_space -= nbytes
+        self.company.join(work)
 
     def lose(self, work: Work, nbytes: int) -> None:
         """The reverse of `take`."""
-        self.take(Work(-work.kv_bytes, -work.compute), -nbytes)
+        self.kv_wanted -= work.kv_bytes
+        self.compute -= work.compute
+        self.kv_space += nbytes
+        self.company.leave(work)
 
 
 class Place(NamedTuple):

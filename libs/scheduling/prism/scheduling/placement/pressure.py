@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from prism.common.messages.models import ModelSpec
 from prism.scheduling.cost import ModelCost
 from prism.scheduling.placement.snapshot import ModelView, ResidentModel
 
@@ -15,10 +16,14 @@ _KNEE = 0.9
 
 
 class Work(NamedTuple):
-    """What one instance asks of each of its GPUs: bytes of KV cache, and seconds of work a second."""
+    """What one instance asks of each of its GPUs: bytes of KV cache, and seconds of work a second when it is
+    batched as much as its objectives allow. `activity` is the share of time in which it computes at all,
+    alone and at full speed; `tightness` how much of what its objectives allow it takes then."""
 
     kv_bytes: float = 0.0
     compute: float = 0.0
+    activity: float = 0.0
+    tightness: float = 0.0
 
 
 NO_WORK = Work()
@@ -57,7 +62,74 @@ def work_of(view: ModelView, cost: ModelCost | None, resident: ResidentModel | N
     if cost is None and resident is not None and resident.decode_step_s:
         step_s = resident.decode_step_s
     compute = prefill_s * _headroom(spec.ttft_slo_ms, prefill_s, arrivals) + output / batch * step_s
-    return Work(max(measured_kv, sequences * tokens_held * kv_token), compute)
+    one_s = step_s if cost is None else cost.decode_step_s(1, tokens_held)
+    alone = prefill_s + output * one_s
+    return Work(
+        max(measured_kv, sequences * tokens_held * kv_token),
+        compute,
+        alone / (1.0 + alone),
+        _tightness(spec, one_s, prefill_s / arrivals if arrivals >= 1e-6 else 0.0, tpot_s),
+    )
+
+
+def _tightness(spec: ModelSpec, step_s: float, prefill_s: float, tpot_s: float) -> float:
+    ttft = prefill_s * 1000.0 / spec.ttft_slo_ms if spec.ttft_slo_ms is not None else 0.0
+    return max(step_s / tpot_s, ttft)
+
+
+class Company:
+    """Who computes on a GPU, as far as it matters to whose objectives are tightest.
+
+    Engines that compute at once take turns: beside others that compute for the shares a1, a2, ... of the
+    time, one takes 1 + a1 + a2 + ... times as long as alone. `strain` is how much of what its objectives
+    allow the one takes that is worst off; beyond 1 they can't be kept.
+    """
+
+    __slots__ = ("_members", "_tightest", "activity")
+
+    def __init__(self) -> None:
+        self.activity = 0.0
+        self._members: list[tuple[float, float]] = []
+        self._tightest = (0.0, 0.0)
+
+    def join(self, work: Work) -> None:
+        """One more."""
+        if work.activity > 0.0:
+            member = (work.tightness, work.activity)
+            self.activity += work.activity
+            self._members.append(member)
+            self._tightest = max(self._tightest, member)
+
+    def leave(self, work: Work) -> None:
+        """One that joined is gone."""
+        if work.activity > 0.0:
+            member = (work.tightness, work.activity)
+            self._members.remove(member)
+            self.activity -= work.activity
+            if member == self._tightest:
+                self._tightest = max(self._members, default=(0.0, 0.0))
+
+    @property
+    def strain(self) -> float:
+        """See Company; 0 while nobody computes."""
+        tightness, own = self._tightest
+        return tightness * (1.0 + self.activity - own)
+
+    def strain_with(self, work: Work) -> float:
+        """The same with one more."""
+        tightness, own = max(self._tightest, (work.tightness, work.activity))
+        return tightness * (1.0 + self.activity + work.activity - own)
+
+    def strain_without(self, work: Work) -> float:
+        """The same without one that joined."""
+        member = (work.tightness, work.activity)
+        if member != self._tightest or work.activity <= 0.0:
+            tightness, own = self._tightest
+            return tightness * (1.0 + self.activity - work.activity - own)
+        others = list(self._members)
+        others.remove(member)
+        tightness, own = max(others, default=(0.0, 0.0))
+        return tightness * (1.0 + self.activity - work.activity - own)
 
 
 def waiting_s(pressure: float) -> float:
@@ -69,11 +141,12 @@ def waiting_s(pressure: float) -> float:
     return at_knee + (pressure - _KNEE) * MEAN_SERVICE_S / (1.0 - _KNEE) ** 2
 
 
-def pressure_of(kv_wanted: float, kv_space: float, compute: float) -> float:
-    """The worse of a GPU's two pressures; infinite where there is no KV cache for those who want it."""
+def pressure_of(kv_wanted: float, kv_space: float, compute: float, strain: float = 0.0) -> float:
+    """The worst of a GPU's pressures; infinite where there is no KV cache for those who want it."""
+    busiest = compute if compute > strain else strain
     if kv_wanted <= 0:
-        return compute
-    return max(kv_wanted / kv_space, compute) if kv_space > 0 else math.inf
+        return busiest
+    return max(kv_wanted / kv_space, busiest) if kv_space > 0 else math.inf
 
 
 def _headroom(ttft_slo_ms: float | None, prefill_s: float, arrivals: float) -> float:
