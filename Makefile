@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway bench-activation bench-decode
+.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway bench-activation bench-decode bench-scheduling bench-calibration
 
 setup: $(VENV)/.ready
 
@@ -92,6 +92,15 @@ bench-decode: CELLS = $(DECODE_CELLS)
 bench-decode: setup
 	@$(BIN)/python -m prism.bench.decode cell $(CELLS)
 	@$(BIN)/python -m prism.bench.decode merge $(CELLS:%=build/bench-decode/%.json)
+
+# In the simulator; what is done is kept in build/bench-scheduling, so that a run that was stopped goes on.
+SEEDS ?= 10
+bench-scheduling: setup
+	@$(BIN)/python -m prism.bench.scheduling --seeds $(SEEDS)
+
+# The simulator against a real worker on this machine's CPU.
+bench-calibration: setup
+	@$(BIN)/python -m prism.bench.calibration
 
 format: setup
 	@$(BIN)/ruff check --fix .

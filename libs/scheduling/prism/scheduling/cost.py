@@ -45,6 +45,7 @@ class GpuProfile(msgspec.Struct, frozen=True, omit_defaults=True):
     source: str = ""
     prefill_bytes_per_s: float | None = None
     request_s: float = 0.0
+    parallel_engines: float = 1.0
 
 
 class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):

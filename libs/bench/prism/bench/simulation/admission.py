@@ -141,7 +141,9 @@ class AdmissionQueue:
         step_s = 0.0
         if decoding:
             # As measured: engines that decode on its GPUs take turns.
-            step_s = engine.step_s * max(sum(1 for each in gpu.computing if each.ends) for gpu in engine.gpus)
+            step_s = engine.step_s * max(
+                gpu.shares(sum(1 for each in gpu.computing if each.ends)) for gpu in engine.gpus
+            )
         return EngineCapacity(
             instance.running,
             self._max_running,

@@ -101,7 +101,7 @@ class Engine:
         self.v = 0.0
         self.work = 0.0
         self.rate = 1.0
-        self.share = 1
+        self.share = 1.0
         self.at = 0.0
         self.target = 0.0
         self.version = 0
@@ -149,7 +149,11 @@ class Engine:
 
     def _share(self) -> None:
         gpus = self.gpus
-        self.share = len(gpus[0].computing) if len(gpus) == 1 else max(len(gpu.computing) for gpu in gpus)
+        if len(gpus) == 1:
+            gpu = gpus[0]
+            self.share = gpu.shares(len(gpu.computing))
+        else:
+            self.share = max(gpu.shares(len(gpu.computing)) for gpu in gpus)
 
     def advance(self, now: float) -> None:
         """Account for what was done until `now`."""

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
 
 
 class Gpu:
-    """`computing` engines share it evenly. Bytes of memory, `reserved_bytes` of `limit_bytes` are promised
-    away. `bus_free_s` is when the copies of weights to it that are under way will be done: one goes after the
-    other."""
+    """`computing` engines share it evenly, beyond the number that it runs in `parallel`. Bytes of memory,
+    `reserved_bytes` of `limit_bytes` are promised away. `bus_free_s` is when the copies of weights to it that
+    are under way will be done: one goes after the other."""
 
     __slots__ = (
         "active",
@@ -22,13 +22,15 @@ class Gpu:
         "held_since",
         "index",
         "limit_bytes",
+        "parallel",
         "reserved_bytes",
         "residents",
     )
 
-    def __init__(self, index: int, limit_bytes: int) -> None:
+    def __init__(self, index: int, limit_bytes: int, parallel: float = 1.0) -> None:
         self.index = index
         self.limit_bytes = limit_bytes
+        self.parallel = parallel
         self.reserved_bytes = 0
         self.residents: dict[str, Instance] = {}
         self.computing: list[Engine] = []
@@ -43,6 +45,10 @@ class Gpu:
     def free_bytes(self) -> int:
         """Memory that nobody has been promised."""
         return self.limit_bytes - self.reserved_bytes
+
+    def shares(self, engines: int) -> float:
+        """How many times longer each of so many engines that compute at once takes."""
+        return max(1.0, engines / self.parallel)
 
     def join(self, engine: "Engine", now: float) -> None:
         """`engine` begins to compute."""

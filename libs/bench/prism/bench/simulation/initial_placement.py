@@ -83,10 +83,10 @@ def _load(model: SimulatedModel, requests: int, prompts: int, outputs: int, seco
 
 
 def searched_placements(
-    scenario: Scenario, *, gpus: int, seed: int, rate_scale: float = 1.0, **settings: Any
+    scenario: Scenario, *, gpus: int, seed: int, rate_scale: float = 1.0, enough: float = 1.0, **settings: Any
 ) -> list[ModelSpec]:
-    """Specs whose initial placements are the best found. Models that fit nowhere beside the others have
-    none."""
+    """Specs whose initial placements are the best found; one that reaches `enough` will do. Models that fit
+    nowhere beside the others have none."""
     pools = settings["policy"] in FIXED_QUOTAS
     loads = model_loads(scenario, rate_scale)
     tried: dict[tuple[tuple[int, ...], ...], float] = {}
@@ -104,14 +104,19 @@ def searched_placements(
         return tried[key]
 
     searches, candidates = _candidates(scenario, loads, gpus, seed)
-    best = max(candidates, key=reached)
+    best = candidates[0]
+    for homes in candidates:
+        if reached(homes) > reached(best):
+            best = homes
+        if reached(best) >= enough:
+            return specs_of(best)
     random_ = random.Random(f"{seed}/tries")
     for _ in range(TRIES):
-        if reached(best) >= 1.0:
-            break
         other = searches[0].neighbour(best, random_)
         if reached(other) > reached(best):
             best = other
+        if reached(best) >= enough:
+            break
     return specs_of(best)
 
 

@@ -8,7 +8,12 @@ from typing import Any
 
 import click
 
-from prism.bench.simulation.profiles import DEFAULT, profile_names, read_profile
+from prism.bench.simulation.profiles import (
+    DEFAULT,
+    profile_names,
+    read_measured_costs,
+    read_profile,
+)
 from prism.bench.simulation.scenario import Scenario, make_scenario, read_models
 from prism.bench.traces.reading import read_trace
 from prism.bench.traces.trace import head, replicated
@@ -114,7 +119,7 @@ def read_scenario(
         if not equals:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"--map {pair!r}: it has to be TRACE_MODEL=MODEL")
         targets[source] = target
-    served = read_models(models, gpu, context_length)
+    served = read_models(models, gpu, context_length, read_measured_costs(profile))
     return make_scenario(replicated(trace, replicate), served, gpu, memory, targets)
 
 

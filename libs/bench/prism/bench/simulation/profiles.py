@@ -1,12 +1,13 @@
 """Cost profiles: files that say what a kind of GPU reaches, and where that is known from."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
 import msgspec
 
 from prism.common.errors import ErrorCode, PrismError
-from prism.scheduling.cost import GpuProfile
+from prism.scheduling.cost import GpuProfile, ModelCost
 
 FOLDER = Path(str(files("prism.bench.simulation").joinpath("profiles")))
 DEFAULT = "h100-80gb"
@@ -38,6 +39,27 @@ def read_profile(name: str) -> GpuProfile:
     return profile
 
 
-def write_profile(profile: GpuProfile, path: Path) -> None:
-    """Write `profile` as a file that `read_profile` reads."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+class _WithModels(msgspec.Struct):
+    models: dict[str, ModelCost] = {}
+
+
+def read_measured_costs(name: str) -> dict[str, ModelCost]:
+    """What single models cost as `prism calibrate` measured it, by name; none in a profile of hardware alone.
+
+    Raises PrismError(invalid_request) as `read_profile` does.
+    """
+    read_profile(name)
+    path = FOLDER / f"{name}.json"
+    payload = (path if path.is_file() else Path(name)).read_bytes()
+    try:
+        return msgspec.json.decode(payload, type=_WithModels).models
+    except msgspec.DecodeError as error:
+        raise PrismError(ErrorCode.INVALID_REQUEST, f"profile {name}: {error}") from error
+
+
+def write_profile(profile: GpuProfile, path: Path, models: Mapping[str, ModelCost] | None = None) -> None:
+    """Write `profile`, and what was measured of single models, as a file that `read_profile` reads."""
+    content = msgspec.to_builtins(profile)
+    if models:
+        content["models"] = msgspec.to_builtins(dict(models))
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")

@@ -17,7 +17,7 @@ from prism.common.messages.models import InitialPlacement, ModelSpec
 from prism.common.placement_file import read_placement_file
 from prism.scheduling import admission as admission_policies
 from prism.scheduling import placement as placement_policies
-from prism.scheduling.cost import GpuProfile, model_cost
+from prism.scheduling.cost import GpuProfile, ModelCost, model_cost
 
 FIXED_QUOTAS = frozenset({"static"})
 """Policies whose models keep the memory that they were given."""
@@ -34,9 +34,17 @@ class Scenario(msgspec.Struct):
     alone: list[Alone]
 
 
-def read_models(path: Path, profile: GpuProfile, context_length: int | None = None) -> list[SimulatedModel]:
+def read_models(
+    path: Path,
+    profile: GpuProfile,
+    context_length: int | None = None,
+    measured: Mapping[str, ModelCost] | None = None,
+) -> list[SimulatedModel]:
     """The models of a placement file with what they cost on such a GPU, serving contexts of at most
-    `context_length` tokens. Raises PrismError(invalid_request)."""
+    `context_length` tokens; what was `measured` of a model, by name, goes before that.
+
+    Raises PrismError(invalid_request).
+    """
     specs = read_placement_file(path)
     if not specs:
         raise PrismError(ErrorCode.INVALID_REQUEST, f"placement file {path} has no models")
@@ -44,7 +52,12 @@ def read_models(path: Path, profile: GpuProfile, context_length: int | None = No
         read_model_facts(spec.model_name, spec.model_path, tokens_of_context=context_length) for spec in specs
     ]
     return [
-        SimulatedModel(index, spec, found, model_cost(found, profile, tp_size=spec.tp_size))
+        SimulatedModel(
+            index,
+            spec,
+            found,
+            (measured or {}).get(spec.model_name) or model_cost(found, profile, tp_size=spec.tp_size),
+        )
         for index, (spec, found) in enumerate(zip(specs, facts, strict=True))
     ]
 
