@@ -27,8 +27,8 @@ async def explain_service(
     election: Election,
     others: Mapping[str, tuple[str, EndpointHandler]],
 ) -> AsyncIterator[None]:
-    """Answer `PlanReport`s and `ExplainReply`s: the leader's on the common subject, whoever is asked, and each
-    one's own. `others` are further endpoints of the service."""
+    """Answer `PlanReport`s and `ExplainReply`s: the leader's on the common subject, whoever is asked, and
+    each one's own. `others` are further endpoints of the service."""
 
     async def own(request: Request) -> None:
         await request.respond(encode(scheduler.explain()))
