@@ -33,6 +33,6 @@ def test_one_model_in_full_says_what_it_was_weighed_by() -> None:
 def test_several_models_in_brief() -> None:
     models = [ModelExplanation("a", "on no GPU"), ModelExplanation("b", "active on w", notes=["waits"])]
     lines = explanation_lines(ExplainReply("scheduler-1", "balanced", models))
-    assert [line.split()[0] for line in lines] == ["model", "a", "b"]
+    assert [line.split()[0] for line in lines] == ["MODEL", "a", "b"]
     assert "on no GPU" in lines[1]
     assert lines[2].rstrip().endswith("waits")

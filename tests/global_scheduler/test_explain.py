@@ -1,5 +1,7 @@
 """The scheduler says on the bus why models are where they are; a standby asks the leader."""
 
+import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,7 +37,11 @@ async def test_why_a_model_is_where_it_is_and_what_was_decided(
         await gateway.park("a")
         await worker.until(lambda: worker.states.get("a") is ModelState.ACTIVE)
         await gateway.park()
-        async with scheduler("two", policy=BalancedPlacement()):
+        async with scheduler("two", policy=BalancedPlacement()) as standby:
+            deadline = monotonic() + 10
+            while standby.explain().leader != "one":
+                assert monotonic() < deadline
+                await asyncio.sleep(0.01)
             for instance in ("", "one"):
                 reply = await asked(bus, "a", instance)
                 (found,) = reply.models

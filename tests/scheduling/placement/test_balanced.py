@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.scheduling.placement.carrying_out import CONTEXT, GB, H100, Cluster, Held, traffic
 from tests.scheduling.placement.test_promises import view
 
-from prism.common.messages.models import ModelState, Tier
+from prism.common.messages.models import InitialPlacement, ModelState, Tier
 from prism.scheduling.placement.actions import Activate, Doze, Freeze, Release
 from prism.scheduling.placement.balanced import BalancedPlacement
 from prism.scheduling.placement.board import Board
@@ -156,6 +156,17 @@ class TestMoves:
         active(it, "a", "w0")
         active(it, "b", "w0")
         assert not [action for action in it.step() if "moves" in action.reason]
+
+    def test_but_goes_where_its_operator_wants_it_now(self) -> None:
+        it = cluster([view("a", 8, 0.1, pin=True, init_placements=[InitialPlacement([1])])])
+        active(it, "a", "w0")
+        it.running = {"a"}
+        (action,) = it.step()
+        assert isinstance(action, Activate)
+        assert (action.worker, action.moves_from) == ("w1", "w0")
+        it.settle()
+        assert it.active("a") == ["w1"]
+        assert len(it.log) == 2
 
 
 class TestReplicas:

@@ -85,6 +85,7 @@ class BalancedPlacement:
         reconciler.release_the_removed()
         if snapshot.balance:
             reconciler.board.measure()
+            balancing.go_home()
             balancing.replicate()
             balancing.move()
             balancing.make_kv_room()

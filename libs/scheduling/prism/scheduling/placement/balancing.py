@@ -95,6 +95,29 @@ class Balancing:
     def _others(self, beside: Iterable[str]) -> bool:
         return bool(self._board.places.keys() - set(beside))
 
+    def go_home(self) -> None:
+        """Move pinned models that serve elsewhere than their operator says to where he says."""
+        board, reconciler = self._board, self._reconciler
+        for name, instances in list(board.serving.items()):
+            view = instances[0].view if len(instances) == 1 else None
+            if view is None or view.removed or view.facts is None or not view.spec.pin:
+                continue
+            placement = next(iter(view.spec.init_placements), None)
+            source = instances[0].place
+            if placement is None or board.rising.get(name):
+                continue
+            named = frozenset(placement.gpu_ids)
+            home = frozenset(
+                worker for worker, whole in board.places.items() if named <= set(whole.worker.gpu_ids)
+            )
+            if not home or source.worker.id in home or not reconciler.commandable(instances[0]):
+                continue
+            reason = f"moves from {source.worker.id} to GPU ids {placement.gpu_ids}, where it is pinned"
+            wanted = Wanted(
+                name, view, reason, home=home, gpu_ids=tuple(placement.gpu_ids), moves_from=source.worker.id
+            )
+            self._bring_up(wanted, lambda option: option.step <= Step.EVICT_IDLE)
+
     def move(self) -> None:
         """Take models from the GPUs under most pressure to others, the best move of each GPU."""
         most = max(1, int(len(self._board.gpus) * MOVES_SHARE))
