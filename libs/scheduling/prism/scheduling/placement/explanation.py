@@ -27,13 +27,8 @@ _STEPS = {
 def explain(
     policy: PlacementPolicy, snapshot: ClusterSnapshot, now: float, model: str, board: Board | None = None
 ) -> ModelExplanation | None:
-<<<<<<< HEAD
-    """An explanation of `model`, None for one that isn't known. With a `board`, which several may share, it
-    is brief: without the plan and the places."""
-=======
     """An explanation of `model`, None for one that isn't known. With a `board`, which several may share,
     it is brief: without the plan and the places."""
->>>>>>> global
     brief = board is not None
     view = snapshot.models.get(model)
     if view is None:
