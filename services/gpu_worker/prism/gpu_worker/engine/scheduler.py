@@ -234,8 +234,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         """Bound the KV cache, between two steps."""
         assert self.kv is not None
         held, retracted = self.kv.set_limit(request.kv_bytes)
-        self.link.send(QuotaSet(request.call, held, self.kv.limit_tokens, retracted))
         self.tell([])
+        self.link.send(QuotaSet(request.call, held, self.kv.limit_tokens, retracted))
 
     def _transition(self, call: int, run: Callable[[], dict[str, float]]) -> None:
         try:
