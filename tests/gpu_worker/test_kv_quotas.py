@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 
 MB = 1_000_000
 PROMPTS = [[7 + i, 11, 13 + i] * 20 for i in range(4)]
-LENGTH = 120
+LENGTH = 300
 
 
 @pytest.fixture

@@ -217,8 +217,8 @@ class SimulatedEngine:
         self._kv_tokens = self._batch.limit_tokens = tokens
         kv_bytes = max(message.kv_bytes, tokens * per_token)
         self._memory.set_quota(kv_bytes)
-        self._link.send(QuotaSet(message.call, kv_bytes, tokens, retracted))
         self._tell([])
+        self._link.send(QuotaSet(message.call, kv_bytes, tokens, retracted))
 
     def _doze(self, call: int) -> None:
         if self._batch.running or self._batch.waiting:

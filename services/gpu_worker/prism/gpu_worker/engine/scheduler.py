@@ -240,8 +240,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         """Bound the KV cache, between two steps."""
         assert self.kv is not None
         held, retracted = self.kv.set_limit(request.kv_bytes)
-        self.link.send(QuotaSet(request.call, held, self.kv.limit_tokens, retracted))
         self.tell([])
+        self.link.send(QuotaSet(request.call, held, self.kv.limit_tokens, retracted))
 
     def handle_prepare_freeze(self, request: PrepareFreeze) -> None:
         """Let go of what would slow a thaw down; then sleep, with no call to the device, until spoken to."""
