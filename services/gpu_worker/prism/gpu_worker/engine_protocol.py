@@ -37,7 +37,8 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     """Become an engine for this model. Answered by `Progress`, one `WeightsSized`, then `Ready` or `Failed`.
 
     `kv_bytes` bounds the KV cache; `weights_bytes` is what the worker has reserved for the weights until they
-    are sized; `layout` names the engine image to ask the store for and to make.
+    are sized; `layout` names the engine image to ask the store for and to make. Under tensor parallelism
+    `rank_layouts` has the layout of each rank, and sizes are those of all ranks together.
     """
 
     call: int
@@ -53,6 +54,7 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     store_deadline_s: float
     weights_bytes: int = 0
     options: EngineOptions = EngineOptions()
+    rank_layouts: list[str] = []
 
 
 class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):
@@ -112,6 +114,14 @@ class WeightsSized(msgspec.Struct, frozen=True, tag="weights_sized"):
     nbytes: int
 
 
+class RankMemory(msgspec.Struct, frozen=True):
+    """A further rank's process, and the file descriptors of its memory there."""
+
+    pid: int
+    weights_fd: int
+    kv_fd: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine serves. On a CPU, file descriptors name its memory arenas, so that the worker can see for
     itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1."""
@@ -126,6 +136,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     imaged: bool
     seconds: dict[str, float]
     weights_bytes: int = 0
+    ranks: list[RankMemory] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -151,6 +151,12 @@ class ModelInstance:
 
     async def _start(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         began = time.perf_counter()
+        if self.spec.tp_size > self._device.most_ranks:
+            raise PrismError(
+                ErrorCode.UNSUPPORTED,
+                f"{self.name} wants tp_size {self.spec.tp_size}; an engine of the {self._device.name} device has "
+                f"{self._device.most_ranks} rank(s) at most",
+            )
         self._image_settled.clear()
         self._image_error = None
         weights = weights_bytes(self.facts, self._device.element_bytes, self.spec.tp_size)
@@ -186,6 +192,7 @@ class ModelInstance:
             model_path=self.spec.model_path,
             store_socket=self._store_socket,
             layout=self._device.layout(0, self.spec.tp_size),
+            rank_layouts=[self._device.layout(rank, self.spec.tp_size) for rank in range(self.spec.tp_size)],
             dtype=self._device.dtype,
             kv_bytes=kv_bytes,
             max_running_requests=self._limits.max_running_requests,

@@ -23,6 +23,7 @@ class CpuDevice:
     element_bytes: int | None = FLOAT32_BYTES
     dtype = "float32"
     fixed_bytes = 0
+    most_ranks = 8
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
 

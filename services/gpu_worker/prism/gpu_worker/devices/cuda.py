@@ -28,6 +28,7 @@ class CudaDevice:
     element_bytes: int | None = None
     dtype = "auto"
     fixed_bytes = FIXED_BYTES
+    most_ranks = 1
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
+from prism.gpu_worker.engine.ranks import Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import EngineDevice, StartEngine
 
@@ -51,7 +52,7 @@ class Platform(Protocol):
         ...
 
 
-def platform_for(start: StartEngine) -> Platform:
+def platform_for(start: StartEngine, ranks: Ranks) -> Platform:
     """The platform that `start` names; imports only that one's libraries."""
     if start.options.device is EngineDevice.CUDA:
         from prism.gpu_worker.engine.cuda_platform import CudaPlatform
@@ -59,4 +60,4 @@ def platform_for(start: StartEngine) -> Platform:
         return CudaPlatform(start)
     from prism.gpu_worker.engine.cpu_platform import CpuPlatform
 
-    return CpuPlatform(start)
+    return CpuPlatform(start, ranks)
