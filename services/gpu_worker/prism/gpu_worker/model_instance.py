@@ -154,8 +154,8 @@ class ModelInstance:
         if self.spec.tp_size > self._device.most_ranks:
             raise PrismError(
                 ErrorCode.UNSUPPORTED,
-                f"{self.name} wants tp_size {self.spec.tp_size}; an engine of the {self._device.name} device has "
-                f"{self._device.most_ranks} rank(s) at most",
+                f"{self.name} wants tp_size {self.spec.tp_size}; an engine of the {self._device.name} device "
+                f"has {self._device.most_ranks} rank(s) at most",
             )
         self._image_settled.clear()
         self._image_error = None
