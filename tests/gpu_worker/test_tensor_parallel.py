@@ -120,5 +120,5 @@ async def test_more_ranks_than_a_device_has_are_refused(rig: Rig) -> None:
     outcome = await command(rig, CommandKind.ACTIVATE, 16)
     assert outcome.error is not None
     assert outcome.error.code is ErrorCode.UNSUPPORTED
-    assert "8 rank(s) at most" in outcome.error.message
+    assert "wants tp_size 16" in outcome.error.message
     assert outcome.state is ModelState.COLD

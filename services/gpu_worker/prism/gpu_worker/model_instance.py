@@ -151,11 +151,12 @@ class ModelInstance:
 
     async def _start(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         began = time.perf_counter()
-        if self.spec.tp_size > self._device.most_ranks:
+        if self.spec.tp_size not in self._device.rank_counts:
+            possible = ", ".join(map(str, self._device.rank_counts))
             raise PrismError(
                 ErrorCode.UNSUPPORTED,
-                f"{self.name} wants tp_size {self.spec.tp_size}; an engine of the {self._device.name} device "
-                f"has {self._device.most_ranks} rank(s) at most",
+                f"{self.name} wants tp_size {self.spec.tp_size}; engines of the {self._device.name} device "
+                f"of this worker have {possible} rank(s)",
             )
         self._image_settled.clear()
         self._image_error = None
@@ -274,6 +275,10 @@ class ModelInstance:
         Raises PrismError: the model dozes on, or (when the process can't go on) its engine is gone.
         """
         assert self.engine is not None
+        if self.ready is not None and self.ready.ranks:
+            raise PrismError(
+                ErrorCode.UNSUPPORTED, f"{self.name} has several ranks; only engines of one can be frozen"
+            )
         began = time.perf_counter()
         try:
             prepared = await self.engine.prepare_freeze(min(deadline_s, self._copy_deadline_s()))

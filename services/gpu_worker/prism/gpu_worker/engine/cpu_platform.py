@@ -1,5 +1,6 @@
 """Engines on a CPU: torch's own attention, memory in arenas of shared memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 from prism.common.errors import ErrorCode, PrismError
@@ -30,7 +31,9 @@ class ArenaKvMemory:
 class CpuPlatform:
     """SGLang on this host's CPU."""
 
-    weights_class = ModelWeights
+    weights_class: Callable[..., ModelWeights] = ModelWeights
+    gpu = 0
+    one_memory = True
     primed = False
     graphs: DeferredGraphs | None = None
 

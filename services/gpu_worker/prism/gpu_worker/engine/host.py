@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +21,7 @@ from prism.common.messages.generation import SamplingParams
 from prism.gpu_worker.engine import footprint, seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.platform import Platform, platform_for
-from prism.gpu_worker.engine.ranks import Link, Ranks, SilentLink, fork_ranks, meet_in_memory
+from prism.gpu_worker.engine.ranks import Link, Ranks, SilentLink, fork_ranks
 from prism.gpu_worker.engine.scheduler import PRIMING_RID, EngineScheduler
 from prism.gpu_worker.engine.weights import ModelWeights, loader_for
 from prism.gpu_worker.engine_logs import configure_engine_logging
@@ -47,15 +48,22 @@ PRIMING_NEW_TOKENS = 3
 mm_utils._is_default_tensor_transport = True
 
 
-def serve(connection: socket.socket) -> int:
+Join = Callable[[StartEngine, socket.socket], tuple[Ranks, StartEngine]]
+"""Makes an engine's ranks; returns who this process is among them, and its part of what was asked for."""
+
+
+def serve(connection: socket.socket, join: Join = fork_ranks) -> int:
     """Serve one model over `connection` until the worker closes it. Returns the exit status."""
     link = EngineLink(connection)
     try:
         start = link.receive()
         if not isinstance(start, StartEngine):
             raise TypeError(f"the first message must be StartEngine, not {type(start).__name__}")
-        meet_in_memory()
-        ranks, start = fork_ranks(start, connection)
+        try:
+            ranks, start = join(start, connection)
+        except PrismError as error:
+            link.send(Failed(start.call, error.body))
+            return EXIT_FAILED
         setproctitle(f"prism-engine {start.model}" + (f" rank {ranks.rank}" if ranks.rank else ""))
         configure_engine_logging(start.model)
         try:
@@ -77,14 +85,14 @@ def serve(connection: socket.socket) -> int:
     return 0
 
 
-def serve_and_exit(connection: int) -> NoReturn:
+def serve_and_exit(connection: int, join: Join = fork_ranks) -> NoReturn:
     """Be an engine host on the inherited socket, and end the process, whatever becomes of it.
 
     Without the interpreter's own end: tearing down torch takes seconds, and frees nothing the kernel won't.
     """
     status = 1
     try:
-        status = serve(socket.socket(fileno=connection))
+        status = serve(socket.socket(fileno=connection), join)
     except BaseException:
         log.exception("engine host failed")
     finally:
@@ -102,7 +110,8 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
     began = time.perf_counter()
 
     def ask_for_memory(nbytes: int) -> bool:
-        total = sum(ranks.gather(nbytes))
+        of_ranks = ranks.gather(nbytes)
+        total = sum(of_ranks) if platform.one_memory else max(of_ranks)
         granted = False
         if ranks.rank == 0:
             worker.send(WeightsSized(total))

@@ -1,5 +1,6 @@
 """What differs between engines on a CPU and on a GPU, behind one interface."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
@@ -28,8 +29,14 @@ class Platform(Protocol):
     primed: bool
     """Whether a request runs through the engine before it counts as ready: to compile and load kernels."""
 
+    gpu: int
+    """Which of the devices that this process sees is its own."""
+
+    one_memory: bool
+    """Whether ranks share what the worker reserves, or have each as much on a device of its own."""
+
     @property
-    def weights_class(self) -> type[ModelWeights]:
+    def weights_class(self) -> Callable[..., ModelWeights]:
         """How weights come into the device's memory and leave it."""
         ...
 
@@ -57,7 +64,7 @@ def platform_for(start: StartEngine, ranks: Ranks) -> Platform:
     if start.options.device is EngineDevice.CUDA:
         from prism.gpu_worker.engine.cuda_platform import CudaPlatform
 
-        return CudaPlatform(start)
+        return CudaPlatform(start, ranks)
     from prism.gpu_worker.engine.cpu_platform import CpuPlatform
 
     return CpuPlatform(start, ranks)

@@ -7,7 +7,7 @@ have to come to together (memory, doze, wake) is agreed on over the group's CPU 
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,9 +15,9 @@ import msgspec
 import torch
 from sglang.srt.distributed import parallel_state
 
-from prism.common.errors import PrismError
+from prism.common.errors import ErrorCode, PrismError
 from prism.common.process import die_with_parent
-from prism.gpu_worker.engine_protocol import FromEngine, StartEngine, ToEngine
+from prism.gpu_worker.engine_protocol import FromEngine, StartEngine, ToEngine, pack
 
 
 class Link(Protocol):
@@ -85,6 +85,7 @@ def fork_ranks(start: StartEngine, connection: socket.socket) -> tuple[Ranks, St
     """Fork the other ranks of an engine; returns who each process is, and its part of what was asked for.
 
     Only where nothing has threads or a CUDA context yet. The others die with rank 0, and have no connection.
+    They share the memory that was reserved for all of them.
     """
     size = max(1, len(start.rank_layouts))
     rank = 0
@@ -94,19 +95,35 @@ def fork_ranks(start: StartEngine, connection: socket.socket) -> tuple[Ranks, St
             connection.close()
             rank = other
             break
-    if size == 1:
-        return Ranks(), start
-    part = msgspec.structs.replace(
-        start,
-        layout=start.rank_layouts[rank],
-        kv_bytes=start.kv_bytes // size,
-        weights_bytes=-(-start.weights_bytes // size),
-    )
-    return Ranks(rank, size), part
+    part = _part_of(start, rank)
+    return Ranks(rank, size), msgspec.structs.replace(part, kv_bytes=start.kv_bytes // size)
 
 
-def meet_in_memory() -> None:
-    """Have ranks find each other through memory instead of a TCP port: nothing to collide with, nothing that
-    an engine killed here would leave on disk. Before they are forked: all use the same descriptor."""
-    group = os.memfd_create("prism-process-group")
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file:///proc/self/fd/{group}"
+def lead_ranks(
+    others: Sequence[socket.socket], start: StartEngine, _connection: socket.socket
+) -> tuple[Ranks, StartEngine]:
+    """Be rank 0 of ranks that run already, at the other ends of `others`: hand on what was asked for.
+
+    Each has a GPU of its own, and there what was reserved on every one. Raises PrismError(unsupported) when
+    the engine is for another number of GPUs.
+    """
+    size = max(1, len(start.rank_layouts))
+    if size != len(others) + 1:
+        raise PrismError(
+            ErrorCode.UNSUPPORTED,
+            f"{start.model} wants tp_size {size}; the engines of this worker have {len(others) + 1} rank(s)",
+        )
+    for other in others:
+        other.sendall(pack(start))
+    return Ranks(0, size), _part_of(start, 0)
+
+
+def follow_ranks(rank: int, start: StartEngine, _connection: socket.socket) -> tuple[Ranks, StartEngine]:
+    """Be rank `rank`, told by rank 0 what was asked for."""
+    return Ranks(rank, len(start.rank_layouts)), _part_of(start, rank)
+
+
+def _part_of(start: StartEngine, rank: int) -> StartEngine:
+    if len(start.rank_layouts) < 2:
+        return start
+    return msgspec.structs.replace(start, layout=start.rank_layouts[rank])

@@ -80,7 +80,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._graphs = platform.graphs
         self._told_load = (0, 0, 0, 0)
         self._doze_when_idle: Doze | None = None
-        super().__init__(server_args, port_args, 0, ranks.rank, 0, 0, 0, 0, None)
+        super().__init__(server_args, port_args, platform.gpu, ranks.rank, 0, 0, 0, 0, None)
         self.kv = platform.kv_memory(self)
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
