@@ -80,7 +80,7 @@ bench-gateway: setup $(PEERS)/.ready
 	@$(BIN)/python -m prism.bench.gateway --peers $(PEERS)/bin/python
 
 # On a GPU host (docs/gpu.md), with the cells that there is time for; `merge` makes one file of several runs.
-ACTIVATION_CELLS := wake_small wake_14b wake_32b wake_70b_fp8 stage_8b staged_8b cold_start freeze_8b cycles
+ACTIVATION_CELLS := wake_small wake_14b freeze_8b staged_8b cold_start stage_8b cycles wake_32b wake_70b_fp8
 bench-activation: CELLS = $(ACTIVATION_CELLS)
 bench-activation: setup
 	@$(BIN)/python -m prism.bench.activation cell $(CELLS)

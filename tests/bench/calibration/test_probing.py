@@ -32,15 +32,17 @@ def client_of(handler: object) -> httpx.AsyncClient:
 async def test_the_first_chunk_is_the_first_token_and_the_end_the_last() -> None:
     first, last = asyncio.Event(), asyncio.Event()
     asked: list[dict[str, object]] = []
+    came = asyncio.Event()
 
     def answer(request: httpx.Request) -> httpx.Response:
         asked.append(json.loads(request.content))
+        came.set()
         return httpx.Response(200, stream=_Stream([first, last]))
 
     async with client_of(answer) as client:
         running = asyncio.create_task(generate(client, "m", 7, 5, random.Random(1)))
-        while not asked:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await came.wait()
         first.set()
         await asyncio.sleep(0.02)
         last.set()

@@ -42,6 +42,14 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     raise click.BadParameter(f"{text!r} is neither {AUTO!r} nor a number from 0 on")
 
 
+def _gpus_option(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """The value of --gpu."""
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"{text!r} is not made of different numbers with commas between them")
+    return [int(number) for number in numbers]
+
+
 def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
     """The value of --decode-graph-sizes; empty for none."""
     if text == "none":
@@ -77,11 +85,15 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
 )
 @click.option(
     "--gpu",
-    type=click.IntRange(min=0),
+    "gpus",
+    metavar="NUMBER[,NUMBER...]",
+    callback=_gpus_option,
     envvar="PRISM_GPU",
     show_envvar=True,
-    default=0,
-    help="cuda: which of this machine's GPUs, as nvidia-smi numbers them.",
+    default="0",
+    show_default=True,
+    help="cuda: which of this machine's GPUs, as nvidia-smi numbers them. Several: for models whose tp_size "
+    "is their number, and for no others.",
 )
 @click.option(
     "--warm-shells",
@@ -205,7 +217,7 @@ def main(
     node: str,
     device: str,
     first_gpu_id: int | None,
-    gpu: int,
+    gpus: list[int],
     warm_shells: int,
     attention_backend: str,
     decode_graph_sizes: list[int],
@@ -232,14 +244,18 @@ def main(
     def go_by(gpu_ids: list[int]) -> None:
         identity.gpu_ids = gpu_ids
 
+    owned = len(gpus) if device == "cuda" else 1
+
     async def serve(stop: asyncio.Event) -> None:
         if worker_memory_gb is not None and worker_memory_gb <= 0:
             raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
             # Engines begin their imports, which take longer than ids do.
-            _device(device, gpu, warm_shells, attention_backend, decode_graph_sizes, defer_graphs) as engines,
-            claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id),
+            _device(
+                device, gpus, warm_shells, attention_backend, decode_graph_sizes, defer_graphs
+            ) as engines,
+            claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id, count=owned),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
                 identity,
@@ -277,7 +293,7 @@ def main(
 
 def _device(
     name: str,
-    gpu: int,
+    gpus: list[int],
     warm_shells: int,
     attention_backend: str,
     decode_graph_sizes: list[int],
@@ -290,7 +306,7 @@ def _device(
         from prism.gpu_worker.devices.cuda import cuda_device
 
         return cuda_device(
-            gpu,
+            gpus,
             warm=warm_shells,
             attention_backend=attention_backend,
             decode_graph_sizes=decode_graph_sizes,

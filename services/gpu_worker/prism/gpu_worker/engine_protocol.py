@@ -42,8 +42,9 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     """Become an engine for this model. Answered by `Progress`, one `WeightsSized`, then `Ready` or `Failed`.
 
     `kv_bytes` is the first quota of the KV cache, and `kv_cap_bytes` the largest that it may ever get (0: the
-    first stays); `weights_bytes` is what the worker has reserved for the weights until they
-    are sized; `layout` names the engine image to ask the store for and to make.
+    first stays); `weights_bytes` is what the worker has reserved for the weights until they are sized;
+    `layout` names the engine image to ask the store for and to make. Under tensor parallelism `rank_layouts`
+    has the layout of each rank, and sizes are those of all ranks together.
     """
 
     call: int
@@ -60,6 +61,7 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     weights_bytes: int = 0
     options: EngineOptions = EngineOptions()
     kv_cap_bytes: int = 0
+    rank_layouts: list[str] = []
 
 
 class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):
@@ -128,6 +130,14 @@ class WeightsSized(msgspec.Struct, frozen=True, tag="weights_sized"):
     nbytes: int
 
 
+class RankMemory(msgspec.Struct, frozen=True):
+    """A further rank's process, and the file descriptors of its memory there."""
+
+    pid: int
+    weights_fd: int
+    kv_fd: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine serves. On a CPU, file descriptors name its memory arenas, so that the worker can see for
     itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1.
@@ -147,6 +157,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     weights_bytes: int = 0
     kv_page_bytes: int = 1
     kv_overhead_bytes: int = 0
+    ranks: list[RankMemory] = []
 
 
 class QuotaSet(msgspec.Struct, frozen=True, tag="quota_set"):

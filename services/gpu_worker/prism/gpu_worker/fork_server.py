@@ -110,7 +110,9 @@ def _become_engine(control: socket.socket, connection: int, inherited: tuple[int
             os.close(fd)
         ctypes.CDLL(None).malloc_trim(0)
         from prism.gpu_worker.engine.host import serve_and_exit
+        from prism.gpu_worker.engine.process_group import meet_in_memory
 
+        meet_in_memory()
         serve_and_exit(connection)
     except BaseException:
         log.exception("no engine host")

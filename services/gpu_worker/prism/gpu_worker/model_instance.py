@@ -113,7 +113,10 @@ class ModelInstance:
     @property
     def kv_cap_bytes(self) -> int:
         """The largest quota that it may get: what its operator allows, else all that its worker has beside
-        its weights."""
+        its weights. The first one stays where an engine has several ranks: their pools can't be resized
+        together yet."""
+        if self.spec.tp_size > 1:
+            return self._first_kv_bytes
         pool = self.spec.init_placements[0].max_memory_pool_size if self.spec.init_placements else None
         if pool is not None:
             return kv_reservation(self.spec, self.facts, self._device.element_bytes)
@@ -182,7 +185,7 @@ class ModelInstance:
         """Reserve what serving takes, for which others make room. Returns the KV quota: as much of `kv_bytes`
         as there is, its floor at least. Raises PrismError(out_of_memory)."""
         fixed = self._device.fixed_bytes
-        floor = min(kv_bytes, self._kv_floor)
+        floor = min(kv_bytes, self._kv_floor) if self.spec.tp_size == 1 else kv_bytes
         held = self._ledger.held(self.name).total
         least = weights + fixed + floor - held
         async with self._room(self.name, least, weights + fixed + kv_bytes - held):
@@ -198,6 +201,8 @@ class ModelInstance:
     def quota_holder(self) -> QuotaHolder | None:
         """What the arbiter needs to know of it; None while its quota can't be changed."""
         if self.state is not ModelState.ACTIVE or self.lock.locked() or self.ready is None:
+            return None
+        if self.spec.tp_size > 1:
             return None
         running, wanted = self._requests_kv_tokens(self.name)
         quota = self._ledger.held(self.name).kv
@@ -255,6 +260,13 @@ class ModelInstance:
 
     async def _start(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         began = time.perf_counter()
+        if self.spec.tp_size not in self._device.rank_counts:
+            possible = ", ".join(map(str, self._device.rank_counts))
+            raise PrismError(
+                ErrorCode.UNSUPPORTED,
+                f"{self.name} wants tp_size {self.spec.tp_size}; engines of the {self._device.name} device "
+                f"of this worker have {possible} rank(s)",
+            )
         self._image_settled.clear()
         self._image_error = None
         weights = weights_bytes(self.facts, self._device.element_bytes, self.spec.tp_size)
@@ -291,6 +303,7 @@ class ModelInstance:
             model_path=self.spec.model_path,
             store_socket=self._store_socket,
             layout=self._device.layout(0, self.spec.tp_size),
+            rank_layouts=[self._device.layout(rank, self.spec.tp_size) for rank in range(self.spec.tp_size)],
             dtype=self._device.dtype,
             kv_bytes=kv_bytes,
             max_running_requests=self._limits.max_running_requests,
@@ -298,7 +311,7 @@ class ModelInstance:
             copy_threads=self._device.copy_threads,
             weights_bytes=self._ledger.held(self.name).weights,
             options=self._device.options,
-            kv_cap_bytes=max(kv_bytes, self.kv_cap_bytes),
+            kv_cap_bytes=max(kv_bytes, self.kv_cap_bytes) if self.spec.tp_size == 1 else 0,
             store_deadline_s=STORE_DEADLINE_S,
         )
 
@@ -373,6 +386,10 @@ class ModelInstance:
         Raises PrismError: the model dozes on, or (when the process can't go on) its engine is gone.
         """
         assert self.engine is not None
+        if self.ready is not None and self.ready.ranks:
+            raise PrismError(
+                ErrorCode.UNSUPPORTED, f"{self.name} has several ranks; only engines of one can be frozen"
+            )
         began = time.perf_counter()
         try:
             prepared = await self.engine.prepare_freeze(min(deadline_s, self._copy_deadline_s()))

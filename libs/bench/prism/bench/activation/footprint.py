@@ -19,6 +19,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "no_graphs": {"PRISM_DECODE_GRAPH_SIZES": "none"},
     # kvcached keeps a page of zeroes: of all layers together in its default layout, 2 MiB in this one.
     "kv_by_layer": {"KVCACHED_CONTIGUOUS_LAYOUT": "false"},
+    # For a kvcached built with deploy/kvcached/optional-zero-page.patch; any other passes it over.
+    "no_zero_page": {"KVCACHED_ZERO_PAGE": "false"},
+    "all_cuts": {"KVCACHED_ZERO_PAGE": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"},
     "eager_modules": {"CUDA_MODULE_LOADING": "EAGER"},
 }
 

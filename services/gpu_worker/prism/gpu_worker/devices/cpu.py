@@ -23,6 +23,7 @@ class CpuDevice:
     element_bytes: int | None = FLOAT32_BYTES
     dtype = "float32"
     fixed_bytes = 0
+    rank_counts: tuple[int, ...] = tuple(range(1, 9))
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
 

@@ -15,12 +15,14 @@ class Device(Protocol):
     `dtype` is what engines are told to use; `fixed_bytes` is the device memory that an engine holds
     beyond weights and KV cache in any tier above staged. `copying` is held while weights are copied in, where
     two copies at once would only slow each other down. `freezer` takes the fixed cost, too.
+    `rank_counts` are the values of tp_size that its engines can have.
     """
 
     name: str
     element_bytes: int | None
     dtype: str
     fixed_bytes: int
+    rank_counts: tuple[int, ...]
     copy_threads: int
     options: EngineOptions
     shells: ShellSource

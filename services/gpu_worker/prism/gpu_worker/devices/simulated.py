@@ -32,6 +32,7 @@ class SimulatedDevice:
     element_bytes: int | None = None
     dtype = "auto"
     fixed_bytes = 0
+    rank_counts: tuple[int, ...] = (1,)
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
     copy_threads = 1

@@ -1,12 +1,14 @@
 """Engines on a CPU: torch's own attention, memory in arenas of shared memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 from prism.common.errors import ErrorCode, PrismError
-from prism.gpu_worker.engine import memory_saver
+from prism.gpu_worker.engine import cpu_ranks, memory_saver
 from prism.gpu_worker.engine.arena import MemoryArena
 from prism.gpu_worker.engine.arena_kv import ArenaKvMemory
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
+from prism.gpu_worker.engine.ranks import Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import StartEngine
 
@@ -16,17 +18,22 @@ KV_ARENA_SLACK = 2
 class CpuPlatform:
     """SGLang on this host's CPU."""
 
-    weights_class = ModelWeights
+    weights_class: Callable[..., ModelWeights] = ModelWeights
+    gpu = 0
+    one_memory = True
     primed = False
     graphs: DeferredGraphs | None = None
 
-    def __init__(self, start: StartEngine) -> None:
+    def __init__(self, start: StartEngine, ranks: Ranks) -> None:
         self._start = start
+        self._ranks = ranks
         self._kv = MemoryArena("prism-kv", max(start.kv_bytes, start.kv_cap_bytes) * KV_ARENA_SLACK)
 
     def prepare(self) -> None:
         """KV pools go into the arena."""
         memory_saver.install(self._kv)
+        if self._ranks.size > 1:
+            cpu_ranks.prepare(self._ranks.size)
 
     def server_args(self, start: StartEngine) -> dict[str, Any]:
         """No graphs, no overlap: there is no second processor to overlap with."""

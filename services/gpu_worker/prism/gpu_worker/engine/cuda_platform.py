@@ -1,11 +1,14 @@
 """Engines on an NVIDIA GPU: CUDA graphs for decoding, the KV cache under kvcached."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.cuda_weights import CudaModelWeights
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 from prism.gpu_worker.engine.kvcached_memory import KvcachedMemory
+from prism.gpu_worker.engine.ranks import Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import StartEngine
 
@@ -14,12 +17,15 @@ ADDRESSED_SHARE = 0.9
 
 
 class CudaPlatform:
-    """SGLang on the one GPU that this process sees."""
+    """SGLang on one of the GPUs that this process sees: a rank's own."""
 
-    weights_class = CudaModelWeights
     primed = True
+    one_memory = False
 
-    def __init__(self, start: StartEngine) -> None:
+    def __init__(self, start: StartEngine, ranks: Ranks) -> None:
+        self.gpu = ranks.rank
+        self._ranks = ranks
+        self.weights_class: Callable[..., ModelWeights] = partial(CudaModelWeights, gpu=self.gpu)
         self._limit_bytes = start.kv_bytes
         self._defers = start.options.defer_graphs and bool(start.options.decode_graph_sizes)
         self.graphs: DeferredGraphs | None = None
@@ -43,6 +49,8 @@ class CudaPlatform:
             "attention_backend": start.options.attention_backend,
             "disable_prefill_cuda_graph": True,
             "mem_fraction_static": ADDRESSED_SHARE,
+            # Its buffers are shared between processes, which the driver's checkpoints can't take.
+            "disable_custom_all_reduce": self._ranks.size > 1,
             **(graphs if start.options.decode_graph_sizes else {"disable_cuda_graph": True}),
         }
 

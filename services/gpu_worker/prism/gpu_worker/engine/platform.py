@@ -1,8 +1,10 @@
 """What differs between engines on a CPU and on a GPU, behind one interface."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
+from prism.gpu_worker.engine.ranks import Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import EngineDevice, StartEngine
 
@@ -44,8 +46,14 @@ class Platform(Protocol):
     primed: bool
     """Whether a request runs through the engine before it counts as ready: to compile and load kernels."""
 
+    gpu: int
+    """Which of the devices that this process sees is its own."""
+
+    one_memory: bool
+    """Whether ranks share what the worker reserves, or have each as much on a device of its own."""
+
     @property
-    def weights_class(self) -> type[ModelWeights]:
+    def weights_class(self) -> Callable[..., ModelWeights]:
         """How weights come into the device's memory and leave it."""
         ...
 
@@ -68,12 +76,12 @@ class Platform(Protocol):
         ...
 
 
-def platform_for(start: StartEngine) -> Platform:
+def platform_for(start: StartEngine, ranks: Ranks) -> Platform:
     """The platform that `start` names; imports only that one's libraries."""
     if start.options.device is EngineDevice.CUDA:
         from prism.gpu_worker.engine.cuda_platform import CudaPlatform
 
-        return CudaPlatform(start)
+        return CudaPlatform(start, ranks)
     from prism.gpu_worker.engine.cpu_platform import CpuPlatform
 
-    return CpuPlatform(start)
+    return CpuPlatform(start, ranks)

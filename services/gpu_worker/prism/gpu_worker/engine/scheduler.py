@@ -24,8 +24,8 @@ from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams as WireSamplingParams
 from prism.common.messages.generation import TokenLogprob
 from prism.gpu_worker.engine import footprint
-from prism.gpu_worker.engine.link import EngineLink
 from prism.gpu_worker.engine.platform import KvMemory, Platform
+from prism.gpu_worker.engine.ranks import Link, Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import (
     PLANNED_NEW_TOKENS,
@@ -75,11 +75,13 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         server_args: ServerArgs,
         port_args: PortArgs,
         *,
-        link: EngineLink,
+        link: Link,
         weights: ModelWeights,
         platform: Platform,
+        ranks: Ranks,
     ) -> None:
         self.link = link
+        self.ranks = ranks
         self.weights = weights
         self.kv: KvMemory | None = None
         self.on_primed: Callable[[], None] | None = None
@@ -88,7 +90,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._told_at = 0.0
         self._graphs = platform.graphs
         self._doze_when_idle: Doze | None = None
-        super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
+        super().__init__(server_args, port_args, platform.gpu, ranks.rank, 0, 0, 0, 0, None)
         self.kv = platform.kv_memory(self)
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
@@ -109,8 +111,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.tokenizer = StopTokens.of(self.model_config.hf_eos_token_id, self.model_config.vocab_size)
 
     def init_idle_sleeper(self) -> None:
-        """Sleep on our socket while there is nothing to do."""
-        self.idle_sleeper = IdleSleeper(sockets=[self.link])
+        """Sleep on our socket while there is nothing to do; other ranks wait for the broadcast of rank 0."""
+        self.idle_sleeper = None if self.ranks.rank else IdleSleeper(sockets=[self.link])
 
     request_receiver: Any
 
@@ -260,6 +262,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             return {}
         began = time.perf_counter()
         assert self.kv is not None
+        self.ranks.together(lambda: self.weights.require_image(wait=self.ranks.rank > 0))
         self.weights.unmap()
         self.flush_cache(empty_cache=False)
         self.kv.unmap()
@@ -279,7 +282,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             return {}
         assert self.kv is not None
         began = time.perf_counter()
-        self.weights.restore()
+        self.ranks.together(self.weights.restore, undo=self.weights.unmap)
         copied = time.perf_counter()
         self.kv.map()
         self.dozing = False
