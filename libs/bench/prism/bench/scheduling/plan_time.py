@@ -36,8 +36,7 @@ _GPU = GpuProfile(
 
 
 class PlanTime(msgspec.Struct, frozen=True):
-    """One cluster's figures: the median of several plans, in seconds of one core, whoever else uses the machine.
-    """
+    """One cluster's figures: the median of several plans, in seconds of one core."""
 
     policy: str
     case: str
