@@ -7,6 +7,7 @@ import click
 COMMANDS = {
     "up": ("prism.cli.up", "up_command"),
     "status": ("prism.cli.status", "status_command"),
+    "explain": ("prism.cli.explain", "explain_command"),
     "models": ("prism.cli.models", "models_command"),
     "events": ("prism.cli.events", "events_command"),
     "demo": ("prism.cli.demo", "demo_command"),

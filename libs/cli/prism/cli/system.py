@@ -63,7 +63,7 @@ class SystemSettings:
     store_memory_gb: float | None = None
     image_dir: Path | None = None
     mode: str = "full"
-    policy: str = "lru"
+    policy: str = "balanced"
     device: str = "cpu"
     log_level: str = "INFO"
     log_format: str = "text"

@@ -1,6 +1,7 @@
 """Which model is where: the interface, the cluster's snapshot, and the policies by name."""
 
 from collections.abc import Callable
+from dataclasses import fields
 
 from prism.scheduling.placement.balanced import BalancedPlacement
 from prism.scheduling.placement.kvpr import KvprPlacement
@@ -19,6 +20,14 @@ policies: dict[str, Callable[..., PlacementPolicy]] = {
     "static": StaticPlacement,
 }
 
+
+def policy_named(name: str, **settings: float) -> PlacementPolicy:
+    """The policy, with those of the `settings` that it has; KeyError for a name that is not there."""
+    defaults = policies[name]()
+    known = {field.name for field in fields(defaults)}  # type: ignore[arg-type]
+    return policies[name](**{key: value for key, value in settings.items() if key in known})
+
+
 __all__ = [
     "DEFAULT_POLICY",
     "BalancedPlacement",
@@ -28,4 +37,5 @@ __all__ = [
     "PlacementPolicy",
     "StaticPlacement",
     "policies",
+    "policy_named",
 ]

@@ -5,7 +5,8 @@ import msgspec
 
 class Activate(msgspec.Struct, frozen=True, tag="activate"):
     """Have `model` serve on `worker` with a KV quota of `kv_bytes`. `footprint_bytes` is what it reserves on
-    each of its GPUs; `gpu_ids` are those of the worker's that it goes to, none for all of them."""
+    each of its GPUs; `gpu_ids` are those of the worker's that it goes to, none for all of them. `moves_from`
+    is the worker that it will leave once it serves here, empty for none."""
 
     model: str
     worker: str
@@ -13,6 +14,7 @@ class Activate(msgspec.Struct, frozen=True, tag="activate"):
     footprint_bytes: int
     reason: str
     gpu_ids: tuple[int, ...] = ()
+    moves_from: str = ""
 
 
 class Doze(msgspec.Struct, frozen=True, tag="doze"):

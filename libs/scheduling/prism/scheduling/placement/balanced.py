@@ -64,11 +64,15 @@ class BalancedPlacement:
     doubtful: float = 0.5
     likely: float = 0.2
 
+    def judge(self, reconciler: Reconciler) -> "BalancedJudge":
+        """See Judging."""
+        return BalancedJudge(self, reconciler)
+
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
         manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
-        judge = BalancedJudge(self, reconciler)
+        judge = self.judge(reconciler)
         wants, notes = wanted_models(snapshot, self.home_patience_s)
         reconciler.notes.update(dict.fromkeys(notes))
         if wants:
@@ -81,6 +85,7 @@ class BalancedPlacement:
         reconciler.release_the_removed()
         if snapshot.balance:
             reconciler.board.measure()
+            balancing.go_home()
             balancing.replicate()
             balancing.move()
             balancing.make_kv_room()
@@ -151,5 +156,6 @@ class BalancedJudge:
         """See Judge: lower priority first, then who loses least per byte."""
         view = instance.view
         assert view is not None
-        gives = max(1, self.reconciler.gives(instance))
+        known = instance.place.worker.profile is not None
+        gives = max(1, self.reconciler.gives(instance)) if known else 1
         return (view.spec.priority, self.loss_s(instance) / gives, -instance.resident.idle_s)

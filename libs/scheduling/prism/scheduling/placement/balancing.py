@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from prism.common.messages.models import ModelState
 from prism.scheduling.placement.board import Gpu, Instance, Place
 from prism.scheduling.placement.pressure import Work, work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
@@ -13,6 +14,8 @@ from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
 if TYPE_CHECKING:
     from prism.scheduling.placement.balanced import BalancedPlacement
+
+_SLEEPING = frozenset({ModelState.DOZING, ModelState.FROZEN, ModelState.STAGED})
 
 MOVES_SHARE = 0.125
 """No more moves at a time than this share of the GPUs, and at least one: each takes memory twice."""
@@ -91,6 +94,29 @@ class Balancing:
 
     def _others(self, beside: Iterable[str]) -> bool:
         return bool(self._board.places.keys() - set(beside))
+
+    def go_home(self) -> None:
+        """Move pinned models that serve elsewhere than their operator says to where he says."""
+        board, reconciler = self._board, self._reconciler
+        for name, instances in list(board.serving.items()):
+            view = instances[0].view if len(instances) == 1 else None
+            if view is None or view.removed or view.facts is None or not view.spec.pin:
+                continue
+            placement = next(iter(view.spec.init_placements), None)
+            source = instances[0].place
+            if placement is None or board.rising.get(name):
+                continue
+            named = frozenset(placement.gpu_ids)
+            home = frozenset(
+                worker for worker, whole in board.places.items() if named <= set(whole.worker.gpu_ids)
+            )
+            if not home or source.worker.id in home or not reconciler.commandable(instances[0]):
+                continue
+            reason = f"moves from {source.worker.id} to GPU ids {placement.gpu_ids}, where it is pinned"
+            wanted = Wanted(
+                name, view, reason, home=home, gpu_ids=tuple(placement.gpu_ids), moves_from=source.worker.id
+            )
+            self._bring_up(wanted, lambda option: option.step <= Step.EVICT_IDLE)
 
     def move(self) -> None:
         """Take models from the GPUs under most pressure to others, the best move of each GPU."""
@@ -178,7 +204,7 @@ class Balancing:
         view, source = instance.view, instance.place.worker.id
         assert view is not None
         reason = f"moves from {source}: pressure {instance.place.pressure:.2f}, then {move.after:.2f} at most"
-        self._reconciler.take(Wanted(instance.model, view, reason), option)
+        self._reconciler.take(Wanted(instance.model, view, reason, moves_from=source), option)
         for gpu in instance.place.gpus:
             gpu.lose(instance.work, instance.resident.weights_bytes)
 
@@ -209,20 +235,11 @@ class Balancing:
 
     def wake_ahead(self) -> None:
         """Bring up models that will probably be asked for soon where that costs nobody anything."""
-        policy, board, snapshot = self._policy, self._board, self._reconciler.snapshot
-        likely: list[tuple[float, str, ModelView]] = []
-        for name, view in snapshot.models.items():
-            traffic = view.traffic
-            if traffic.last_arrival_s > policy.horizon_s / policy.likely or view.removed:
-                continue
-            chance = chance_to_return(view, traffic.last_arrival_s, policy.horizon_s)
-            if chance >= policy.likely and not board.serving.get(name) and not board.rising.get(name):
-                likely.append((-chance, name, view))
-        if not likely:
-            return
+        board, snapshot = self._board, self._reconciler.snapshot
+        likely = self._likely()
         under_way = {model for _, model in board.commanded}
-        room = max((gpu.free - gpu.claimed for gpu in board.gpus), default=0)
-        for _, name, view in sorted(likely, key=lambda entry: entry[:2]):
+        room = max((gpu.free - gpu.claimed for gpu in board.gpus), default=0) if likely else 0
+        for _, name, view in likely:
             if view.facts is None or view.facts.error is not None or view.spec.idle_timeout_s is not None:
                 continue
             parked = snapshot.demand.get(name, NO_DEMAND).parked
@@ -231,6 +248,24 @@ class Balancing:
             wanted = Wanted(name, view, "probably asked for soon, and memory is free", may_evict=False)
             if self._bring_up(wanted, partial(self._bearable, view)):
                 room = max(gpu.free - gpu.claimed for gpu in board.gpus)
+
+    def _likely(self) -> list[tuple[float, str, ModelView]]:
+        """Models that sleep or are staged, failed nowhere, and will likely be asked for, likeliest first."""
+        policy, board = self._policy, self._board
+        states: dict[str, set[ModelState]] = {}
+        for place in board.places.values():
+            for name, resident in place.worker.models.items():
+                if resident.state in _SLEEPING or resident.state is ModelState.FAILED:
+                    states.setdefault(name, set()).add(resident.state)
+        found = []
+        for name, seen in states.items():
+            view = self._reconciler.snapshot.models.get(name)
+            if view is None or view.removed or ModelState.FAILED in seen:
+                continue
+            chance = chance_to_return(view, view.traffic.last_arrival_s, policy.horizon_s)
+            if chance >= policy.likely and not board.serving.get(name) and not board.rising.get(name):
+                found.append((-chance, name, view))
+        return sorted(found, key=lambda entry: entry[:2])
 
     def _bearable(self, view: ModelView, option: Option) -> bool:
         work = self._reconciler.expected_work(view, option.place)

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import CommandKind
-from prism.scheduling.memory import footprint, kv_floor, kv_reservation, weights_bytes
 from prism.scheduling.placement.pressure import NO_WORK, Work, pressure_of, work_of
-from prism.scheduling.placement.pricing import cost_on
+from prism.scheduling.placement.pricing import cost_on, sizes_on
 from prism.scheduling.placement.snapshot import (
     ClusterSnapshot,
     Failure,
@@ -20,11 +19,12 @@ from prism.scheduling.placement.snapshot import (
 
 _LEAVING = frozenset({CommandKind.DOZE, CommandKind.FREEZE, CommandKind.RELEASE})
 _RISING = frozenset({ModelState.STAGING, ModelState.STARTING, ModelState.WAKING})
+_ASLEEP = frozenset({ModelState.DOZING, ModelState.FROZEN})
 _HAS_ENGINE = frozenset(
     {ModelState.ACTIVE, ModelState.DOZING, ModelState.STARTING, ModelState.WAKING, ModelState.DRAINING}
 )
 ALL_PLACES = 64
-"""Up to so many places are all looked at for a model; of more, those that press least."""
+"""Up to so many GPUs are all looked at for a model; of more, those that press least."""
 
 
 class Gpu:
@@ -118,7 +118,7 @@ class Instance:
 
 class Board:
     """All of it, changed by a plan's own actions. `serving` are the instances of a model that are active,
-    `rising` those on their way up; neither counts workers that drain."""
+    `rising` those on their way up, `asleep` those that doze or are frozen; none counts workers that drain."""
 
     def __init__(self, snapshot: ClusterSnapshot, now: float) -> None:
         self.snapshot = snapshot
@@ -127,6 +127,7 @@ class Board:
         self.instances: dict[tuple[str, str], Instance] = {}
         self.serving: dict[str, list[Instance]] = defaultdict(list)
         self.rising: dict[str, list[Instance]] = defaultdict(list)
+        self.asleep: dict[str, list[Instance]] = defaultdict(list)
         self.commanded: set[tuple[str, str]] = set()
         self.backing_off: dict[tuple[str, str], Failure] = {
             (failure.worker, failure.model): failure
@@ -135,11 +136,13 @@ class Board:
         }
         self._fronts: dict[object, _Front] = {}
         self._measured = False
+        self._kinds: dict[tuple[int | None, bool], WorkerView] = {}
         for worker in snapshot.workers:
             if not worker.draining:
                 gpus = tuple([Gpu(worker, gpu_id) for gpu_id in worker.gpu_ids])
                 self.places[worker.id] = Place(worker, gpus)
                 self.gpus += gpus
+                self._kinds[worker.element_bytes, worker.elastic] = worker
         leaving = set()
         for command in snapshot.in_flight:
             self.commanded.add((command.worker, command.model))
@@ -154,7 +157,11 @@ class Board:
     def _add_residents(self, whole: Place, leaving: set[tuple[str, str]]) -> None:
         worker, models = whole.worker, self.snapshot.models
         for name, resident in worker.models.items():
-            if resident.state not in _HAS_ENGINE and not resident.held_bytes:
+            if (
+                resident.state not in _HAS_ENGINE
+                and resident.state not in _ASLEEP
+                and not resident.held_bytes
+            ):
                 continue
             instance = Instance(name, models.get(name), self._on(whole, resident.gpu_ids), resident)
             instance.leaving = instance.leaving or (worker.id, name) in leaving
@@ -174,6 +181,8 @@ class Board:
             self.serving[instance.model].append(instance)
         elif instance.resident.state in _RISING and not instance.leaving:
             self.rising[instance.model].append(instance)
+        elif instance.resident.state in _ASLEEP and not instance.leaving:
+            self.asleep[instance.model].append(instance)
 
     def _expect(self, worker: str, model: str, footprint_bytes: int, gpu_ids: tuple[int, ...]) -> None:
         """An activation is under way: what it has not reserved yet is not free, and its work will come."""
@@ -192,7 +201,7 @@ class Board:
                 gpu.instances.remove(here)
         self._add(rising)
         if view is not None and view.facts is not None:
-            missing = weights_bytes(view.facts, place.worker.element_bytes, view.spec.tp_size)
+            missing = sizes_on(view, place.worker).weights
             for gpu in place.gpus:
                 gpu.kv_space -= missing
 
@@ -224,7 +233,7 @@ class Board:
         view, worker, resident = instance.view, instance.place.worker, instance.resident
         if not worker.elastic or not resident.kv_quota_bytes or view is None or view.facts is None:
             return 0
-        floor = kv_floor(view.spec, view.facts, worker.element_bytes)
+        floor = sizes_on(view, worker).kv_floor
         return max(0, resident.kv_quota_bytes - max(floor, resident.kv_used_bytes))
 
     def freed_bytes(self, instance: Instance) -> int:
@@ -233,52 +242,52 @@ class Board:
 
     def fixed_bytes(self, view: ModelView, worker: WorkerView) -> int:
         """Weights, and a context where it has none there yet: what an activation takes besides KV cache."""
-        assert view.facts is not None
         here = worker.models.get(view.spec.model_name)
         context = worker.profile.context_bytes if worker.profile is not None else 0
         if here is not None and here.state in _HAS_ENGINE:
             context = 0
-        return weights_bytes(view.facts, worker.element_bytes, view.spec.tp_size) + context
+        return sizes_on(view, worker).weights + context
 
     def need(self, view: ModelView, worker: WorkerView) -> int:
         """Bytes of each GPU that must be free for an activation there, beyond what it holds there."""
-        assert view.facts is not None
         here = worker.models.get(view.spec.model_name)
-        held = here.held_bytes if here is not None else 0
-        if worker.elastic:
-            return max(0, self.fixed_bytes(view, worker) + self.kv_at_least(view, worker) - held)
-        kv = kv_reservation(view.spec, view.facts, worker.element_bytes)
-        takes = self.fixed_bytes(view, worker) + kv
-        if here is not None and here.active_bytes:
+        takes = self.fixed_bytes(view, worker) + self.kv_at_least(view, worker)
+        if here is None:
+            return takes
+        if not worker.elastic:
             takes = max(takes, here.active_bytes)
-        return max(0, takes - held)
+        return max(0, takes - here.held_bytes)
 
     def least_need(self, view: ModelView) -> int:
-        """The least that an activation takes of each GPU of any worker."""
-        return min((self.need(view, place.worker) for place in self.places.values()), default=0)
+        """A lower bound of what an activation takes of each GPU, wherever it goes."""
+        kinds = self._kinds.values()
+        return min(
+            (sizes_on(view, worker).weights + self.kv_at_least(view, worker) for worker in kinds), default=0
+        )
 
     @staticmethod
     def kv_at_least(view: ModelView, worker: WorkerView) -> int:
         """The KV quota that an activation there must get: the floor where quotas move, else all of it."""
-        assert view.facts is not None
-        quota = kv_floor if worker.elastic else kv_reservation
-        return quota(view.spec, view.facts, worker.element_bytes)
+        sizes = sizes_on(view, worker)
+        return sizes.kv_floor if worker.elastic else sizes.kv_reservation
 
     def could_ever_fit(self, view: ModelView, worker: WorkerView) -> bool:
         """Whether it fits into GPUs of that worker that hold nothing else."""
-        assert view.facts is not None
-        if worker.elastic:
-            return self.fixed_bytes(view, worker) + self.kv_at_least(view, worker) <= worker.limit_bytes
         here = worker.models.get(view.spec.model_name)
-        takes = footprint(view.spec, view.facts, worker.element_bytes)
-        return max(takes, here.active_bytes if here is not None else 0) <= worker.limit_bytes
+        takes = sizes_on(view, worker).weights + self.kv_at_least(view, worker)
+        if worker.elastic and worker.profile is not None:
+            takes += worker.profile.context_bytes
+        if not worker.elastic and here is not None:
+            takes = max(takes, here.active_bytes)
+        return takes <= worker.limit_bytes
 
     def places_for(
-        self, tp_size: int, rank: Callable[[Gpu], float], fits: Callable[[Place], bool]
+        self, view: ModelView, rank: Callable[[Gpu], float], fits: Callable[[Place], bool]
     ) -> Iterator[Place]:
         """Places for an instance, anti-affine: its GPUs differ and are of one worker. All of them in a small
-        cluster; in a large one those of least `rank` that fit, some that don't, and no more than ALL_PLACES.
+        cluster; in a large one those of least `rank` that fit, some that don't, and where it sleeps.
         """
+        tp_size = view.spec.tp_size
         if len(self.gpus) <= ALL_PLACES:
             for whole in self.places.values():
                 yield from self.places_within(whole, tp_size, rank)
@@ -288,7 +297,11 @@ class Board:
             wholes = (whole for whole in self.places.values() if len(whole.gpus) >= tp_size)
             places = [place for whole in wholes for place in self.places_within(whole, tp_size, rank)]
             front = self._fronts[rank, tp_size] = _Front(places, rank)
-        yield from front.nearest(fits)
+        near = front.nearest(fits)
+        yield from near
+        if asleep := self.asleep.get(view.spec.model_name):
+            seen = {place.gpus for place in near}
+            yield from (one.place for one in asleep if one.place.gpus not in seen)
 
     @staticmethod
     def places_within(whole: Place, tp_size: int, rank: Callable[[Gpu], float]) -> list[Place]:
@@ -364,7 +377,7 @@ class _Front:
         return max(self._rank(gpu) for gpu in place.gpus)
 
     def nearest(
-        self, fits: Callable[[Place], bool], enough: int = 8, unfit: int = 8, most: int = ALL_PLACES
+        self, fits: Callable[[Place], bool], enough: int = 8, unfit: int = 8, most: int = 24
     ) -> list[Place]:
         """Those of least rank: `enough` that fit and `unfit` that don't, looking at no more than `most`."""
         seen: list[tuple[float, int, Place]] = []

@@ -36,11 +36,15 @@ class KvprPlacement:
     tau: float = 0.25
     min_stay_s: float = 15.0
 
+    def judge(self, reconciler: Reconciler) -> "KvprJudge":
+        """See Judging."""
+        return KvprJudge(reconciler.board)
+
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
         manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
-        judge = KvprJudge(reconciler.board)
+        judge = self.judge(reconciler)
         wants, notes = wanted_models(snapshot, self.home_patience_s)
         reconciler.notes.update(dict.fromkeys(notes))
         for wanted in wants:
@@ -81,7 +85,7 @@ class KvprPlacement:
             need = board.fixed_bytes(view, place.worker) + board.kv_at_least(view, place.worker)
             return all(need <= plan.space[id(gpu)] for gpu in place.gpus)
 
-        places = [place for place in board.places_for(view.spec.tp_size, plan.gpu_ratio, fits) if fits(place)]
+        places = [place for place in board.places_for(view, plan.gpu_ratio, fits) if fits(place)]
         return min(places, key=lambda place: (plan.ratio(place), place.worker.id), default=None)
 
     def _move(self, reconciler: Reconciler, judge: "KvprJudge", instance: Instance, place: Place) -> None:
@@ -96,7 +100,7 @@ class KvprPlacement:
         if key in reconciler.board.backing_off or reconciler.is_bound_elsewhere(place, instance.model):
             return
         reason = f"moves from {instance.place.worker.id}: KV pressure ratio"
-        wanted = Wanted(instance.model, view, reason)
+        wanted = Wanted(instance.model, view, reason, moves_from=instance.place.worker.id)
         option = reconciler.option(wanted, place, judge)
         if option is not None and option.step <= Step.EVICT_IDLE:
             reconciler.take(wanted, option)

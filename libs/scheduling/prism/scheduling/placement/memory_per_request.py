@@ -30,11 +30,15 @@ class MemoryPerRequestPlacement:
     factor: float = 2.0
     min_stay_s: float = 15.0
 
+    def judge(self, reconciler: Reconciler) -> "MemoryPerRequestJudge":
+        """See Judging."""
+        return MemoryPerRequestJudge()
+
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
         manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
-        judge = MemoryPerRequestJudge()
+        judge = self.judge(reconciler)
         wants, notes = wanted_models(snapshot, self.home_patience_s)
         reconciler.notes.update(dict.fromkeys(notes))
         for wanted in wants:
@@ -73,7 +77,9 @@ class MemoryPerRequestPlacement:
         view, source = instance.view, instance.place.worker.id
         assert view is not None
         reason = f"moves from {source}: more memory per request"
-        wanted = Wanted(instance.model, view, reason, may_evict=False, beside=frozenset({source}))
+        wanted = Wanted(
+            instance.model, view, reason, may_evict=False, beside=frozenset({source}), moves_from=source
+        )
         places = reconciler.candidates(wanted, judge, tell=False)
         asks = 1 + instance.resident.queued + instance.resident.running
         options = [

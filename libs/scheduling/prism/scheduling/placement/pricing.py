@@ -1,9 +1,11 @@
 """What a model costs on a worker's GPUs, and how soon it will probably be asked for again."""
 
 import math
+from typing import NamedTuple
 
-from prism.common.messages.models import ModelFacts, ModelState, Tier
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState, Tier
 from prism.scheduling.cost import GpuProfile, ModelCost, model_cost
+from prism.scheduling.memory import kv_floor, kv_reservation, weights_bytes
 from prism.scheduling.placement.snapshot import ModelView, ResidentModel, WorkerView
 
 UNKNOWN_GAP_S = 60.0
@@ -25,6 +27,34 @@ TIERS = {
 
 _REMEMBERED = 100_000
 _costs: dict[tuple[int, int, int | None, int], tuple[ModelFacts, GpuProfile, ModelCost]] = {}
+_sizes: dict[tuple[int, int, int | None], tuple[ModelSpec, ModelFacts, "Sizes"]] = {}
+
+
+class Sizes(NamedTuple):
+    """Bytes of an instance on each of its GPUs: weights, the least KV cache, and what it is given at best."""
+
+    weights: int
+    kv_floor: int
+    kv_reservation: int
+
+
+def sizes_on(view: ModelView, worker: WorkerView) -> Sizes:
+    """What a model with facts takes on a worker's GPUs; remembered as in `cost_on`."""
+    spec, facts, element = view.spec, view.facts, worker.element_bytes
+    assert facts is not None
+    key = (id(spec), id(facts), element)
+    known = _sizes.get(key)
+    if known is not None and known[0] is spec and known[1] is facts:
+        return known[2]
+    sizes = Sizes(
+        weights_bytes(facts, element, spec.tp_size),
+        kv_floor(spec, facts, element),
+        kv_reservation(spec, facts, element),
+    )
+    if len(_sizes) >= _REMEMBERED:
+        _sizes.clear()
+    _sizes[key] = (spec, facts, sizes)
+    return sizes
 
 
 def cost_on(view: ModelView, worker: WorkerView) -> ModelCost | None:

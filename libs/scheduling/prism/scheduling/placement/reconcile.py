@@ -6,15 +6,14 @@ is remembered between plans.
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from prism.common.messages.models import ModelState, Tier
-from prism.scheduling.memory import kv_reservation
 from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release
 from prism.scheduling.placement.backoff import FIRST_S
 from prism.scheduling.placement.board import Board, Gpu, Instance, Place
 from prism.scheduling.placement.pressure import Work, work_of
-from prism.scheduling.placement.pricing import cost_on
+from prism.scheduling.placement.pricing import cost_on, sizes_on
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
@@ -72,6 +71,19 @@ class Judge(Protocol):
         ...
 
 
+class Judging(Protocol):
+    """A policy that weighs places: what explains it."""
+
+    def judge(self, reconciler: "Reconciler") -> Judge:
+        """Its judge, for one plan."""
+        ...
+
+
+def has_judge(policy: object) -> TypeGuard[Judging]:
+    """Whether a policy weighs places."""
+    return hasattr(policy, "judge")
+
+
 class Reconciler:
     """One plan in the making."""
 
@@ -119,7 +131,7 @@ class Reconciler:
             places = [self._at_home(board.places[worker], wanted) for worker in sorted(wanted.home)]
             places = [place for place in places if len(place.gpus) >= tp_size]
         else:
-            places = list(board.places_for(tp_size, judge.gpu_rank, fits))
+            places = list(board.places_for(wanted.view, judge.gpu_rank, fits))
         places = [place for place in places if place.worker.id not in wanted.beside]
         if not places and not tell:
             return []
@@ -147,10 +159,9 @@ class Reconciler:
 
     def _unbind(self, wanted: Wanted, judge: Judge) -> None:
         """Let go of an engine that sleeps on a GPU without room while another of its worker has some."""
-        for whole in self.board.places.values():
-            key = (whole.worker.id, wanted.name)
-            instance = self.board.instances.get(key)
-            if len(whole.gpus) <= wanted.view.spec.tp_size or instance is None:
+        for instance in self.board.asleep.get(wanted.name, ()):
+            whole = self.board.places[instance.place.worker.id]
+            if len(whole.gpus) <= wanted.view.spec.tp_size:
                 continue
             if not self.may_shed(instance):
                 continue
@@ -270,22 +281,21 @@ class Reconciler:
     def take(self, wanted: Wanted, option: Option) -> None:
         """Do what an option says."""
         if option.step is Step.FREE:
-            self.activate(wanted.view, option.place, wanted.reason)
+            self.activate(wanted, option.place)
             return
         for victim in option.victims:
             self.sink(victim, f"memory for {wanted.name}: {wanted.reason}")
         for gpu in option.place.gpus:
             gpu.claimed += option.need
 
-    def activate(self, view: ModelView, place: Place, reason: str) -> None:
+    def activate(self, wanted: Wanted, place: Place) -> None:
         """Bring a model up where memory is free."""
-        board, worker = self.board, place.worker
-        assert view.facts is not None
+        board, view, worker = self.board, wanted.view, place.worker
         need = board.need(view, worker)
         kv = board.kv_at_least(view, worker)
         if worker.elastic:
             spare = min(gpu.free - gpu.claimed for gpu in place.gpus) - need
-            wish = kv_reservation(view.spec, view.facts, worker.element_bytes) - kv
+            wish = sizes_on(view, worker).kv_reservation - kv
             more = max(0, min(spare, wish, min(gpu.unreserved for gpu in place.gpus) - need))
             kv, need = kv + more, need + more
         here = worker.models.get(view.spec.model_name)
@@ -293,7 +303,9 @@ class Reconciler:
         footprint = max(need + held, board.fixed_bytes(view, worker) + kv)
         board.activate(view, place, need, self.expected_work(view, place))
         name = view.spec.model_name
-        self.actions.append(Activate(name, worker.id, kv, footprint, reason, place.gpu_ids))
+        self.actions.append(
+            Activate(name, worker.id, kv, footprint, wanted.reason, place.gpu_ids, wanted.moves_from)
+        )
 
     def expected_work(self, view: ModelView, place: Place, *, replaces: bool = False) -> Work:
         """The work of one more instance at `place`, or of the only one if it `replaces` another."""

@@ -4,10 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from prism.common.messages.models import InitialPlacement
-from prism.scheduling.memory import kv_reservation
 from prism.scheduling.placement.actions import Activate, Plan
 from prism.scheduling.placement.board import Board, Gpu, Place
 from prism.scheduling.placement.pressure import NO_WORK
+from prism.scheduling.placement.pricing import sizes_on
 from prism.scheduling.placement.reconcile import Manners, Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
 from prism.scheduling.placement.wants import AT_WORK
@@ -47,8 +47,7 @@ class StaticPlacement:
                 for home in homes:
                     _settle(reconciler, view, _named(board, home), at[name], home)
             elif not at[name]:
-                tp_size = view.spec.tp_size
-                _settle(reconciler, view, list(board.places_for(tp_size, _fullness, _any)), at[name])
+                _settle(reconciler, view, list(board.places_for(view, _fullness, _any)), at[name])
         reconciler.release_the_removed()
         return reconciler.plan()
 
@@ -81,7 +80,7 @@ def _settle(
         text = f"failed on {failure.worker}, {failure.count} in a row, will retry: {failure.reason}"
         reconciler.note(name, text, passing=True)
     else:
-        kv = kv_reservation(view.spec, view.facts, best.worker.element_bytes)
+        kv = sizes_on(view, best.worker).kv_reservation
         takes = board.fixed_bytes(view, best.worker) + kv
         board.activate(view, best, _missing(board, view, best), NO_WORK)
         at.add(best.worker.id)
@@ -93,7 +92,7 @@ def _missing(board: Board, view: ModelView, place: Place) -> int:
     """Bytes of each GPU that it takes there beyond what it holds."""
     assert view.facts is not None
     here = place.worker.models.get(view.spec.model_name)
-    kv = kv_reservation(view.spec, view.facts, place.worker.element_bytes)
+    kv = sizes_on(view, place.worker).kv_reservation
     return max(0, board.fixed_bytes(view, place.worker) + kv - (here.held_bytes if here else 0))
 
 

@@ -17,7 +17,8 @@ NO_DEMAND = Demand()
 @dataclass(frozen=True)
 class Wanted:
     """A model that should be active. `home` names the only workers that it may go to, None for any; a replica
-    goes to none of those `beside` which it is placed. Of a `home`, `gpu_ids` are the ones named. Without
+    goes to none of those `beside` which it is placed. Of a `home`, `gpu_ids` are the
+    ones named. `moves_from` is the worker that it is to leave. Without
     `may_evict` it takes free memory only."""
 
     name: str
@@ -28,6 +29,7 @@ class Wanted:
     may_evict: bool = True
     beside: Set[str] = frozenset()
     gpu_ids: tuple[int, ...] = ()
+    moves_from: str = ""
 
 
 def wanted_models(
