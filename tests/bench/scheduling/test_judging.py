@@ -1,5 +1,7 @@
 """How the comparison judges what the cells came to."""
 
+from typing import Any
+
 import pytest
 
 from prism.bench.scheduling.__main__ import area, compared, fleets
@@ -35,7 +37,7 @@ def test_a_case_fails_when_any_policy_is_above_balanced() -> None:
 
 def test_a_fleet_that_no_number_was_enough_for_counts_as_the_limit() -> None:
     most = workload("8_models").most_gpus
-    cells = [
+    cells: list[tuple[Cell, dict[str, Any]]] = [
         (Cell("gpus", "8_models", "balanced", 0), {"gpus": 2}),
         (Cell("gpus", "8_models", "static", 0), {"gpus": None}),
     ]
