@@ -35,7 +35,7 @@ class TrafficWatch:
         window = self._windows.setdefault(model, TrafficWindow())
         told = min(requests, MOST_AT_ONCE)
         for number in range(1, told + 1):
-            window.arrived(since + (now - since) * number / told, tokens // requests)
+            window.arrived(since + (now - since) * number / told, tokens // told, requests / told)
 
     def load(self, report: LoadReport, now: float) -> None:
         """Take a worker's counters."""

@@ -3,7 +3,7 @@
 import math
 import random
 import statistics
-from time import perf_counter
+from time import process_time
 
 import msgspec
 
@@ -36,7 +36,7 @@ _GPU = GpuProfile(
 
 
 class PlanTime(msgspec.Struct, frozen=True):
-    """One cluster's figures: the median of several plans, in seconds."""
+    """One cluster's figures: the median of several plans, in seconds of one core."""
 
     policy: str
     case: str
@@ -117,9 +117,9 @@ def plan_time(policy: str, models: int, *, cold: bool = False, repeats: int = 3)
     placement = policies[policy]()
     times, actions = [], 0
     for _ in range(repeats + (not cold)):
-        began = perf_counter()
+        began = process_time()
         plan = placement.plan(snapshot, 1000.0)
-        times.append(perf_counter() - began)
+        times.append(process_time() - began)
         actions = len(plan.actions)
     counted = times if cold else times[1:]
     case = "cold start" if cold else "running"

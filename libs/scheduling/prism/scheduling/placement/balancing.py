@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 _SLEEPING = frozenset({ModelState.DOZING, ModelState.FROZEN, ModelState.STAGED})
 
 MOVES_SHARE = 0.125
-"""No more moves at a time than this share of the GPUs, and at least one: each takes memory twice."""
+"""No more moves at a time, nor models woken ahead, than this share of the GPUs, and at least one: a move
+takes memory twice, and all of them share the bus with those that requests wait for."""
+
+ENOUGH_MISSES = 16
+"""After so many models in a row that could not be woken ahead no further ones are looked at."""
 
 
 class Move(NamedTuple):
@@ -95,6 +99,9 @@ class Balancing:
     def _others(self, beside: Iterable[str]) -> bool:
         return bool(self._board.places.keys() - set(beside))
 
+    def _at_a_time(self) -> int:
+        return max(1, int(len(self._board.gpus) * MOVES_SHARE))
+
     def go_home(self) -> None:
         """Move pinned models that serve elsewhere than their operator says to where he says."""
         board, reconciler = self._board, self._reconciler
@@ -120,7 +127,7 @@ class Balancing:
 
     def move(self) -> None:
         """Take models from the GPUs under most pressure to others, the best move of each GPU."""
-        most = max(1, int(len(self._board.gpus) * MOVES_SHARE))
+        most = self._at_a_time()
         moves = sum(1 for instances in self._board.rising.values() if instances)
         pressed = [gpu for gpu in self._board.gpus if gpu.pressure > self._policy.comfortable]
         pressed.sort(key=lambda gpu: (-gpu.pressure, gpu.worker.id, gpu.id))
@@ -238,6 +245,7 @@ class Balancing:
         board, snapshot = self._board, self._reconciler.snapshot
         likely = self._likely()
         under_way = {model for _, model in board.commanded}
+        left, misses = self._at_a_time(), 0
         room = max((gpu.free - gpu.claimed for gpu in board.gpus), default=0) if likely else 0
         for _, name, view in likely:
             if view.facts is None or view.facts.error is not None or view.spec.idle_timeout_s is not None:
@@ -248,6 +256,11 @@ class Balancing:
             wanted = Wanted(name, view, "probably asked for soon, and memory is free", may_evict=False)
             if self._bring_up(wanted, partial(self._bearable, view)):
                 room = max(gpu.free - gpu.claimed for gpu in board.gpus)
+                left, misses = left - 1, 0
+            else:
+                misses += 1
+            if left <= 0 or misses >= ENOUGH_MISSES:
+                return
 
     def _likely(self) -> list[tuple[float, str, ModelView]]:
         """Models that sleep or are staged, failed nowhere, and will likely be asked for, likeliest first."""

@@ -94,7 +94,8 @@ class Place(NamedTuple):
     @property
     def pressure(self) -> float:
         """Of the GPU under most."""
-        return max(gpu.pressure for gpu in self.gpus)
+        gpus = self.gpus
+        return gpus[0].pressure if len(gpus) == 1 else max(gpu.pressure for gpu in gpus)
 
 
 class Instance:
@@ -374,7 +375,8 @@ class _Front:
         heapq.heapify(self._heap)
 
     def _of(self, place: Place) -> float:
-        return max(self._rank(gpu) for gpu in place.gpus)
+        gpus = place.gpus
+        return self._rank(gpus[0]) if len(gpus) == 1 else max(self._rank(gpu) for gpu in gpus)
 
     def nearest(
         self, fits: Callable[[Place], bool], enough: int = 8, unfit: int = 8, most: int = 24
