@@ -228,8 +228,8 @@ def draw(found: Rates, folder: Path) -> None:
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(["rates", "gpus", "admission", "speed"]))
 @click.option("--root", type=click.Path(path_type=Path), default=Path())
 def main(seeds: int, names: tuple[str, ...], kinds: tuple[str, ...], root: Path) -> None:
-    """Compare the schedulers. Cells that are done are kept in build/bench-scheduling for as long as the sources
-    stay as they are."""
+    """Compare the schedulers. Cells that are done are kept in build/bench-scheduling for as long as the
+    sources stay as they are."""
     root = root.resolve()
     folder = cells_folder(root)
 
