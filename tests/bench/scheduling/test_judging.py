@@ -54,9 +54,8 @@ def test_the_workloads_are_the_ones_asked_for() -> None:
     assert billions(EIGHTEEN)[0] > 1
     assert billions(EIGHTEEN)[-1] < 8.1
     sizes = billions(FIFTY_EIGHT)
-    assert [sum(low <= size < high for size in sizes) for low, high in ((1, 3.5), (3.5, 9), (9, 30.5), (30.5,
-    71))] == [ 43, 8, 3, 4,
-    ]  # fmt: skip
+    classes = ((1, 3.5), (3.5, 9), (9, 30.5), (30.5, 71))
+    assert [sum(low <= size < high for size in sizes) for low, high in classes] == [43, 8, 3, 4]
 
 
 def test_moore_hodgson_keeps_more_of_the_tight_objectives_than_first_come() -> None:

@@ -1,10 +1,13 @@
 """Made-up traces have the statistics that they are asked for."""
 
 from itertools import pairwise
+from pathlib import Path
 from statistics import mean, pstdev
 
 import pytest
+from click.testing import CliRunner
 
+from prism.bench.traces.__main__ import main
 from prism.bench.traces.synthetic import Synthetic, long_tailed_trace, synthetic_trace
 
 pytestmark = pytest.mark.core
@@ -59,3 +62,12 @@ def test_long_tailed_lengths_are_those_of_chats() -> None:
     assert prompts[count * 9 // 10] == pytest.approx(430, rel=0.15)
     assert outputs[count // 2] == pytest.approx(210, rel=0.1)
     assert max(prompts) <= 1020
+
+
+def test_the_shipped_trace_is_the_one_that_the_command_writes(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    options = ["--seconds", "120", "--cv", "1.5", "--on", "20", "--off", "20"]
+    result = CliRunner().invoke(main, [str(path), *options])
+    assert result.exit_code == 0, result.output
+    shipped = Path(__file__).parents[3] / "examples" / "simulated" / "trace.csv"
+    assert path.read_text() == shipped.read_text()

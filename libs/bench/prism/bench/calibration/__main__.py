@@ -2,10 +2,12 @@
 another workload: a Poisson trace of two models at once. Writes `docs/results/calibration.json`."""
 
 import asyncio
+import os
 import random
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -178,6 +180,12 @@ async def validate(folder: Path, admission: str) -> tuple[list[Row], GpuProfile,
 def main(root: Path, folder: Path, admission: str, keep_profile: bool) -> None:
     """Fit the simulator to this machine's CPU worker, and check it on another workload."""
     rows, profile, costs = asyncio.run(validate(folder, admission))
+    # A missed target says why, and that is the usual reason here.
+    busy = os.getloadavg()[1]
+    cores = len(os.sched_getaffinity(0))
+    if busy > cores + 1:
+        said = f"; load average {busy:.1f} on {cores} cores: others used the machine meanwhile"
+        rows = [replace(each, note=each.note + said) for each in rows]
     if keep_profile:
         write_profile(profile, FOLDER / "cpu.json", costs)
     path = write_results(

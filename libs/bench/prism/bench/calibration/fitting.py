@@ -83,5 +83,6 @@ def fitted_profile(
         request_s=median(cost.request_s for cost in costs.values()),
         context_bytes=0,
         parallel_engines=max(1.0, together / max(1.0, slowdown)),
-        source=f"prism calibrate: {', '.join(costs)}; {together} at once take {slowdown:.2f} times as long",
+        source=f"prism calibrate: {', '.join(costs)}; {together} at once take {slowdown:.2f} times as long; "
+        f"not measured, as in {base.name}: wakes, dozes, bus and disk",
     )

@@ -13,7 +13,15 @@ import click
 from prism.bench.results import Row, missed, row, table, write_results
 from prism.bench.scheduling.admission_experiment import FACTOR, LOADS, compare
 from prism.bench.scheduling.admission_experiment import POLICIES as ADMISSIONS
-from prism.bench.scheduling.cells import TARGET, TPOT_SCALE, TTFT_SCALE, Cell, read_cells, run_cells
+from prism.bench.scheduling.cells import (
+    TARGET,
+    TPOT_SCALE,
+    TTFT_SCALE,
+    Cell,
+    cells_folder,
+    read_cells,
+    run_cells,
+)
 from prism.bench.scheduling.plan_time import SIZES, TARGET_S, growth, plan_times
 from prism.bench.scheduling.speed import simulator_speed
 from prism.bench.scheduling.workloads import WORKLOADS, Workload
@@ -220,10 +228,10 @@ def draw(found: Rates, folder: Path) -> None:
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(["rates", "gpus", "admission", "speed"]))
 @click.option("--root", type=click.Path(path_type=Path), default=Path())
 def main(seeds: int, names: tuple[str, ...], kinds: tuple[str, ...], root: Path) -> None:
-    """Compare the schedulers. Cells that are done are kept in build/bench-scheduling; delete it to start
-    anew."""
+    """Compare the schedulers. Cells that are done are kept in build/bench-scheduling for as long as the
+    sources stay as they are."""
     root = root.resolve()
-    folder = root / "build" / "bench-scheduling"
+    folder = cells_folder(root)
 
     def all_cells(count: int, chosen: tuple[str, ...]) -> list[Cell]:
         return [

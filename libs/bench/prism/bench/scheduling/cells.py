@@ -1,6 +1,7 @@
 """Cells of the comparison: one policy on one workload with one seed. Each is kept in a file when it is done,
 so that a run that was stopped goes on where it was."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -23,6 +24,12 @@ SEARCH_RATE = 1.5
 TARGET = 0.99
 TTFT_SCALE, TPOT_SCALE = 8.0, 5.0
 ADMISSION = "moore_hodgson"
+DEPENDS_ON = (
+    "libs/scheduling",
+    "libs/bench/prism/bench/simulation",
+    "libs/bench/prism/bench/scheduling",
+    "libs/bench/prism/bench/traces",
+)
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -72,6 +79,17 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
         result.pop("models")
         found[str(rate)] = result
     return {"rates": found}
+
+
+def cells_folder(root: Path) -> Path:
+    """Where cells are kept: one folder for each state of the sources that they depend on, so that none
+    outlives a change of a policy, of the simulator or of a workload."""
+    digest = hashlib.sha256()
+    for part in DEPENDS_ON:
+        for path in sorted((root / part).rglob("*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(path.read_bytes())
+    return root / "build" / "bench-scheduling" / digest.hexdigest()[:12]
 
 
 def run_cells(cells: Sequence[Cell], folder: Path, root: Path, tell: Callable[[str], None]) -> None:

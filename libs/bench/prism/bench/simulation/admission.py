@@ -126,11 +126,13 @@ class AdmissionQueue:
             self._unqueue(instance, request)
             instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
+        if not self.entries:
+            return
         for instance in self.instances.values():
             if instance.queued and instance.reserved + instance.queued_tokens > instance.quota_tokens:
                 self._tight(instance, now)
         again = admission.again_at_s
-        if again is not None and self.entries and again < self._again_at:
+        if again is not None and again < self._again_at:
             self._again_at = max(again, now + SHORTEST_WAIT_S)
             self._events.at(self._again_at, self._again)
 

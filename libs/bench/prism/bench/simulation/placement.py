@@ -135,7 +135,8 @@ class PlacementShell:
         """Plan and carry out; how many actions there were."""
         self.plans += 1
         plan = self._policy.plan(self.snapshot(now), now)
-        self.notes = {note.model: note.text for note in plan.notes}
+        for note in plan.notes:
+            self.notes[note.model] = note.text
         for action in plan.actions:
             self._carry_out(action, now)
         return len(plan.actions)

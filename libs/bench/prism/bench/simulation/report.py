@@ -49,19 +49,25 @@ def report(outcome: Outcome) -> dict[str, Any]:
         "admission_decisions": outcome.decisions,
         "failed_commands": outcome.failed_commands,
     }
+    by_model = {model.name: figures(model_of == model.index) for model in outcome.models}
     whole["models"] = {
         model.name: {
-            **figures(model_of == model.index),
+            **by_model[model.name],
             "ttft_slo_ms": round(model.ttft_slo_s * 1e3, 3),
             "tpot_slo_ms": round(model.tpot_slo_s * 1e3, 4),
             "activations": outcome.activations[model.index],
             "migrations": outcome.migrations[model.index],
             "gpu_seconds": round(outcome.active_s[model.index], 3),
-            **({"note": outcome.notes[model.name]} if model.name in outcome.notes else {}),
+            **_note(by_model[model.name], outcome.notes.get(model.name)),
         }
         for model in outcome.models
     }
     return whole
+
+
+def _note(figures: dict[str, Any], note: str | None) -> dict[str, str]:
+    """Why requests of a model were not served, as its scheduler said last."""
+    return {"note": note} if note and figures["completed"] < figures["requests"] else {}
 
 
 def _share(part: int, whole: int) -> float | None:
