@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway bench-activation
+.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway bench-activation bench-decode bench-scheduling bench-calibration
 
 setup: $(VENV)/.ready
 
@@ -80,10 +80,27 @@ bench-gateway: setup $(PEERS)/.ready
 	@$(BIN)/python -m prism.bench.gateway --peers $(PEERS)/bin/python
 
 # On a GPU host (docs/gpu.md), with the cells that there is time for; `merge` makes one file of several runs.
-CELLS ?= wake_small wake_14b cycles
+ACTIVATION_CELLS := wake_small wake_14b freeze_8b staged_8b cold_start stage_8b cycles wake_32b wake_70b_fp8
+bench-activation: CELLS = $(ACTIVATION_CELLS)
 bench-activation: setup
 	@$(BIN)/python -m prism.bench.activation cell $(CELLS)
 	@$(BIN)/python -m prism.bench.activation merge $(CELLS:%=build/bench-activation/%.json)
+
+# Beside plain SGLang; CELLS=decode_tiny tries it on a CPU.
+DECODE_CELLS := decode_1b decode_8b colocated colocated_mps
+bench-decode: CELLS = $(DECODE_CELLS)
+bench-decode: setup
+	@$(BIN)/python -m prism.bench.decode cell $(CELLS)
+	@$(BIN)/python -m prism.bench.decode merge $(CELLS:%=build/bench-decode/%.json)
+
+# In the simulator; what is done is kept in build/bench-scheduling, so that a run that was stopped goes on.
+SEEDS ?= 10
+bench-scheduling: setup
+	@$(BIN)/python -m prism.bench.scheduling --seeds $(SEEDS)
+
+# The simulator against a real worker on this machine's CPU.
+bench-calibration: setup
+	@$(BIN)/python -m prism.bench.calibration
 
 format: setup
 	@$(BIN)/ruff check --fix .

@@ -1,11 +1,14 @@
 """The gateway's benchmark measures what it says: its reader, its backend, its figures."""
 
+import asyncio
+import sys
+
 import msgspec
 import pytest
 
 from prism.bench.gateway.figures import Readings, rows_of
 from prism.bench.gateway.http_stream import StreamedAnswer
-from prism.bench.gateway.measuring import Measured, measure, percentile, processes_for
+from prism.bench.gateway.measuring import Measured, measure, percentile, processes_for, reported
 from prism.bench.gateway.stacks import openai_backend
 
 pytestmark = pytest.mark.core
@@ -49,6 +52,27 @@ async def test_lags_of_the_backend_alone_are_measured_and_no_token_is_missed() -
     assert len(measured.lags_ms) == 8 * 3
     assert 0 <= min(measured.lags_ms) < 10_000
     assert len(measured.first_ms) == 8
+
+
+@pytest.mark.parametrize(
+    ("program", "failure"),
+    [
+        ("raise SystemExit(3)", "ended without its report, with status 3"),
+        ("import os; os.kill(os.getpid(), 9)", "ended without its report, with status -9"),
+        ("""print('{"tokens": 1', end='')""", "ended without its report, with status 0"),
+        ("print('Traceback')", "said what is no report"),
+    ],
+)
+async def test_a_load_process_that_does_not_report_is_a_failure_of_the_reading(
+    program: str, failure: str
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE
+    )
+    report = await reported(process)
+    await process.wait()
+    assert (report.tokens, len(report.failures)) == (0, 1)
+    assert failure in report.failures[0]
 
 
 def test_figures_that_could_not_be_measured_stay_with_the_reason() -> None:

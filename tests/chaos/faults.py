@@ -10,7 +10,7 @@ import psutil
 from tests.chaos.stage import Stage
 from tests.processes import command_line
 
-from prism.cli.system import ServiceProcess
+from prism.cli.service_process import ServiceProcess
 
 SETTLE_DEADLINE_S = 60.0
 LOOK_S = 0.1

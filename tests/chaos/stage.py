@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from prism.cli.demo import tiny_placement
 from prism.cli.nats_server import NatsServer, nats_server
-from prism.cli.system import RunningSystem, ServiceProcess, SystemSettings, running_system
+from prism.cli.service_process import ServiceProcess
+from prism.cli.system import RunningSystem, SystemSettings, running_system
 from prism.cli.tiny_check import check_prompts
 
 WORKER_MEMORY_GB = 0.24

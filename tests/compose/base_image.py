@@ -14,7 +14,6 @@ PULLED = "python:3.12-slim"
 MADE = "prism-base:bookworm"
 RELEASE = "bookworm"
 PACKAGES = "python3,python3-venv,ca-certificates"
-PUBLIC_MIRROR = "http://deb.debian.org/debian"
 SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
 PULL_DEADLINE_S = 60.0
 BOOTSTRAP_DEADLINE_S = 420.0
@@ -74,7 +73,7 @@ async def _make(shell: Shell, archive: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="prism-base-") as folder:
         root = Path(folder) / "root"
         await shell.run(
-            *("debootstrap", "--variant=minbase", f"--include={PACKAGES}", RELEASE, str(root), mirror()),
+            *("debootstrap", "--variant=minbase", f"--include={PACKAGES}", RELEASE, str(root), *mirror()),
             timeout_s=BOOTSTRAP_DEADLINE_S,
         )
         _strip(root)
@@ -94,16 +93,18 @@ def _strip(root: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     (root / "etc/resolv.conf").write_text("")
-    (root / "etc/apt/sources.list").write_text(f"deb {PUBLIC_MIRROR} {RELEASE} main\n")
+    # A mirror of this machine's is no other machine's.
+    (root / "etc/apt/sources.list").write_text("")
 
 
-def mirror(sources: tuple[Path, ...] = SOURCES) -> str:
-    """Where this machine has its Debian packages from; the public mirror where it does not say."""
+def mirror(sources: tuple[Path, ...] = SOURCES) -> list[str]:
+    """Where this machine has its Debian packages from; nothing where it does not say: debootstrap then goes
+    by its own default."""
     files = [file for path in sources for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     for file in files:
         if not file.is_file():
             continue
         for word in file.read_text(errors="replace").split():
             if word.startswith(("http://", "https://")) and word.rstrip("/").endswith("/debian"):
-                return word.rstrip("/")
-    return PUBLIC_MIRROR
+                return [word.rstrip("/")]
+    return []

@@ -46,12 +46,13 @@ def test_report_holds_models_in_demand_and_leaves_out_the_others() -> None:
     now = 0.0
     demand = Demand("g", lambda: now)
     parking = Parking(lambda: now, per_model=9, total=9)
-    demand.arrived("quiet")
+    demand.arrived("quiet", 7)
     with parking.place("parked"):
         now = 2.0
         first = demand.report(parking)
     assert first.models[0] == ModelDemand("parked", parked=1, oldest_parked_s=2.0)
     assert first.models[1].model == "quiet"
     assert first.models[1].arrivals_per_s == pytest.approx(0.082, abs=0.001)
+    assert (first.models[1].requests, first.models[1].prompt_tokens) == (1, 7)
     now = 100.0
     assert demand.report(parking) == DemandReport("g")

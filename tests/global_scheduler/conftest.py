@@ -52,8 +52,10 @@ class Watched:
 class ScriptedWorker(Watched):
     """A test double of a worker: carries out commands at once, or as told, and reports its load."""
 
-    def __init__(self, bus: Bus, name: str, limit: int) -> None:
+    def __init__(self, bus: Bus, name: str, limit: int, gpu_id: int = 0) -> None:
         super().__init__()
+        self.gpu_id = gpu_id
+        self.prefill_tokens_per_s: float | None = None
         self.name = name
         self.ledger = MemoryLedger(limit)
         self.states: dict[str, ModelState] = {}
@@ -136,6 +138,7 @@ class ScriptedWorker(Watched):
                 # Long idle, so that a model that came up just now can make room at once.
                 idle_s=0.0 if model in self.running else 60.0,
                 state_s=now - self._since[model] + 30.0,
+                prefill_tokens_per_s=self.prefill_tokens_per_s,
             )
             for model, state in self.states.items()
         ]
@@ -145,7 +148,7 @@ class ScriptedWorker(Watched):
                 self.name,
                 "node",
                 "simulated",
-                [0],
+                [self.gpu_id],
                 self.ledger.limit_bytes,
                 self.ledger.reserved_bytes,
                 models,
@@ -161,6 +164,7 @@ class ScriptedGateway(Watched):
     def __init__(self, bus: Bus) -> None:
         super().__init__()
         self.parked: dict[str, float] = {}
+        self.came: dict[str, tuple[int, int]] = {}
         self._bus = bus
 
     async def park(self, *models: str) -> None:
@@ -171,7 +175,16 @@ class ScriptedGateway(Watched):
     async def report(self) -> None:
         """Publish a demand report."""
         now = monotonic()
-        models = [ModelDemand(model, 1, now - since) for model, since in self.parked.items()]
+        models = [
+            ModelDemand(
+                model,
+                int(model in self.parked),
+                now - self.parked.get(model, now),
+                requests=self.came.get(model, (0, 0))[0],
+                prompt_tokens=self.came.get(model, (0, 0))[1],
+            )
+            for model in {**self.parked, **self.came}
+        ]
         await self._bus.publish(subjects.demand("gateway-1"), DemandReport("gateway-1", models))
 
 
@@ -198,11 +211,13 @@ Register = Callable[..., Awaitable[None]]
 
 @pytest.fixture
 def scripted_worker(bus: Bus) -> WorkerFactory:
-    """Starts a scripted worker: name, memory limit in bytes."""
+    """Starts a scripted worker: name, memory limit in bytes, id of its GPU."""
 
     @asynccontextmanager
-    async def start(name: str = "worker-1", limit: int = 100) -> AsyncIterator[ScriptedWorker]:
-        worker = ScriptedWorker(bus, name, limit)
+    async def start(
+        name: str = "worker-1", limit: int = 100, gpu_id: int = 0
+    ) -> AsyncIterator[ScriptedWorker]:
+        worker = ScriptedWorker(bus, name, limit, gpu_id)
         subscription = await bus.subscribe(subjects.command(name), worker.on_command)
         await bus.flush()
         async with repeated(worker.report):

@@ -1,5 +1,6 @@
 """What a simulated engine does in each step, and what it costs and says."""
 
+import msgspec
 import pytest
 
 from prism.common.errors import PrismError
@@ -132,3 +133,36 @@ def test_costs_are_read_from_the_environment_and_refused_by_name() -> None:
     for value in ("fast", "-1", "nan"):
         with pytest.raises(PrismError, match="PRISM_SIMULATED_DECODE_STEP_MS"):
             costs_from({"PRISM_SIMULATED_DECODE_STEP_MS": value})
+
+
+def test_a_request_waits_until_there_is_room_for_its_prompt() -> None:
+    engine = batch()
+    engine.limit_tokens = 12
+    engine.add(request("a", prompt=5, tokens=4))
+    engine.add(request("b", prompt=5, tokens=4))
+    order = list(run(engine))
+    assert order == ["a", "b"]
+    engine.add(request("c", prompt=40, tokens=2))
+    assert len(run(engine)["c"]) == 2, "alone, it runs whatever it takes"
+
+
+def test_the_lowest_priority_waits_when_room_runs_out_and_says_then_what_it_would_have_said() -> None:
+    def outputs(limit: int | None) -> dict[str, str]:
+        engine = batch()
+        for rid, priority in (("low", 0), ("high", 1)):
+            engine.add(msgspec.structs.replace(request(rid, prompt=4, tokens=9), priority=priority))
+        for _ in range(2):
+            engine.step(0)
+        engine.limit_tokens = limit
+        retracted = engine.make_room()
+        assert retracted == (limit is not None)
+        assert engine.running == (1 if limit is not None else 2)
+        told = run(engine)
+        if limit is not None:
+            ends = [rid for rid, said in told.items() if said[-1].finish]
+            assert ends[0] == "high"
+        return {
+            rid: text([token for output in said for token in output.tokens]) for rid, said in told.items()
+        }
+
+    assert outputs(9) == outputs(None)

@@ -7,9 +7,13 @@ import click
 COMMANDS = {
     "up": ("prism.cli.up", "up_command"),
     "status": ("prism.cli.status", "status_command"),
+    "explain": ("prism.cli.explain", "explain_command"),
     "models": ("prism.cli.models", "models_command"),
     "events": ("prism.cli.events", "events_command"),
     "demo": ("prism.cli.demo", "demo_command"),
+    "simulate": ("prism.bench.simulation.command", "simulate_command"),
+    "plan": ("prism.bench.simulation.plan_command", "plan_command"),
+    "calibrate": ("prism.bench.calibration.command", "calibrate_command"),
     "make-tiny-models": ("prism.cli.tiny_models", "make_tiny_models_command"),
 }
 
@@ -26,7 +30,15 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, attribute = COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("prism"):
+                raise
+            # Named here, not imported: what they come with stands on this package, and need not be there.
+            raise click.ClickException(
+                f"`prism {cmd_name}` comes with the package prism-serving-bench, which is not installed"
+            ) from error
         return command
 
 

@@ -124,7 +124,7 @@ def _is_free(port: int) -> bool:
 @click.option("--store-memory-gb", type=float, help="What staged models may take (default: half of RAM).")
 @click.option("--image-dir", type=click.Path(path_type=Path), help="Where engine images are kept on disk.")
 @click.option("--mode", type=click.Choice(["static", "elastic", "full"]), default="full", show_default=True)
-@click.option("--policy", default="lru", show_default=True, help="Placement policy.")
+@click.option("--policy", default="balanced", show_default=True, help="Placement policy.")
 @click.option("--device", default="cpu", show_default=True, help="What the engines run on.")
 @click.option("--gateways", type=COUNT, default=1, show_default=True, help="Processes of the gateway.")
 @click.option("--schedulers", type=COUNT, default=1, show_default=True, help="Schedulers: one leads.")

@@ -72,6 +72,12 @@ def scheduler_plan(instance: str = "") -> str:
     return f"{PREFIX}.scheduler.plan.{instance}" if instance else f"{PREFIX}.scheduler.plan"
 
 
+def scheduler_explain(instance: str = "") -> str:
+    """Where the leading global scheduler says why models are where they are; with `instance`, where that one
+    does."""
+    return f"{PREFIX}.scheduler.explain.{instance}" if instance else f"{PREFIX}.scheduler.explain"
+
+
 def scheduler_retry(instance: str = "") -> str:
     """Where the leading global scheduler takes up failed models; with `instance`, where that one does."""
     return f"{PREFIX}.scheduler.retry.{instance}" if instance else f"{PREFIX}.scheduler.retry"

@@ -19,7 +19,9 @@ class GpuProfile(msgspec.Struct, frozen=True, omit_defaults=True):
     `operations_per_s` in prefill, `memory_bytes_per_s` in decode, `bus_bytes_per_s` from host memory,
     `disk_bytes_per_s` into it. Fixed costs in seconds: of a prefill, of a decode step, of a decode step per
     sequence, of a wake beside the copy, of a doze, of a thaw beside the wake, of a freeze, of having a warm
-    shell take a model. `context_bytes` is what an engine holds of GPU memory beside weights and KV cache,
+    shell take a model. A prefill of any length passes through the weights once, at `prefill_bytes_per_s`
+    (None: as decode does); `request_s` is what a request takes on its way to and from the engine, which keeps
+    no GPU busy. `context_bytes` is what an engine holds of GPU memory beside weights and KV cache,
     awake or dozing. Splitting over two GPUs reaches `tensor_parallel_efficiency` of twice the speed, and so
     on.
     """
@@ -41,6 +43,9 @@ class GpuProfile(msgspec.Struct, frozen=True, omit_defaults=True):
     context_bytes: int = 0
     tensor_parallel_efficiency: float = 0.85
     source: str = ""
+    prefill_bytes_per_s: float | None = None
+    request_s: float = 0.0
+    parallel_engines: float = 1.0
 
 
 class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -59,6 +64,7 @@ class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):
     cold_s: float
     doze_s: float
     context_bytes: int = 0
+    request_s: float = 0.0
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds to prefill so many prompt tokens, on a GPU that does nothing else."""
@@ -101,7 +107,8 @@ def model_cost(
     return ModelCost(
         weights_bytes=weights,
         kv_bytes_per_token=kv_token,
-        prefill_fixed_s=profile.prefill_fixed_s,
+        prefill_fixed_s=profile.prefill_fixed_s
+        + weights / ((profile.prefill_bytes_per_s or profile.memory_bytes_per_s) * reached),
         prefill_token_s=OPERATIONS_PER_PARAMETER * parameters / (profile.operations_per_s * reached),
         decode_fixed_s=profile.decode_fixed_s + weights / (profile.memory_bytes_per_s * reached),
         decode_sequence_s=profile.decode_sequence_s
@@ -113,4 +120,5 @@ def model_cost(
         cold_s=staged_s + weights / profile.disk_bytes_per_s,
         doze_s=profile.doze_s,
         context_bytes=profile.context_bytes,
+        request_s=profile.request_s,
     )

@@ -8,6 +8,7 @@ from prism.common.messages.models import ModelFacts, ModelSpec
 
 GB = 10**9
 DEFAULT_CONTEXTS = 2
+FLOOR_TOKENS = 8192
 COMPUTE_BYTES = 2
 
 _FLOAT_BYTES = {
@@ -55,6 +56,14 @@ def kv_reservation(spec: ModelSpec, facts: ModelFacts, element_bytes: int | None
     pool = spec.init_placements[0].max_memory_pool_size if spec.init_placements else None
     tokens = int(pool * GB) // token if pool is not None else DEFAULT_CONTEXTS * facts.context_length
     return max(1, tokens) * token
+
+
+def kv_floor(spec: ModelSpec, facts: ModelFacts, element_bytes: int | None) -> int:
+    """The KV cache that an active model keeps on each of its GPUs when memory moves between models: a request
+    of full length, FLOOR_TOKENS or its whole reservation, whichever is least."""
+    token = kv_bytes_per_token(facts, element_bytes, spec.tp_size)
+    tokens = min(facts.context_length, FLOOR_TOKENS)
+    return min(kv_reservation(spec, facts, element_bytes), max(1, tokens) * token)
 
 
 def footprint(spec: ModelSpec, facts: ModelFacts, element_bytes: int | None) -> int:

@@ -52,14 +52,14 @@ class TrafficWindow:
         self._last = -math.inf
         self._gap_s: float | None = None
 
-    def arrived(self, now: float, prompt_tokens: int) -> None:
-        """A request came."""
+    def arrived(self, now: float, prompt_tokens: int, requests: float = 1.0) -> None:
+        """A request came, or so many at once with `prompt_tokens` in all."""
         if self._last > -math.inf:
             gap = now - self._last
             known = self._gap_s
             self._gap_s = gap if known is None else known + self.GAP_WEIGHT * (gap - known)
         self._last = now
-        self._arrivals.add(now)
+        self._arrivals.add(now, requests)
         self._prompt.add(now, prompt_tokens)
 
     def generated(self, now: float, tokens: int) -> None:

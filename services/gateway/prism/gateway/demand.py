@@ -54,11 +54,14 @@ class Demand:
         self._clock = clock
         self._rates: dict[str, ArrivalRate] = {}
         self._reported: dict[str, int] = {}
+        self._came: dict[str, tuple[int, int]] = {}
         self._due = asyncio.Event()
 
-    def arrived(self, model: str) -> None:
+    def arrived(self, model: str, prompt_tokens: int) -> None:
         """A request for `model` came in."""
         self._rates.setdefault(model, ArrivalRate()).add(self._clock())
+        requests, tokens = self._came.get(model, (0, 0))
+        self._came[model] = (requests + 1, tokens + prompt_tokens)
 
     def parked_changed(self, model: str, parked: int) -> None:
         """`parked` requests now wait for `model`."""
@@ -76,6 +79,8 @@ class Demand:
                 parked=parking.count(model),
                 oldest_parked_s=parking.oldest_s(model),
                 arrivals_per_s=self._rates[model].at(now) if model in self._rates else 0.0,
+                requests=self._came.get(model, (0, 0))[0],
+                prompt_tokens=self._came.get(model, (0, 0))[1],
             )
             for model in models
         ]

@@ -40,7 +40,7 @@ class ChoiceRunner:
         `arrived` is when the request came in. The first choice that fails ends all: raises its PrismError.
         """
         for choice in plan.choices:
-            self._demand.arrived(choice.job.model)
+            self._demand.arrived(choice.job.model, len(choice.job.input_ids))
             self._metrics.prompt(choice.job.model, len(choice.job.input_ids))
         if len(plan.choices) == 1:
             await self._run_one(plan, 0, arrived, sink)

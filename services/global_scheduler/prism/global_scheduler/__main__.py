@@ -15,8 +15,7 @@ from prism.common.process import run_service
 from prism.common.telemetry import LOG_FORMATS, configure_logging
 from prism.global_scheduler.scheduler import Deadlines
 from prism.global_scheduler.service import run_global_scheduler
-from prism.scheduling.placement import policies
-from prism.scheduling.placement.lru import LruPlacement
+from prism.scheduling.placement import DEFAULT_POLICY, BalancedPlacement, policies, policy_named
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ log = logging.getLogger(__name__)
     type=click.Choice(sorted(policies)),
     envvar="PRISM_PLACEMENT_POLICY",
     show_envvar=True,
-    default="lru",
+    default=DEFAULT_POLICY,
     show_default=True,
     help="Decides which model is where.",
 )
@@ -66,7 +65,7 @@ log = logging.getLogger(__name__)
     type=click.FloatRange(min=0),
     envvar="PRISM_PATIENCE_S",
     show_envvar=True,
-    default=LruPlacement.patience_s,
+    default=BalancedPlacement.patience_s,
     show_default=True,
     help="How long a request waits before models that are busy must make room.",
 )
@@ -75,7 +74,7 @@ log = logging.getLogger(__name__)
     type=click.FloatRange(min=0),
     envvar="PRISM_MIN_ACTIVE_S",
     show_envvar=True,
-    default=LruPlacement.min_active_s,
+    default=BalancedPlacement.min_active_s,
     show_default=True,
     help="How long a busy model stays at least.",
 )
@@ -84,7 +83,7 @@ log = logging.getLogger(__name__)
     type=click.FloatRange(min=0),
     envvar="PRISM_DRAIN_S",
     show_envvar=True,
-    default=LruPlacement.drain_s,
+    default=BalancedPlacement.drain_s,
     show_default=True,
     help="How long requests in flight may take to finish before their model sleeps.",
 )
@@ -137,7 +136,7 @@ def main(
             run_global_scheduler(
                 bus,
                 instance,
-                policies[policy](patience_s=patience_s, min_active_s=min_active_s, drain_s=drain_s),
+                policy_named(policy, patience_s=patience_s, min_active_s=min_active_s, drain_s=drain_s),
                 policy_name=policy,
                 specs=specs,
                 prune=prune,

@@ -1,11 +1,14 @@
 """What the global scheduler knows, from reports alone: a new leader knows as much after one round of them."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import msgspec
 
 from prism.common.messages.load import DemandReport, LoadReport, ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.global_scheduler.traffic import TrafficWatch
+from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement.backoff import LONGEST_S, BackoffTable
 from prism.scheduling.placement.snapshot import (
     ClusterSnapshot,
@@ -35,9 +38,12 @@ class SeenWorker(msgspec.Struct):
 
 
 class ClusterState:
-    """Latest reports, registered models and failures. `now` is a monotonic time in seconds throughout."""
+    """Latest reports, registered models and failures. `now` is a monotonic time in seconds throughout.
+    `profiles` says by name what kinds of GPU can do."""
 
-    def __init__(self) -> None:
+    def __init__(self, profiles: Mapping[str, GpuProfile] | None = None) -> None:
+        self._profiles = dict(profiles or {})
+        self._traffic = TrafficWatch()
         self.workers: dict[str, SeenWorker] = {}
         self.backoff = BackoffTable()
         self._gateways: dict[str, tuple[DemandReport, float]] = {}
@@ -73,6 +79,7 @@ class ClusterState:
         if seen is None:
             seen = self.workers[report.worker] = SeenWorker(report, now)
         seen.report, seen.seen_at = report, now
+        self._traffic.load(report, now)
         if not report.draining:
             self._gpu_seen_at.update(dict.fromkeys(report.gpu_ids, now))
         for model in report.models:
@@ -110,6 +117,7 @@ class ClusterState:
     def demand(self, report: DemandReport, now: float) -> None:
         """Take a gateway's report, which replaces its last one."""
         self._gateways[report.gateway] = (report, now)
+        self._traffic.demand(report, now)
 
     def forget_silent(self, now: float) -> list[str]:
         """Drop workers and gateways not heard of for too long; returns the workers dropped."""
@@ -117,20 +125,31 @@ class ClusterState:
         for name in lost:
             del self.workers[name]
             self.backoff.forget_worker(name)
+            self._traffic.forget_worker(name)
         for name, (_, seen_at) in list(self._gateways.items()):
             if now - seen_at > GATEWAY_SILENT_S:
                 del self._gateways[name]
+                self._traffic.forget_gateway(name)
         return lost
 
-    def snapshot(self, in_flight: tuple[InFlight, ...], now: float) -> ClusterSnapshot:
+    def snapshot(
+        self, in_flight: tuple[InFlight, ...], now: float, *, balance: bool = True
+    ) -> ClusterSnapshot:
         """All of it as of `now`: times in reports are aged by how long ago they came."""
-        workers = tuple(_view(seen, now) for _, seen in sorted(self.workers.items()))
+        workers = tuple(
+            _view(seen, self._profiles.get(seen.report.profile), now)
+            for _, seen in sorted(self.workers.items())
+        )
         self._forget_released(workers)
         started = {name for seen in self.workers.values() for name in seen.started}
         facts = {found.model: found for found in self._facts.values()}
         models = {
             spec.model_name: ModelView(
-                spec, facts.get(spec.model_name), spec.model_name in started, removed=removed
+                spec,
+                facts.get(spec.model_name),
+                spec.model_name in started,
+                removed,
+                self._traffic.at(spec.model_name, now),
             )
             for removed, specs in ((True, self._removed), (False, self._specs))
             for spec in specs.values()
@@ -142,6 +161,7 @@ class ClusterState:
             in_flight,
             self.backoff.failures(),
             self._gone_gpus(workers, now),
+            balance,
         )
 
     def _gone_gpus(self, workers: tuple[WorkerView, ...], now: float) -> dict[int, float]:
@@ -196,7 +216,7 @@ def _gist(report: LoadReport) -> object:
     )
 
 
-def _view(seen: SeenWorker, now: float) -> WorkerView:
+def _view(seen: SeenWorker, profile: GpuProfile | None, now: float) -> WorkerView:
     report, age = seen.report, now - seen.seen_at
     return WorkerView(
         id=report.worker,
@@ -208,6 +228,10 @@ def _view(seen: SeenWorker, now: float) -> WorkerView:
         element_bytes=report.element_bytes,
         draining=report.draining,
         ready=report.ready,
+        reserved_by_gpu=dict(zip(report.gpu_ids, report.memory_reserved_by_gpu, strict=False)),
+        profile=profile,
+        elastic=report.elastic,
+        freezes=report.freezes,
         models={
             model.model: ResidentModel(
                 state=model.state,
@@ -219,6 +243,12 @@ def _view(seen: SeenWorker, now: float) -> WorkerView:
                 state_s=model.state_s + age,
                 active_bytes=seen.active_bytes.get(model.model, 0),
                 failure=model.failure,
+                gpu_ids=tuple(model.gpu_ids),
+                kv_used_bytes=model.kv_used_bytes,
+                kv_wanted_bytes=model.kv_wanted_bytes,
+                queue_s=model.queue_s,
+                prefill_tokens_per_s=model.prefill_tokens_per_s,
+                decode_step_s=model.decode_step_s,
             )
             for model in report.models
         },

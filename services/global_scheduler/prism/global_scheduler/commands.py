@@ -69,7 +69,13 @@ class CommandRunner:
     def in_flight(self) -> tuple[InFlight, ...]:
         """All that is under way, as placement policies see it."""
         return tuple(
-            InFlight(worker, model, pending.command.kind, pending.footprint_bytes)
+            InFlight(
+                worker,
+                model,
+                pending.command.kind,
+                pending.footprint_bytes,
+                tuple(pending.command.gpu_ids),
+            )
             for (worker, model), pending in self._pending.items()
         )
 

@@ -8,9 +8,9 @@ from nats.micro.request import Request
 
 from prism.common import subjects
 from prism.common.bus import Bus
-from prism.common.errors import PrismError
-from prism.common.messages.codec import encode
-from prism.common.messages.explain import PlanReport
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.explain import ExplainReply, ExplainRequest, PlanReport
 from prism.common.micro import EndpointHandler, micro_service
 from prism.global_scheduler.election import Election
 from prism.global_scheduler.scheduler import GlobalScheduler
@@ -27,8 +27,8 @@ async def explain_service(
     election: Election,
     others: Mapping[str, tuple[str, EndpointHandler]],
 ) -> AsyncIterator[None]:
-    """Answer `PlanReport`s: the leader's on the common subject, whoever is asked, and each one's own.
-    `others` are further endpoints of the service."""
+    """Answer `PlanReport`s and `ExplainReply`s: the leader's on the common subject, whoever is asked, and
+    each one's own. `others` are further endpoints of the service."""
 
     async def own(request: Request) -> None:
         await request.respond(encode(scheduler.explain()))
@@ -43,6 +43,30 @@ async def explain_service(
                 log.debug("the leader does not explain itself: %s", error.message)
         await request.respond(encode(report))
 
+    def answer(request: Request) -> ExplainReply:
+        try:
+            model = decode(request.data, ExplainRequest).model if request.data else ""
+            models = scheduler.explain_models(model)
+            if model and not models:
+                raise PrismError(ErrorCode.MODEL_NOT_FOUND, f"no model {model!r} is registered")
+        except PrismError as error:
+            return ExplainReply(election.instance, scheduler.policy_name, error=error.body)
+        return ExplainReply(election.instance, scheduler.policy_name, models)
+
+    async def own_models(request: Request) -> None:
+        await request.respond(encode(answer(request)))
+
+    async def leaders_models(request: Request) -> None:
+        reply = None
+        if election.leader not in ("", election.instance):
+            try:
+                question = decode(request.data, ExplainRequest) if request.data else ExplainRequest()
+                subject = subjects.scheduler_explain(election.leader)
+                reply = await bus.request(subject, question, ExplainReply, timeout_s=FORWARD_DEADLINE_S)
+            except PrismError as error:
+                log.debug("the leader does not explain itself: %s", error.message)
+        await request.respond(encode(reply if reply is not None else answer(request)))
+
     async with micro_service(
         bus,
         "prism-global-scheduler",
@@ -52,6 +76,8 @@ async def explain_service(
         endpoints={
             "plan": (subjects.scheduler_plan(), leaders),
             "plan-of": (subjects.scheduler_plan(election.instance), own),
+            "explain": (subjects.scheduler_explain(), leaders_models),
+            "explain-of": (subjects.scheduler_explain(election.instance), own_models),
             **others,
         },
     ):

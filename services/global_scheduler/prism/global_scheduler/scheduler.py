@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 from time import monotonic
 
 import msgspec
@@ -17,6 +18,7 @@ from prism.common.messages.explain import (
     ExplainedDemand,
     ExplainedNote,
     ExplainedWorker,
+    ModelExplanation,
     PlanReport,
 )
 from prism.common.messages.load import DemandReport, LoadReport
@@ -28,14 +30,19 @@ from prism.global_scheduler.cluster import WORKER_SILENT_S, ClusterState
 from prism.global_scheduler.commands import CommandRunner
 from prism.global_scheduler.election import Election
 from prism.global_scheduler.routes import DeadRoutes
+from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
-from prism.scheduling.placement.actions import Action, Activate, Doze, Note, Plan, Release, Stage
+from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release, Stage
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.explanation import explain
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 
 log = logging.getLogger(__name__)
 
 SETTLE_S = 0.5
 TICK_S = 1.0
+BALANCE_S = 5.0
+MOST_EXPLAINED = 200
 
 
 class Deadlines(msgspec.Struct, frozen=True):
@@ -48,15 +55,22 @@ class Deadlines(msgspec.Struct, frozen=True):
 
 
 class GlobalScheduler:
-    """Plans on every event that matters and once a second, and commands what the plan says.
+    """Plans on every event that matters and once a second, and commands what the plan says. Every BALANCE_S
+    the plan also looks at balance.
 
     Only the leader does, from SETTLE_S after it came to lead: by then every worker has reported.
     """
 
     def __init__(
-        self, bus: Bus, tasks: asyncio.TaskGroup, policy: PlacementPolicy, name: str, deadlines: Deadlines
+        self,
+        bus: Bus,
+        tasks: asyncio.TaskGroup,
+        policy: PlacementPolicy,
+        name: str,
+        deadlines: Deadlines,
+        profiles: Mapping[str, GpuProfile] | None = None,
     ) -> None:
-        self.cluster = ClusterState()
+        self.cluster = ClusterState(profiles)
         self._bus = bus
         self._tasks = tasks
         self._policy = policy
@@ -67,6 +81,8 @@ class GlobalScheduler:
         self._wake = asyncio.Event()
         self._settled_at = 0.0
         self._notes: tuple[Note, ...] = ()
+        self._balanced_at = 0.0
+        self._moves: dict[tuple[str, str], str] = {}
 
     def on_spec(self, key: str, spec: ModelSpec | None) -> None:
         """A model was registered, changed or removed."""
@@ -123,14 +139,22 @@ class GlobalScheduler:
         for worker in self.cluster.forget_silent(now):
             self._tell_gone(worker, election, retired=worker in retiring)
             self._commands.worker_lost(worker)
+            self._moves = {key: source for key, source in self._moves.items() if key[0] != worker}
         gone = dead_routes.find(set(self.cluster.workers), now)
         if not election.leading or now < self._settled_at:
             return
         if gone:
             await dead_routes.take_down(gone)
             now = monotonic()
-        snapshot = self.cluster.snapshot(self._commands.in_flight(), now)
+        balance = now - self._balanced_at >= BALANCE_S
+        if balance:
+            self._balanced_at = now
+        snapshot = self.cluster.snapshot(self._commands.in_flight(), now, balance=balance)
         self._carry_out(self._policy.plan(snapshot, now), snapshot, election)
+
+    def _tell_move(self, kind: str, worker: str, model: str, detail: str) -> None:
+        instance = self._election.instance if self._election else ""
+        self._tasks.create_task(self._bus.tell(Event(kind, model, instance, worker, detail)))
 
     def _tell_gone(self, worker: str, election: Election, *, retired: bool) -> None:
         if not election.leading:
@@ -197,6 +221,22 @@ class GlobalScheduler:
             ],
         )
 
+    def explain_models(self, model: str = "") -> list[ModelExplanation]:
+        """Why `model` is where it is; all models in brief for an empty name. Empty for an unknown one."""
+        now = monotonic()
+        snapshot = self.cluster.snapshot(self._commands.in_flight(), now)
+        names = [model] if model else list(snapshot.models)[:MOST_EXPLAINED]
+        board = None if model else Board(snapshot, now)
+        found = [explain(self._policy, snapshot, now, name, board) for name in names]
+        recent = self._commands.recent(now)
+        return [
+            msgspec.structs.replace(
+                one, decided=[action for action in recent if model and action.model == one.model]
+            )
+            for one in found
+            if one is not None
+        ]
+
     def _carry_out(self, plan: Plan, snapshot: ClusterSnapshot, election: Election) -> None:
         for note in plan.notes:
             if note not in self._notes:
@@ -209,6 +249,9 @@ class GlobalScheduler:
             view = snapshot.models[action.model]
             if view.facts is None:
                 continue
+            if isinstance(action, Activate) and action.moves_from:
+                self._moves[action.worker, action.model] = action.moves_from
+                self._tell_move("moving", action.worker, action.model, f"from {action.moves_from}")
             self._commands.start(
                 action.worker,
                 self._command(action, election.epoch, view.spec, view.facts),
@@ -221,9 +264,14 @@ class GlobalScheduler:
         match action:
             case Activate():
                 kind, deadline_s = CommandKind.ACTIVATE, limits.activate_s
-                return Command(kind, epoch, spec, facts, deadline_s, kv_bytes=action.kv_bytes)
+                gpu_ids = list(action.gpu_ids)
+                return Command(
+                    kind, epoch, spec, facts, deadline_s, kv_bytes=action.kv_bytes, gpu_ids=gpu_ids
+                )
             case Doze():
                 return Command(CommandKind.DOZE, epoch, spec, facts, limits.doze_s, drain_s=action.drain_s)
+            case Freeze():
+                return Command(CommandKind.FREEZE, epoch, spec, facts, limits.doze_s)
             case Stage():
                 return Command(CommandKind.STAGE, epoch, spec, facts, limits.stage_s)
             case Release():
@@ -232,6 +280,9 @@ class GlobalScheduler:
     def _on_outcome(self, command: Command, outcome: CommandOutcome) -> None:
         self._wake.set()
         error, election = outcome.error, self._election
+        source = self._moves.pop((outcome.worker, outcome.model), None)
+        if source is not None and error is None and outcome.state is ModelState.ACTIVE:
+            self._tell_move("moved", outcome.worker, outcome.model, f"from {source}")
         if error is None or election is None:
             return
         if error.code is ErrorCode.STALE_EPOCH:

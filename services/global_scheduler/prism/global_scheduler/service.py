@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import nats.errors
@@ -18,6 +18,7 @@ from prism.global_scheduler.explain import explain_service
 from prism.global_scheduler.registration import registered
 from prism.global_scheduler.retry import retry_endpoints
 from prism.global_scheduler.scheduler import Deadlines, GlobalScheduler
+from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
 
 
@@ -31,13 +32,15 @@ async def run_global_scheduler(
     specs: Sequence[ModelSpec] = (),
     prune: bool = False,
     deadlines: Deadlines | None = None,
+    profiles: Mapping[str, GpuProfile] | None = None,
 ) -> AsyncIterator[GlobalScheduler]:
-    """Register `specs`, stand for election, and schedule until the end of the `async with`.
+    """Register `specs`, stand for election, and schedule until the end of the `async with`. `profiles` says
+    by name what kinds of GPU can do.
 
     Raises PrismError when the registry can't be read or written.
     """
     async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
-        scheduler = GlobalScheduler(bus, tasks, policy, policy_name, deadlines or Deadlines())
+        scheduler = GlobalScheduler(bus, tasks, policy, policy_name, deadlines or Deadlines(), profiles)
         stack.callback(scheduler.close)
         await stack.enter_async_context(registered(bus, specs, prune=prune))
         models = subjects.BUCKET_MODELS

@@ -1,4 +1,4 @@
-"""`python -m prism.gpu_worker`: hosts the engines of one node's GPUs."""
+"""`python -m prism.gpu_worker`: hosts the engines of one node's GPUs; `... doctor` examines the host."""
 
 import asyncio
 import logging
@@ -24,6 +24,7 @@ from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.gpu_id_claims import claimed_gpu_ids
 from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.worker import WorkerIdentity, run_worker
+from prism.scheduling.admission import DEFAULT_POLICY, Bounds, make_policy
 from prism.scheduling.admission import policies as admission_policies
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,24 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     if text.isdecimal():
         return int(text)
     raise click.BadParameter(f"{text!r} is neither {AUTO!r} nor a number from 0 on")
+
+
+def _gpus_option(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """The value of --gpu."""
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"{text!r} is not made of different numbers with commas between them")
+    return [int(number) for number in numbers]
+
+
+def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    """The value of --decode-graph-sizes; empty for none."""
+    if text == "none":
+        return []
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise click.BadParameter(f"{text!r} is neither 'none' nor numbers from 1 on with commas between them")
+    return [int(size) for size in sizes]
 
 
 @click.command()
@@ -66,11 +85,15 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
 )
 @click.option(
     "--gpu",
-    type=click.IntRange(min=0),
+    "gpus",
+    metavar="NUMBER[,NUMBER...]",
+    callback=_gpus_option,
     envvar="PRISM_GPU",
     show_envvar=True,
-    default=0,
-    help="cuda: which of this machine's GPUs, as nvidia-smi numbers them.",
+    default="0",
+    show_default=True,
+    help="cuda: which of this machine's GPUs, as nvidia-smi numbers them. Several: for models whose tp_size "
+    "is their number, and for no others.",
 )
 @click.option(
     "--warm-shells",
@@ -86,6 +109,24 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     show_envvar=True,
     default="triton",
     help="cuda: SGLang's attention backend (triton, fa3 where it is installed, flashinfer).",
+)
+@click.option(
+    "--decode-graph-sizes",
+    metavar="SIZES|none",
+    callback=_graph_sizes_option,
+    envvar="PRISM_DECODE_GRAPH_SIZES",
+    show_envvar=True,
+    default="1,2,4,8,16,24,32,48,64",
+    show_default=True,
+    help="cuda: batch sizes that are decoded with a CUDA graph; the largest batch always is one of them.",
+)
+@click.option(
+    "--defer-graphs/--no-defer-graphs",
+    envvar="PRISM_DEFER_GRAPHS",
+    show_envvar=True,
+    default=False,
+    show_default=True,
+    help="cuda: capture CUDA graphs once an engine is idle, not before its first token.",
 )
 @click.option(
     "--worker-memory-gb",
@@ -107,8 +148,18 @@ def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str)
     type=click.Choice(sorted(admission_policies)),
     envvar="PRISM_ADMISSION",
     show_envvar=True,
-    default="first_come",
+    default=DEFAULT_POLICY,
+    show_default=True,
     help="Which queued request starts next.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    envvar="PRISM_PATIENCE",
+    show_envvar=True,
+    default=Bounds().patience,
+    show_default=True,
+    help="moore_hodgson: a request that has waited so many times its objective goes first.",
 )
 @click.option(
     "--max-running-requests",
@@ -166,12 +217,15 @@ def main(
     node: str,
     device: str,
     first_gpu_id: int | None,
-    gpu: int,
+    gpus: list[int],
     warm_shells: int,
     attention_backend: str,
+    decode_graph_sizes: list[int],
+    defer_graphs: bool,
     worker_memory_gb: float | None,
     store_socket: str,
     admission: str,
+    patience: float,
     max_running_requests: int,
     chunked_prefill_tokens: int,
     engine_stall_s: float,
@@ -180,7 +234,7 @@ def main(
     log_level: str,
     log_format: str,
 ) -> None:
-    """Host the engines of this node's GPUs."""
+    """Host the engines of this node's GPUs. `doctor` as the first argument examines the host instead."""
     identity = WorkerIdentity(instance_id("worker"), node, [])
     configure_logging("gpu_worker", log_level, log_format, worker=identity.worker)
     os.environ.update(logging_environment(log_level, log_format, identity.worker))
@@ -190,14 +244,18 @@ def main(
     def go_by(gpu_ids: list[int]) -> None:
         identity.gpu_ids = gpu_ids
 
+    owned = len(gpus) if device == "cuda" else 1
+
     async def serve(stop: asyncio.Event) -> None:
         if worker_memory_gb is not None and worker_memory_gb <= 0:
             raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
             # Engines begin their imports, which take longer than ids do.
-            _device(device, gpu, warm_shells, attention_backend) as engines,
-            claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id),
+            _device(
+                device, gpus, warm_shells, attention_backend, decode_graph_sizes, defer_graphs
+            ) as engines,
+            claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id, count=owned),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
             run_worker(
                 identity,
@@ -205,7 +263,8 @@ def main(
                 engines,
                 publisher,
                 drain_s=drain_s,
-                admission=admission_policies[admission](),
+                admission=make_policy(admission, Bounds(patience)),
+                bounds=Bounds(patience),
                 memory_limit_bytes=_memory_limit(engines, worker_memory_gb),
                 store_socket=store_socket,
                 limits=EngineLimits(max_running_requests, chunked_prefill_tokens, engine_stall_s),
@@ -233,19 +292,25 @@ def main(
 
 
 def _device(
-    name: str, gpu: int, warm_shells: int, attention_backend: str
+    name: str,
+    gpus: list[int],
+    warm_shells: int,
+    attention_backend: str,
+    decode_graph_sizes: list[int],
+    defer_graphs: bool,
 ) -> AbstractAsyncContextManager[Device]:
     if name == "simulated":
         return simulated_device(costs_from(os.environ))
     if name == "cuda":
         # Its libraries are there where GPUs are.
-        from prism.gpu_worker.devices.cuda import DECODE_GRAPH_SIZES, cuda_device
+        from prism.gpu_worker.devices.cuda import cuda_device
 
         return cuda_device(
-            gpu,
+            gpus,
             warm=warm_shells,
             attention_backend=attention_backend,
-            decode_graph_sizes=DECODE_GRAPH_SIZES,
+            decode_graph_sizes=decode_graph_sizes,
+            defer_graphs=defer_graphs,
         )
     return cpu_device()
 
@@ -255,4 +320,8 @@ def _memory_limit(device: Device, chosen_gb: float | None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["doctor"]:
+        from prism.gpu_worker.doctor.command import doctor
+
+        doctor(sys.argv[2:], prog_name="python -m prism.gpu_worker doctor")
     main()

@@ -24,6 +24,7 @@ PROGRESS_INTERVAL_S = 0.25
 COMMAND_DONE = {
     CommandKind.ACTIVATE: "activated",
     CommandKind.DOZE: "dozed",
+    CommandKind.FREEZE: "froze",
     CommandKind.RELEASE: "released",
 }
 

@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.gpu_worker.engine_protocol import (
@@ -24,8 +23,11 @@ from prism.gpu_worker.engine_protocol import (
     Imaged,
     MessageBuffer,
     Outputs,
+    PrepareFreeze,
     Progress,
+    QuotaSet,
     Ready,
+    SetQuota,
     StartEngine,
     ToEngine,
     Wake,
@@ -38,7 +40,7 @@ from prism.gpu_worker.shells import Shell
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T", Ready, Done)
+Answer = Ready | Done | QuotaSet
 
 RECEIVE_BYTES = 1 << 20
 EXIT_DEADLINE_S = 5.0
@@ -74,7 +76,7 @@ class EngineProcess:
         self._shell = shell
         self._events = events
         self._buffer = MessageBuffer()
-        self._calls: dict[int, asyncio.Future[Ready | Done]] = {}
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._next_call = 0
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
@@ -102,13 +104,28 @@ class EngineProcess:
         answer in time) ended."""
         return await self._transition(Wake, deadline_s)
 
-    async def _transition(self, kind: type[Doze] | type[Wake], deadline_s: float) -> Done:
+    async def prepare_freeze(self, deadline_s: float) -> Done:
+        """Have a dozing engine ready for its process to be frozen. Raises PrismError; the engine then dozes
+        still, or (without an answer in time) ended."""
+        return await self._transition(PrepareFreeze, deadline_s)
+
+    async def _transition(
+        self, kind: type[Doze] | type[Wake] | type[PrepareFreeze], deadline_s: float
+    ) -> Done:
         done = await self._call(kind, deadline_s)
         if not isinstance(done, Done):
             raise PrismError(ErrorCode.INTERNAL, f"engine {self.pid} answered {kind.__name__} with {done}")
         if done.error is not None:
             raise PrismError.from_body(done.error)
         return done
+
+    async def set_quota(self, kv_bytes: int, deadline_s: float) -> QuotaSet:
+        """Bound the KV cache. Raises PrismError: the engine has ended, or (without an answer in
+        time) ends."""
+        answer = await self._call(lambda call: SetQuota(call, kv_bytes), deadline_s)
+        if not isinstance(answer, QuotaSet):
+            raise PrismError(ErrorCode.INTERNAL, f"engine {self.pid} answered a quota with {answer}")
+        return answer
 
     def generate(self, request: Generate) -> None:
         """Queue a request in the engine. Its outputs come through `on_outputs`."""
@@ -147,10 +164,10 @@ class EngineProcess:
             except ProcessLookupError:
                 log.debug("engine %d was gone already", self.pid)
 
-    async def _call(self, build: Callable[[int], ToEngine], deadline_s: float) -> Ready | Done:
+    async def _call(self, build: Callable[[int], ToEngine], deadline_s: float) -> Answer:
         self._next_call += 1
         call = self._next_call
-        answer: asyncio.Future[Ready | Done] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls[call] = answer
         try:
             self._send(build(call))
@@ -194,7 +211,7 @@ class EngineProcess:
         match message:
             case Outputs():
                 self._events.on_outputs(message)
-            case Ready() | Done():
+            case Ready() | Done() | QuotaSet():
                 answer = self._calls.get(message.call)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -209,7 +226,7 @@ class EngineProcess:
             case Dying():
                 self._reason = message.reason
 
-    def _fail(self, answer: "asyncio.Future[Ready | Done] | None", error: ErrorBody) -> None:
+    def _fail(self, answer: "asyncio.Future[Answer] | None", error: ErrorBody) -> None:
         if answer is not None and not answer.done():
             answer.set_exception(PrismError.from_body(error))
 

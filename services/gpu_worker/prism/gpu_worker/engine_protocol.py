@@ -14,6 +14,11 @@ from prism.common.messages.generation import SamplingParams, TokenLogprob
 
 HEADER = struct.Struct("<I")
 
+PLANNED_NEW_TOKENS = 128
+"""An engine starts a request when it has room for its prompt and so many tokens, or all that it may generate
+if that is less; when it runs out of room later, it takes the memory back from a request, which goes on once
+there is some again."""
+
 
 class EngineDevice(enum.StrEnum):
     """What an engine computes on."""
@@ -24,18 +29,22 @@ class EngineDevice(enum.StrEnum):
 
 class EngineOptions(msgspec.Struct, frozen=True):
     """What all engines of a device are told. CUDA graphs are kept for decode batches of
-    `decode_graph_sizes`, ascending; none without any."""
+    `decode_graph_sizes`, ascending; none without any. With `defer_graphs` they are captured when the engine
+    is idle first, not before it serves."""
 
     device: EngineDevice = EngineDevice.CPU
     attention_backend: str = ""
     decode_graph_sizes: list[int] = []
+    defer_graphs: bool = False
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     """Become an engine for this model. Answered by `Progress`, one `WeightsSized`, then `Ready` or `Failed`.
 
-    `kv_bytes` bounds the KV cache; `weights_bytes` is what the worker has reserved for the weights until they
-    are sized; `layout` names the engine image to ask the store for and to make.
+    `kv_bytes` is the first quota of the KV cache, and `kv_cap_bytes` the largest that it may ever get (0: the
+    first stays); `weights_bytes` is what the worker has reserved for the weights until they are sized;
+    `layout` names the engine image to ask the store for and to make. Under tensor parallelism `rank_layouts`
+    has the layout of each rank, and sizes are those of all ranks together.
     """
 
     call: int
@@ -51,6 +60,8 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     store_deadline_s: float
     weights_bytes: int = 0
     options: EngineOptions = EngineOptions()
+    kv_cap_bytes: int = 0
+    rank_layouts: list[str] = []
 
 
 class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):
@@ -87,7 +98,23 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
     call: int
 
 
-ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake
+class SetQuota(msgspec.Struct, frozen=True, tag="set_quota"):
+    """Let the KV cache take `kv_bytes` from now on. When that is less than it has, cached prefixes are
+    evicted first, then the requests of lowest priority wait until there is memory again. Answered by
+    `QuotaSet`."""
+
+    call: int
+    kv_bytes: int
+
+
+class PrepareFreeze(msgspec.Struct, frozen=True, tag="prepare_freeze"):
+    """Dozing: let go of pinned host memory, which a thaw would pin again all at once, and touch the GPU no
+    more until the next message. Answered by `Done`."""
+
+    call: int
+
+
+ToEngine = StartEngine | WeightsGranted | Generate | Abort | Doze | Wake | SetQuota | PrepareFreeze
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -103,9 +130,20 @@ class WeightsSized(msgspec.Struct, frozen=True, tag="weights_sized"):
     nbytes: int
 
 
+class RankMemory(msgspec.Struct, frozen=True):
+    """A further rank's process, and the file descriptors of its memory there."""
+
+    pid: int
+    weights_fd: int
+    kv_fd: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine serves. On a CPU, file descriptors name its memory arenas, so that the worker can see for
-    itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1."""
+    itself how much memory stands behind them (`/proc/<pid>/fd/<n>`); on a GPU they are -1.
+
+    `kv_tokens` fit into the first quota. KV memory comes in pages of `kv_page_bytes`; `kv_overhead_bytes` of
+    a quota hold no tokens."""
 
     call: int
     pid: int
@@ -117,6 +155,20 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     imaged: bool
     seconds: dict[str, float]
     weights_bytes: int = 0
+    kv_page_bytes: int = 1
+    kv_overhead_bytes: int = 0
+    ranks: list[RankMemory] = []
+
+
+class QuotaSet(msgspec.Struct, frozen=True, tag="quota_set"):
+    """The quota that holds now: never more memory than `kv_bytes` is behind the KV cache, which is room for
+    `kv_tokens`. More than was asked for where requests could not be made to wait at once; asked again, more
+    may be possible. `retracted` requests had to wait for it."""
+
+    call: int
+    kv_bytes: int
+    kv_tokens: int
+    retracted: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -150,13 +202,15 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """What one scheduler step produced, and the engine's load after it. `steps` counts forward passes since
-    the start: a long prefill shows in it before its first token."""
+    the start: a long prefill shows in it before its first token. `kv_cached_tokens` are those of prefixes
+    that could be evicted, beside the ones that requests hold."""
 
     outputs: list[TokenOutput]
     running: int
     waiting: int
     kv_used_tokens: int
     steps: int = 0
+    kv_cached_tokens: int = 0
 
 
 class Imaged(msgspec.Struct, frozen=True, tag="imaged"):
@@ -172,7 +226,7 @@ class Dying(msgspec.Struct, frozen=True, tag="dying"):
     reason: str
 
 
-FromEngine = Progress | WeightsSized | Ready | Failed | Done | Outputs | Imaged | Dying
+FromEngine = Progress | WeightsSized | Ready | Failed | Done | QuotaSet | Outputs | Imaged | Dying
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -100,7 +100,6 @@ def _reap(control: socket.socket) -> None:
 
 def _become_engine(control: socket.socket, connection: int, inherited: tuple[int, int]) -> None:
     """In the child: be an engine host, and never return into the fork server's code."""
-    status = 1
     try:
         signal.set_wakeup_fd(-1)
         for signum in (signal.SIGCHLD, signal.SIGQUIT, signal.SIGTERM):
@@ -110,15 +109,15 @@ def _become_engine(control: socket.socket, connection: int, inherited: tuple[int
         for fd in inherited:
             os.close(fd)
         ctypes.CDLL(None).malloc_trim(0)
-        from prism.gpu_worker.engine.host import serve
+        from prism.gpu_worker.engine.host import serve_and_exit
+        from prism.gpu_worker.engine.process_group import meet_in_memory
 
-        status = serve(socket.socket(fileno=connection))
+        meet_in_memory()
+        serve_and_exit(connection)
     except BaseException:
-        log.exception("engine host failed")
+        log.exception("no engine host")
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from math import inf
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import Finish, GenerateRequest
 from prism.common.messages.models import ModelState
 from prism.common.telemetry import about
-from prism.gpu_worker.engine_protocol import Generate, Outputs, TokenOutput
+from prism.gpu_worker.engine_protocol import PLANNED_NEW_TOKENS, Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
+from prism.gpu_worker.serving_record import Objectives
 from prism.scheduling.admission import (
     AdmissionPolicy,
+    Bounds,
     EngineCapacity,
-    GpuWork,
+    PrefillBacklog,
     QueuedRequest,
 )
 
@@ -36,9 +39,20 @@ class RunningRequest:
         self.request = request
         self.frames = frames
         self.instance = instance
-        self.expires = time.monotonic() + request.deadline_s
+        self.objectives = Objectives(request, instance.spec)
+        self.arrived_at = time.monotonic()
+        self.expires = self.arrived_at + request.deadline_s
         self.generated = 0
         self.released_at = 0.0
+        self.first_token_at: float | None = None
+
+    @property
+    def kv_tokens(self) -> int:
+        """What it will probably hold of its engine's KV cache in the end."""
+        may_generate = self.request.sampling.max_new_tokens
+        remaining = self.instance.record.expected.remaining(may_generate, self.generated)
+        planned = min(may_generate, PLANNED_NEW_TOKENS)
+        return len(self.request.input_ids) + max(planned, self.generated + remaining)
 
 
 class GenerationRequests:
@@ -51,6 +65,8 @@ class GenerationRequests:
         find: Callable[[str], ModelInstance | None],
         spawn: Callable[..., asyncio.Task[None]],
         max_running_requests: int,
+        bounds: Bounds,
+        on_demand: Callable[[], None],
     ) -> None:
         self._publisher = publisher
         self._admission = admission
@@ -60,6 +76,11 @@ class GenerationRequests:
         self._queued: dict[str, RunningRequest] = {}
         self._entries: dict[str, QueuedRequest] = {}
         self._running: dict[str, RunningRequest] = {}
+        self._of_model: dict[str, dict[str, RunningRequest]] = {}
+        self._bounds = bounds
+        self._on_demand = on_demand
+        self._backlog = PrefillBacklog()
+        self._again: asyncio.TimerHandle | None = None
         self._aborting: set[str] = set()
         self._changed = asyncio.Event()
 
@@ -73,20 +94,11 @@ class GenerationRequests:
         if request.rid in self._queued or request.rid in self._running:
             log.warning("a request arrived twice", extra=about(rid=request.rid, model=request.model))
             return
-        now = time.monotonic()
-        self._queued[request.rid] = RunningRequest(request, frames, instance)
-        self._entries[request.rid] = QueuedRequest(
-            rid=request.rid,
-            model=request.model,
-            arrival_s=now,
-            prompt_tokens=len(request.input_ids),
-            max_new_tokens=request.sampling.max_new_tokens,
-            deadline_s=now + request.deadline_s,
-            priority=request.priority,
-            tenant=request.tenant,
-        )
+        entry = self._queued[request.rid] = RunningRequest(request, frames, instance)
+        self._entries[request.rid] = _queued_request(entry)
         # The gateway waits for tokens with patience only once it knows that the request is here.
         frames.alive()
+        self._on_demand()
         self.pump()
 
     def cancel(self, rid: str) -> None:
@@ -128,53 +140,92 @@ class GenerationRequests:
         changed.set()
 
     def pump(self) -> None:
-        """Release every queued request that admission lets start now."""
+        """Release every queued request that admission lets start now, and look again when it says."""
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         if not self._entries:
             return
-        admitted = self._admission.select(
-            list(self._entries.values()), self._capacities(), GpuWork(), time.monotonic()
-        )
+        now = time.monotonic()
+        engines = self._capacities()
+        admitted = self._admission.select(list(self._entries.values()), engines, self._backlog.work(now), now)
         for rid in admitted.rids:
-            entry = self._queued.pop(rid)
-            del self._entries[rid]
-            self._running[rid] = entry
-            entry.released_at = time.monotonic()
-            request = entry.request
-            assert entry.instance.engine is not None
-            try:
-                entry.instance.engine.generate(
-                    Generate(rid, request.input_ids, request.sampling, request.top_logprobs, request.priority)
+            queued = self._entries.pop(rid)
+            seconds = engines[queued.model].prefill_s(queued.prompt_tokens)
+            overaged = self._bounds.exceeded(queued, now)
+            if self._release(self._queued.pop(rid), now):
+                self._backlog.released(rid, seconds, now, overaged=overaged)
+        if admitted.again_at_s is not None and self._entries:
+            # The loop's clock is the one that `now` is on.
+            self._again = asyncio.get_running_loop().call_at(admitted.again_at_s, self.pump)
+
+    def _release(self, entry: RunningRequest, now: float) -> bool:
+        request = entry.request
+        assert entry.instance.engine is not None
+        entry.released_at = now
+        self._running[request.rid] = entry
+        self._of_model.setdefault(request.model, {})[request.rid] = entry
+        entry.instance.record.released(now - entry.arrived_at)
+        try:
+            entry.instance.engine.generate(
+                Generate(
+                    request.rid, request.input_ids, request.sampling, request.top_logprobs, request.priority
                 )
-            except PrismError as error:
-                del self._running[rid]
-                entry.frames.fail(error.body)
+            )
+        except PrismError as error:
+            self._forget_running(request.rid)
+            entry.frames.fail(error.body)
+            return False
+        return True
+
+    def _forget_running(self, rid: str) -> RunningRequest:
+        entry = self._running.pop(rid)
+        del self._of_model[entry.request.model][rid]
+        self._backlog.prefilled(rid, time.monotonic())
+        return entry
 
     def _capacities(self) -> dict[str, EngineCapacity]:
-        models = {entry.model for entry in self._entries.values()}
-        capacities = {}
-        for model in models:
-            instance = self._find(model)
-            if instance is None or instance.ready is None:
-                capacities[model] = EngineCapacity(0, 0, 0, False)
-                continue
-            mine = [running for running in self._running.values() if running.instance is instance]
-            promised = sum(
-                len(running.request.input_ids) + running.request.sampling.max_new_tokens for running in mine
-            )
-            capacities[model] = EngineCapacity(
-                running=len(mine),
-                max_running=self._max_running_requests,
-                kv_free_tokens=instance.ready.kv_tokens - promised,
-                accepting=instance.state is ModelState.ACTIVE,
-            )
-        return capacities
+        """Of every engine that has requests here: those that decode bound the prefill of the others."""
+        waiting = {entry.model for entry in self._entries.values()}
+        working = {model for model, running in self._of_model.items() if running}
+        return {model: self._capacity(model) for model in waiting | working}
+
+    def _capacity(self, model: str) -> EngineCapacity:
+        instance = self._find(model)
+        if instance is None or instance.ready is None:
+            return EngineCapacity(0, 0, 0, False)
+        mine = self._of_model.get(model, {}).values()
+        decoding = [running for running in mine if running.first_token_at is not None]
+        promised = (running.objectives.tpot_s for running in decoding)
+        record = instance.record
+        return EngineCapacity(
+            running=len(mine),
+            max_running=self._max_running_requests,
+            kv_free_tokens=instance.kv_tokens - sum(running.kv_tokens for running in mine),
+            accepting=instance.state is ModelState.ACTIVE,
+            prefill_tokens_per_s=record.prefill.tokens_per_s,
+            prefill_fixed_s=record.prefill.fixed_s,
+            decoding=len(decoding),
+            decode_step_s=record.step.seconds or 0.0,
+            tpot_slo_s=min((tpot_s for tpot_s in promised if tpot_s is not None), default=inf),
+        )
+
+    def kv_tokens(self, model: str) -> tuple[int, int]:
+        """KV tokens that requests of `model` will probably take: those that run, and all of them."""
+        running = sum(entry.kv_tokens for entry in self._of_model.get(model, {}).values())
+        queued = sum(entry.tokens for entry in self._entries.values() if entry.model == model)
+        return running, running + queued
 
     def on_outputs(self, instance: ModelInstance, message: Outputs) -> None:
         """Tokens of an engine on to their gateways."""
+        now = time.monotonic()
+        self._learn(instance, message, now)
         for output in message.outputs:
             running = self._running.get(output.rid)
             if running is None:
                 continue
+            if output.tokens and running.first_token_at is None:
+                self._began(running, now)
             running.generated += len(output.tokens)
             instance.generated_tokens += len(output.tokens)
             if output.finish:
@@ -183,10 +234,33 @@ class GenerationRequests:
                 running.frames.tokens(output.tokens, output.logprobs)
         if any(output.finish for output in message.outputs):
             self._note_change(instance)
+            self._on_demand()
             self.pump()
 
+    def _learn(self, instance: ModelInstance, message: Outputs, now: float) -> None:
+        """How long the step took that this message tells of."""
+        tokens, released_at, decoded = 0, now, False
+        for output in message.outputs:
+            running = self._running.get(output.rid)
+            if running is None or not output.tokens:
+                continue
+            if running.first_token_at is None:
+                tokens += max(1, len(running.request.input_ids) - output.cached_tokens)
+                released_at = min(released_at, running.released_at)
+            else:
+                decoded = True
+        prefilled = (tokens, released_at) if tokens else None
+        instance.record.stepped(now, message.steps, prefilled, decoded=decoded)
+
+    def _began(self, running: RunningRequest, now: float) -> None:
+        running.first_token_at = now
+        self._backlog.prefilled(running.request.rid, now)
+        # What was generated elsewhere had its first token there.
+        if not running.request.replayed_tokens:
+            running.instance.record.first_token(now - running.arrived_at, running.objectives)
+
     def _finish(self, running: RunningRequest, output: TokenOutput) -> None:
-        del self._running[output.rid]
+        self._forget_running(output.rid)
         request = running.request
         running.instance.prompt_tokens += len(request.input_ids)
         if output.error is not None:
@@ -194,6 +268,10 @@ class GenerationRequests:
         elif output.finish == "abort":
             running.frames.fail(ErrorBody(ErrorCode.CANCELLED, "cancelled"))
         else:
+            began_at = running.first_token_at or time.monotonic()
+            running.instance.record.finished(
+                running.generated, time.monotonic() - began_at, running.objectives
+            )
             finish = Finish(
                 output.finish,
                 output.prompt_tokens or len(request.input_ids),
@@ -205,13 +283,11 @@ class GenerationRequests:
 
     def count(self, model: str) -> int:
         """Requests of `model` here, queued and running."""
-        return self.queued(model) + sum(
-            1 for running in self._running.values() if running.instance.name == model
-        )
+        return self.queued(model) + len(self._of_model.get(model, ()))
 
     def working_since(self, instance: ModelInstance) -> float | None:
         """Since when its engine has had the oldest of its requests, None when it has none."""
-        mine = (running for running in self._running.values() if running.instance is instance)
+        mine = self._of_model.get(instance.name, {}).values()
         return min((running.released_at for running in mine), default=None)
 
     def queued(self, model: str) -> int:
@@ -247,7 +323,7 @@ class GenerationRequests:
         error = ErrorBody(ErrorCode.ENGINE_LOST, f"the engine of {instance.name} is gone: {how}", retry=True)
         lost = [rid for rid, running in self._running.items() if running.instance is instance]
         for rid in lost:
-            self._running.pop(rid).frames.fail(error)
+            self._forget_running(rid).frames.fail(error)
         self.send_away_queued(instance.name)
         if lost:
             self._note_change(instance)
@@ -265,8 +341,30 @@ class GenerationRequests:
             if waiting.expires < now:
                 del self._entries[rid]
                 del self._queued[rid]
+                waiting.instance.record.never_began(waiting.objectives)
                 waiting.frames.fail(ErrorBody(ErrorCode.DEADLINE_EXCEEDED, "not started before its deadline"))
         for rid, running in list(self._running.items()):
             if running.expires < now and rid not in self._aborting:
                 running.frames.fail(ErrorBody(ErrorCode.DEADLINE_EXCEEDED, "not finished by its deadline"))
                 self.cancel(rid)
+
+
+def _queued_request(entry: RunningRequest) -> QueuedRequest:
+    request, sampling = entry.request, entry.request.sampling
+    expected = entry.instance.record.expected.tokens(sampling.max_new_tokens)
+    if expected is not None:
+        # Less than that, its engine does not start it with.
+        expected = max(expected, PLANNED_NEW_TOKENS)
+    return QueuedRequest(
+        rid=request.rid,
+        model=request.model,
+        arrival_s=entry.arrived_at,
+        prompt_tokens=len(request.input_ids),
+        max_new_tokens=sampling.max_new_tokens,
+        deadline_s=entry.expires,
+        priority=request.priority,
+        tenant=request.tenant,
+        ttft_slo_s=inf if entry.objectives.ttft_s is None else entry.objectives.ttft_s,
+        expected_new_tokens=expected,
+        weight=request.weight,
+    )

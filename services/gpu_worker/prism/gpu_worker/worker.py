@@ -25,9 +25,10 @@ from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
+from prism.gpu_worker.quota_arbiter import QuotaArbiter
 from prism.gpu_worker.routes import WorkerRoutes, worker_routes
 from prism.gpu_worker.stall_watch import StallWatch
-from prism.scheduling.admission import AdmissionPolicy
+from prism.scheduling.admission import AdmissionPolicy, Bounds
 from prism.scheduling.ledger import MemoryLedger
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Worker:
         memory_limit_bytes: int,
         store_socket: str,
         limits: EngineLimits,
+        bounds: Bounds,
     ) -> None:
         self.identity = identity
         self.ledger = MemoryLedger(memory_limit_bytes)
@@ -74,7 +76,16 @@ class Worker:
         self.epoch = 0
         self.announcements = Announcements(bus, identity.worker, self.load_report, self.spawn)
         self.requests = GenerationRequests(
-            publisher, admission, self.instances.get, self.spawn, limits.max_running_requests
+            publisher,
+            admission,
+            self.instances.get,
+            self.spawn,
+            limits.max_running_requests,
+            bounds,
+            self._on_demand,
+        )
+        self.quotas = QuotaArbiter(
+            self.ledger, self.instances.values, self.spawn, on_changed=self._on_quota_changed
         )
         self._transitions: dict[str, asyncio.Task[Any] | None] = {}
         self._device = device
@@ -190,6 +201,8 @@ class Worker:
                     await self.routes.open(instance.name)
                 case CommandKind.DOZE:
                     seconds = await self._doze(instance, command.drain_s, command.deadline_s)
+                case CommandKind.FREEZE:
+                    seconds = await self._freeze(instance, command.drain_s, command.deadline_s)
                 case CommandKind.RELEASE:
                     seconds = await self._release(instance, command.drain_s)
                 case _:
@@ -216,6 +229,8 @@ class Worker:
                 on_engine_lost=self._on_engine_lost,
                 on_discarded=self._on_discarded,
                 on_progress=self.announcements.progress,
+                room=self.quotas.room,
+                kv_tokens=self.requests.kv_tokens,
             )
         elif instance.engine is None:
             instance.spec, instance.facts = command.spec, command.facts
@@ -224,6 +239,8 @@ class Worker:
     async def _doze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:
         if instance.state is ModelState.DOZING:
             return {}
+        if instance.state is ModelState.FROZEN:
+            return await instance.thaw(deadline_s)
         if instance.state is not ModelState.ACTIVE:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"{instance.name} is {instance.state}, not active")
         if not await instance.can_doze():
@@ -234,6 +251,16 @@ class Worker:
             return await self._release(instance, drain_s)
         drained = await self._drain(instance, drain_s)
         return {**await instance.doze(deadline_s), "drain": drained}
+
+    async def _freeze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:
+        if instance.state is ModelState.FROZEN:
+            return {}
+        # Before anything is put to sleep for it.
+        self._device.freezer.check()
+        dozed = await self._doze(instance, drain_s, deadline_s)
+        if instance.state is not ModelState.DOZING:
+            return dozed
+        return {**dozed, **await instance.freeze(deadline_s)}
 
     async def _release(self, instance: ModelInstance, drain_s: float) -> dict[str, float]:
         began = time.perf_counter()
@@ -248,6 +275,13 @@ class Worker:
         await self.routes.close(instance.name)
         await self.requests.drain(instance, drain_s)
         return time.perf_counter() - began
+
+    def _on_demand(self) -> None:
+        self.quotas.changed()
+
+    def _on_quota_changed(self) -> None:
+        self.requests.pump()
+        self.announcements.changed()
 
     def _on_state(self, instance: ModelInstance) -> None:
         self.announcements.state_entered(instance, self.ledger.held(instance.name))
@@ -325,6 +359,7 @@ async def run_worker(
     memory_limit_bytes: int,
     store_socket: str,
     limits: EngineLimits,
+    bounds: Bounds | None = None,
 ) -> AsyncIterator[Worker]:
     """A worker that listens and reports; retired at the end."""
     async with asyncio.TaskGroup() as tasks:
@@ -338,6 +373,7 @@ async def run_worker(
             memory_limit_bytes=memory_limit_bytes,
             store_socket=store_socket,
             limits=limits,
+            bounds=bounds or Bounds(),
         )
         me = identity.worker
         bus.on_return.append(worker.requests.reassure)
@@ -348,6 +384,7 @@ async def run_worker(
             loops = [
                 worker.spawn(worker.announcements.report_load(), name="load reports"),
                 worker.spawn(worker.watch_requests(), name="watch requests"),
+                worker.spawn(worker.quotas.run(), name="quotas"),
             ]
             try:
                 yield worker

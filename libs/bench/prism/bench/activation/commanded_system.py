@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,7 @@ class CommandedSystem:
     specs: dict[str, ModelSpec]
     facts: dict[str, ModelFacts]
     worker: str = ""
+    ready: bool = False
     reported: asyncio.Event = field(default_factory=asyncio.Event)
     requested_at: float = 0.0
     framed_at: list[float] = field(default_factory=list)
@@ -101,6 +102,14 @@ class CommandedSystem:
                     answer.text += "".join(choice["text"] for choice in event.get("choices", []))
         return answer
 
+    async def shell_is_warm(self) -> None:
+        """Wait until the worker has a shell to start a model in."""
+        # What was reported before a shell was taken says nothing.
+        self.ready = False
+        async with asyncio.timeout(COMMAND_DEADLINE_S):
+            while not self.ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
     async def parked(self, count: int) -> None:
         """Wait until the gateway has so many requests parked."""
         async with asyncio.timeout(ANSWER_DEADLINE_S):
@@ -114,19 +123,33 @@ class CommandedSystem:
 
 @asynccontextmanager
 async def commanded_system(
-    models: dict[str, Path], folder: Path, *, kv_gb: float, log: Path
+    models: dict[str, Path],
+    folder: Path,
+    *,
+    kv_gb: float,
+    log: Path,
+    device: str = "cuda",
+    worker_memory_gb: float | None = None,
+    store_memory_gb: float = 100.0,
+    image_dir: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[CommandedSystem]:
-    """NATS, store, worker on a GPU and gateway; `models` registered, none of them started."""
+    """NATS, store, worker and gateway; `models` registered, none of them started.
+
+    Services get `environment` on top of ours. Memory in 10^9 bytes; without `worker_memory_gb` the device's
+    own.
+    """
     placement = folder / "placement.json"
     placement.write_text("[]")
     settings = SystemSettings(
         placement=placement,
-        store_memory_gb=100.0,
-        worker_memory_gb=None,
-        image_dir=folder / "images",
-        device="cuda",
+        store_memory_gb=store_memory_gb,
+        worker_memory_gb=worker_memory_gb,
+        image_dir=image_dir or folder / "images",
+        device=device,
         schedulers=0,
         log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
+        environment=dict(environment or {}),
     )
     place = [{"gpu_ids": [0], "on": False, "max_memory_pool_size": kv_gb}]
     with log.open("w", buffering=1) as lines:
@@ -148,6 +171,7 @@ async def commanded_system(
 
             async def on_load(message: Msg) -> None:
                 report = decode(message.data, LoadReport)
+                commanded.ready = report.ready
                 if report.ready:
                     commanded.worker = report.worker
                     commanded.reported.set()

@@ -15,11 +15,14 @@ from prism.cli.tiny_tokenizer import save_tokenizer, train_tokenizer
 
 SHARD_BYTES = 4 << 30
 CONTEXT_LENGTH = 8192
+# Weights of FP8's format spread so far around 0; it holds up to 448.
+FP8_SPREAD = 16.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a Llama- or Qwen3-style model in bfloat16."""
+    """The dimensions of a Llama- or Qwen3-style model in bfloat16; with `fp8` its projections are in
+    FP8, with one scale each."""
 
     family: str
     hidden: int
@@ -30,6 +33,7 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool
+    fp8: bool = False
 
 
 SHAPES = {
@@ -38,6 +42,8 @@ SHAPES = {
     "8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
     "14b": Shape("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
     "32b": Shape("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
+    "8b_fp8": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, fp8=True),
+    "70b_fp8": Shape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, fp8=True),
 }
 
 
@@ -66,6 +72,7 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def config_of(shape: Shape) -> dict[str, object]:
     """What config.json says."""
+    quantized = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}
     names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     return {
         "architectures": [names[shape.family]],
@@ -87,6 +94,7 @@ def config_of(shape: Shape) -> dict[str, object]:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "use_cache": True,
+        **(quantized if shape.fp8 else {}),
     }
 
 
@@ -116,7 +124,14 @@ def write_random_model(folder: Path, shape: Shape, seed: int) -> int:
         else:
             drawn = torch.randn(dimensions, generator=generator, device=device, dtype=torch.bfloat16)
             scale = 0.5 if "embed_tokens" in name else 7.0 if "lm_head" in name else 1.5
-            tensor = (drawn * (scale / (1.0 if "embed_tokens" in name else dimensions[-1] ** 0.5))).cpu()
+            spread = scale / (1.0 if "embed_tokens" in name else dimensions[-1] ** 0.5)
+            if shape.fp8 and "_proj." in name:
+                tensor = (drawn * FP8_SPREAD).to(torch.float8_e4m3fn)
+                shard[f"{name}_scale"] = torch.tensor([spread / FP8_SPREAD])
+                total += shard[f"{name}_scale"].nbytes
+            else:
+                tensor = drawn * spread
+        tensor = tensor.cpu()
         shard[name] = tensor
         held += tensor.nbytes
         total += tensor.nbytes

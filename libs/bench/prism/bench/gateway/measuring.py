@@ -90,7 +90,7 @@ async def measure(
             for process in processes:
                 assert process.stdin is not None
                 process.stdin.write(b"go\n")
-            reports = await asyncio.gather(*(_report(process) for process in processes))
+            reports = await asyncio.gather(*(reported(process) for process in processes))
             cpu, wall = stack.cpu_s() - cpu, time.monotonic() - began
     finally:
         for process in processes:
@@ -123,6 +123,15 @@ async def _start(order: LoadOrder) -> asyncio.subprocess.Process:
     return process
 
 
-async def _report(process: asyncio.subprocess.Process) -> LoadReport:
+async def reported(process: asyncio.subprocess.Process) -> LoadReport:
+    """What a load process came to; one that ends without a word, or with one that is no report, is a failure
+    of the reading."""
     assert process.stdout is not None
-    return msgspec.json.decode(await process.stdout.readline(), type=LoadReport)
+    line = await process.stdout.readline()
+    try:
+        return msgspec.json.decode(line, type=LoadReport)
+    except msgspec.DecodeError as error:
+        if line.endswith(b"\n"):
+            return LoadReport(failures=[f"a load process said what is no report: {error}"])
+        status = await process.wait()
+        return LoadReport(failures=[f"a load process ended without its report, with status {status}"])

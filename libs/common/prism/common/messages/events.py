@@ -7,7 +7,8 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """`prism.v1.event.<kind>.<model>`: `kind` is a word, `source` the instance that says it.
 
     Of a model: a state entered (staging, starting, active, draining, dozing, waking, failed, cold), a command
-    done with its seconds (activated, dozed, released), progress, staged, evicted, retried. Of the system,
+    done with its seconds (activated, dozed, released), moving and moved (to `worker`; `detail` says whence),
+    progress, staged, evicted, retried. Of the system,
     with no model: arrived and left (a service, named in `detail`), lost (a worker), leader.
     """
 

@@ -48,6 +48,11 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
     `memory_limit_bytes`; it never exceeds it. `element_bytes` is the size of a weight or KV element on
     this device, None for the checkpoint's own. `epoch` is the newest command epoch seen. A worker that is not
     `ready` takes commands, but starts engines only once it is (it still imports what they need).
+
+    With several GPUs, memory is that of each, what is reserved that of the fullest, and
+    `memory_reserved_by_gpu` that of all, in the order of `gpu_ids`. `profile` names what is known of the cost
+    of such GPUs, empty for nothing. An `elastic` worker moves KV quotas between its models; one that
+    `freezes` takes FREEZE commands.
     """
 
     worker: str
@@ -61,15 +66,22 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
     epoch: int = 0
     draining: bool = False
     ready: bool = True
+    memory_reserved_by_gpu: list[int] = []
+    profile: str = ""
+    elastic: bool = False
+    freezes: bool = False
 
 
 class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one gateway sees of one model: requests parked, the longest wait among them, arrivals a second."""
+    """What one gateway sees of one model: requests parked, the longest wait among them, arrivals a second.
+    `requests` and `prompt_tokens` count all that came since the gateway started."""
 
     model: str
     parked: int = 0
     oldest_parked_s: float = 0.0
     arrivals_per_s: float = 0.0
+    requests: int = 0
+    prompt_tokens: int = 0
 
 
 class DemandReport(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -102,7 +102,8 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
         Meta(
             ge=1,
             le=MOST,
-            description="How many instances at most, each on a worker of its own, where memory is free",
+            description="How many instances, each on a worker of its own, where memory is free; the policy "
+            "balanced adds more while one GPU is too little",
         ),
     ] = 1
     minimum_tier: Annotated[Tier, Meta(description="Never sinks below this")] = Tier.COLD

@@ -23,7 +23,8 @@ class Command(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `epoch` fences: a worker refuses any that is older than one it has seen. `deadline_s` bounds the
     transition; `drain_s` is how long requests in flight may take to finish before it begins.
-    `kv_bytes` is the KV-cache quota to activate with.
+    `kv_bytes` is the KV-cache quota to activate with, on those of the worker's GPUs that `gpu_ids` names,
+    none for all.
     """
 
     kind: CommandKind
@@ -33,6 +34,7 @@ class Command(msgspec.Struct, frozen=True, omit_defaults=True):
     deadline_s: float
     drain_s: float = 0.0
     kv_bytes: int = 0
+    gpu_ids: list[int] = []
 
 
 class CommandOutcome(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -6,6 +6,9 @@ from typing import Protocol
 
 import msgspec
 
+PREFILL_WINDOW_S = 1.0
+"""Over how long the shares of prefill and decode in a GPU's time are looked at, in seconds."""
+
 
 class QueuedRequest(msgspec.Struct, frozen=True):
     """A request that waits on a worker.
@@ -48,7 +51,8 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     Prefill of n tokens takes `prefill_fixed_s` + n / `prefill_tokens_per_s` seconds while nobody else uses
     the GPU; an engine that has not been measured has an infinite rate. `decoding` requests of it are past
     their prefill; one decode step of them takes `decode_step_s`, and `tpot_slo_s` is what each token is
-    promised in (infinite: no promise).
+    promised in (infinite: no promise). `decode_alone_s` is what a step takes, or took lately, while no other
+    engine computes; 0 when that is not known.
     """
 
     running: int
@@ -60,6 +64,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     decoding: int = 0
     decode_step_s: float = 0.0
     tpot_slo_s: float = inf
+    decode_alone_s: float = 0.0
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds that the prefill of so many prompt tokens takes on a GPU that does nothing else."""
@@ -70,10 +75,14 @@ class GpuWork(msgspec.Struct, frozen=True):
     """What the GPU that all engines share has been given already.
 
     `prefill_until_s` is when the prefill of the requests released so far will probably be done, on the clock
-    of `now`; in the past when there is none.
+    of `now`; in the past when there is none. `recent_prefill_s` is how many seconds of prefill were released
+    within the last PREFILL_WINDOW_S, and `recent_overaged_s` the part of it that went to requests which had
+    waited beyond their bound. `PrefillBacklog` keeps count of all three.
     """
 
     prefill_until_s: float = 0.0
+    recent_prefill_s: float = 0.0
+    recent_overaged_s: float = 0.0
 
 
 class Admission(msgspec.Struct, frozen=True):

@@ -5,7 +5,8 @@ import msgspec
 
 class Activate(msgspec.Struct, frozen=True, tag="activate"):
     """Have `model` serve on `worker` with a KV quota of `kv_bytes`. `footprint_bytes` is what it reserves on
-    each of its GPUs; `gpu_ids` are those of the worker's that it goes to, none for all of them."""
+    each of its GPUs; `gpu_ids` are those of the worker's that it goes to, none for all of them. `moves_from`
+    is the worker that it will leave once it serves here, empty for none."""
 
     model: str
     worker: str
@@ -13,6 +14,7 @@ class Activate(msgspec.Struct, frozen=True, tag="activate"):
     footprint_bytes: int
     reason: str
     gpu_ids: tuple[int, ...] = ()
+    moves_from: str = ""
 
 
 class Doze(msgspec.Struct, frozen=True, tag="doze"):
@@ -21,6 +23,14 @@ class Doze(msgspec.Struct, frozen=True, tag="doze"):
     model: str
     worker: str
     drain_s: float
+    reason: str
+
+
+class Freeze(msgspec.Struct, frozen=True, tag="freeze"):
+    """Have a dozing `model` give back what its engine still holds of the GPU on `worker`."""
+
+    model: str
+    worker: str
     reason: str
 
 
@@ -40,7 +50,7 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     reason: str
 
 
-Action = Activate | Doze | Stage | Release
+Action = Activate | Doze | Freeze | Stage | Release
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):

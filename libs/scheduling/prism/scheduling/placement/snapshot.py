@@ -51,7 +51,8 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
 class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker that reports. Memory is bytes of each of its GPUs, what is reserved that of the fullest,
     unless `reserved_by_gpu` tells it of each; `gpu_ids` are cluster-wide. `profile` says what such a GPU can
-    do, None when nobody knows."""
+    do, None when nobody knows. Where `elastic`, the worker moves KV quotas between its models: what they have
+    above their floors can be had. A worker that `freezes` can take a dozing model off the GPU altogether."""
 
     id: str
     node: str
@@ -65,6 +66,8 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     models: Mapping[str, ResidentModel] = {}
     reserved_by_gpu: Mapping[int, int] = {}
     profile: GpuProfile | None = None
+    elastic: bool = False
+    freezes: bool = False
 
 
 class ModelView(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -88,12 +91,14 @@ class Demand(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class InFlight(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A command without an outcome yet. `footprint_bytes` is what an activation will have reserved."""
+    """A command without an outcome yet. `footprint_bytes` is what an activation will have reserved on each of
+    the `gpu_ids`, none for all of the worker's."""
 
     worker: str
     model: str
     kind: CommandKind
     footprint_bytes: int = 0
+    gpu_ids: tuple[int, ...] = ()
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -109,7 +114,9 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class ClusterSnapshot(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything that a plan depends on, besides the time. `models` is in the order of registration.
-    `gone_gpus`: ids that a worker had and none that stays has now, with the seconds since."""
+    `gone_gpus`: ids that a worker had and none that stays has now, with the seconds since. Without `balance`
+    a plan only answers demand and puts right what is amiss; whoever plans often looks at balance every few
+    seconds."""
 
     workers: tuple[WorkerView, ...] = ()
     models: Mapping[str, ModelView] = {}
@@ -117,3 +124,4 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, omit_defaults=True):
     in_flight: tuple[InFlight, ...] = ()
     failures: tuple[Failure, ...] = ()
     gone_gpus: Mapping[int, float] = {}
+    balance: bool = True

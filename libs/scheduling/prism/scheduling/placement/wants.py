@@ -17,7 +17,9 @@ NO_DEMAND = Demand()
 @dataclass(frozen=True)
 class Wanted:
     """A model that should be active. `home` names the only workers that it may go to, None for any; a replica
-    goes to none of those `beside` which it is placed. Without `may_evict` it takes free memory only."""
+    goes to none of those `beside` which it is placed. Of a `home`, `gpu_ids` are the
+    ones named. `moves_from` is the worker that it is to leave. Without
+    `may_evict` it takes free memory only."""
 
     name: str
     view: ModelView
@@ -26,6 +28,8 @@ class Wanted:
     home: Set[str] | None = None
     may_evict: bool = True
     beside: Set[str] = frozenset()
+    gpu_ids: tuple[int, ...] = ()
+    moves_from: str = ""
 
 
 def wanted_models(
@@ -91,7 +95,7 @@ def _at_home(
     named = set(placement.gpu_ids)
     home = frozenset(worker.id for worker in workers if named <= set(worker.gpu_ids))
     if home:
-        return [replace(wanted, home=home)]
+        return [replace(wanted, home=home, gpu_ids=tuple(placement.gpu_ids))]
     if named & gone and named - gone <= {gpu for worker in workers for gpu in worker.gpu_ids}:
         reason = f"{wanted.reason}, its GPU ids {placement.gpu_ids} are gone"
         return [replace(wanted, reason=reason, may_evict=False)]

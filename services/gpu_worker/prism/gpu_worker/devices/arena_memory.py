@@ -7,7 +7,9 @@ from prism.gpu_worker.engine_protocol import Ready
 
 def resident_bytes(pid: int, ready: Ready) -> tuple[int, int]:
     """Bytes behind weights and KV cache of a live engine now."""
-    return _bytes_of(pid, ready.weights_fd), _bytes_of(pid, ready.kv_fd)
+    weights, kv = _bytes_of(pid, ready.weights_fd), _bytes_of(pid, ready.kv_fd)
+    weights += sum(_bytes_of(rank.pid, rank.weights_fd) for rank in ready.ranks)
+    return weights, kv + sum(_bytes_of(rank.pid, rank.kv_fd) for rank in ready.ranks)
 
 
 def left_bytes(pid: int, ready: Ready) -> int:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from prism.gpu_worker.devices import arena_memory
+from prism.gpu_worker.devices.freezing import Freezer, NoFreezer
 from prism.gpu_worker.engine_protocol import EngineOptions, Ready
 from prism.gpu_worker.shells import ForkServerShells, ShellSource, fork_server_shells
 
@@ -22,6 +23,7 @@ class CpuDevice:
     element_bytes: int | None = FLOAT32_BYTES
     dtype = "float32"
     fixed_bytes = 0
+    rank_counts: tuple[int, ...] = tuple(range(1, 9))
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
 
@@ -29,6 +31,7 @@ class CpuDevice:
         self.shells: ShellSource = shells
         self.copying = asyncio.Semaphore(COPIES_AT_ONCE)
         self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
+        self.freezer: Freezer = NoFreezer("an engine on a CPU has no CUDA context to give up")
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
         """Engine, version, dtype and rank: an image of any other is not ours to use."""
@@ -40,6 +43,10 @@ class CpuDevice:
 
     def left_bytes(self, pid: int, ready: Ready) -> int:
         """Everything that is still there."""
+        return arena_memory.left_bytes(pid, ready)
+
+    def held_bytes(self, pid: int, ready: Ready) -> int:
+        """The same: nothing is fixed."""
         return arena_memory.left_bytes(pid, ready)
 
 

@@ -3,9 +3,11 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from importlib.metadata import version
 
+from prism.gpu_worker.devices.checkpoint_process import checkpoint_process
+from prism.gpu_worker.devices.freezing import Freezer
 from prism.gpu_worker.devices.gpu_memory import GpuMemory, gpu_memory
 from prism.gpu_worker.engine_protocol import EngineDevice, EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
@@ -16,12 +18,12 @@ SHELL_MODULE = "prism.gpu_worker.engine.cuda_shell"
 # A context with cuBLAS, graphs, SGLang's buffers and torch's cache: measured, see docs/gpu.md.
 FIXED_BYTES = 2048 * MIB
 ACTIVATION_SLACK_BYTES = 4096 * MIB
-DECODE_GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 MOST_COPY_THREADS = 16
 
 
 class CudaDevice:
-    """Engines on one GPU. `memory` is what the driver counts there."""
+    """Engines on one GPU, or on several that each engine has a rank on. `memories` is what the driver counts
+    there; sizes are those of one GPU, and all have the same."""
 
     name = "cuda"
     element_bytes: int | None = None
@@ -29,37 +31,65 @@ class CudaDevice:
     fixed_bytes = FIXED_BYTES
 
     def __init__(
-        self, memory: GpuMemory, shells: WarmShells, attention_backend: str, decode_graph_sizes: Sequence[int]
+        self,
+        memories: Sequence[GpuMemory],
+        shells: WarmShells,
+        freezer: Freezer,
+        options: EngineOptions,
     ) -> None:
-        self.memory = memory
+        self.memories = list(memories)
+        self.rank_counts: tuple[int, ...] = (len(self.memories),)
         self.shells: ShellSource = shells
+        self.freezer = freezer
         self.copying = asyncio.Semaphore(1)
         self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
-        self.options = EngineOptions(EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)))
-        self.default_memory_bytes = memory.total_bytes - ACTIVATION_SLACK_BYTES
+        self.options = options
+        self.default_memory_bytes = min(memory.total_bytes for memory in memories) - ACTIVATION_SLACK_BYTES
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
         """Engine, version, kind of GPU, dtype and rank: an image of any other is not ours to use."""
-        device = f"sm{self.memory.compute_capability}"
+        device = f"sm{self.memories[0].compute_capability}"
         return f"sglang-{version('sglang')}/{device}/{self.dtype}/tp{tp_rank}of{tp_size}"
 
     def resident_bytes(self, pid: int, ready: Ready) -> tuple[int, int]:
-        """What the driver counts beyond the engine's fixed cost: weights first, the rest is KV cache."""
+        """What the driver counts beyond the engine's fixed cost, where that is most: weights first, the rest
+        is KV cache."""
         beyond = self.left_bytes(pid, ready)
         weights = min(beyond, ready.weights_bytes)
         return weights, beyond - weights
 
     def left_bytes(self, pid: int, ready: Ready) -> int:
-        """What the driver counts for the engine beyond its fixed cost."""
-        return max(0, self.memory.used_by(pid) - self.fixed_bytes)
+        """What the driver counts for the engine beyond its fixed cost, on the GPU where that is most."""
+        return max(0, max(self._used(pid, ready)) - self.fixed_bytes)
+
+    def held_bytes(self, pid: int, ready: Ready) -> int:
+        """All that the driver counts for the engine."""
+        return sum(self._used(pid, ready))
+
+    def _used(self, pid: int, ready: Ready) -> list[int]:
+        pids = [pid, *(rank.pid for rank in ready.ranks)]
+        return [memory.used_by(each) for memory, each in zip(self.memories, pids, strict=False)]
 
 
 @asynccontextmanager
 async def cuda_device(
-    index: int, *, warm: int, attention_backend: str, decode_graph_sizes: Sequence[int]
+    indices: Sequence[int],
+    *,
+    warm: int,
+    attention_backend: str,
+    decode_graph_sizes: Sequence[int],
+    defer_graphs: bool,
 ) -> AsyncIterator[CudaDevice]:
-    """GPU `index` of this machine, with `warm` shells kept ready for the next models."""
-    with gpu_memory(index) as memory:
-        environment = {"CUDA_VISIBLE_DEVICES": memory.uuid}
-        async with warm_shells(SHELL_MODULE, warm, environment) as shells:
-            yield CudaDevice(memory, shells, attention_backend, decode_graph_sizes)
+    """GPUs `indices` of this machine, with `warm` shells, each on all of them, kept for the next models."""
+    options = EngineOptions(
+        EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)), defer_graphs
+    )
+    with ExitStack() as opened:
+        memories = [opened.enter_context(gpu_memory(index)) for index in indices]
+        visible = ",".join(memory.uuid for memory in memories)
+        environment = {"CUDA_VISIBLE_DEVICES": visible, "PRISM_RANKS": str(len(memories))}
+        async with (
+            warm_shells(SHELL_MODULE, warm, environment) as shells,
+            checkpoint_process(environment) as freezer,
+        ):
+            yield CudaDevice(memories, shells, freezer, options)

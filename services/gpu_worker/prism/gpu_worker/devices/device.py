@@ -3,6 +3,7 @@
 import asyncio
 from typing import Protocol
 
+from prism.gpu_worker.devices.freezing import Freezer
 from prism.gpu_worker.engine_protocol import EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
 
@@ -13,17 +14,20 @@ class Device(Protocol):
     `element_bytes` is the size of a weight or KV element there, None for the checkpoint's own;
     `dtype` is what engines are told to use; `fixed_bytes` is the device memory that an engine holds
     beyond weights and KV cache in any tier above staged. `copying` is held while weights are copied in, where
-    two copies at once would only slow each other down.
+    two copies at once would only slow each other down. `freezer` takes the fixed cost, too.
+    `rank_counts` are the values of tp_size that its engines can have.
     """
 
     name: str
     element_bytes: int | None
     dtype: str
     fixed_bytes: int
+    rank_counts: tuple[int, ...]
     copy_threads: int
     options: EngineOptions
     shells: ShellSource
     copying: asyncio.Semaphore
+    freezer: Freezer
     default_memory_bytes: int
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
@@ -36,4 +40,8 @@ class Device(Protocol):
 
     def left_bytes(self, pid: int, ready: Ready) -> int:
         """What a dozing engine still holds beyond `fixed_bytes`."""
+        ...
+
+    def held_bytes(self, pid: int, ready: Ready) -> int:
+        """All device memory that an engine's process holds, `fixed_bytes` included."""
         ...

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from prism.gpu_worker.devices import arena_memory
+from prism.gpu_worker.devices.freezing import Freezer, SimulatedFreezer
 from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
 from prism.gpu_worker.engine_protocol import EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
@@ -31,12 +32,14 @@ class SimulatedDevice:
     element_bytes: int | None = None
     dtype = "auto"
     fixed_bytes = 0
+    rank_counts: tuple[int, ...] = (1,)
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
     copy_threads = 1
 
-    def __init__(self, shells: StartedShells) -> None:
+    def __init__(self, shells: StartedShells, costs: SimulatedCosts) -> None:
         self.shells: ShellSource = shells
+        self.freezer: Freezer = SimulatedFreezer(costs.freeze_ms / 1000, costs.thaw_ms / 1000)
         self.copying = asyncio.Semaphore(COPIES_AT_ONCE)
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
@@ -51,6 +54,10 @@ class SimulatedDevice:
         """Everything that is still there."""
         return arena_memory.left_bytes(pid, ready)
 
+    def held_bytes(self, pid: int, ready: Ready) -> int:
+        """The same: nothing is fixed."""
+        return arena_memory.left_bytes(pid, ready)
+
 
 @asynccontextmanager
 async def simulated_device(costs: SimulatedCosts) -> AsyncIterator[SimulatedDevice]:
@@ -58,4 +65,4 @@ async def simulated_device(costs: SimulatedCosts) -> AsyncIterator[SimulatedDevi
     shown = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(costs).items())
     log.warning("SIMULATED device: engines compute nothing and say numbers (%s)", shown)
     async with started_shells(ENGINE_MODULE, [msgspec.json.encode(costs).decode()]) as shells:
-        yield SimulatedDevice(shells)
+        yield SimulatedDevice(shells, costs)

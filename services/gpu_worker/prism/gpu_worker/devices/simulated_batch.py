@@ -19,6 +19,11 @@ class _Running:
     prefilled: int = 0
     generated: int = 0
 
+    @property
+    def to_prefill(self) -> int:
+        """What it has said before it was retracted is prefilled with its prompt."""
+        return len(self.request.input_ids) + self.generated
+
 
 class SimulatedBatch:
     """Queued and running requests."""
@@ -30,6 +35,8 @@ class SimulatedBatch:
         self._waiting: deque[_Running] = deque()
         self._running: dict[str, _Running] = {}
         self.steps = 0
+        self.limit_tokens: int | None = None
+        """Tokens that there is room for; None: no limit. One request runs whatever it takes."""
 
     @property
     def running(self) -> int:
@@ -66,7 +73,25 @@ class SimulatedBatch:
         if not self._waiting or len(self._running) >= self._max_running:
             return 0
         first = self._waiting[0]
-        return min(self._chunk_tokens, len(first.request.input_ids) - first.prefilled)
+        left = first.to_prefill - first.prefilled
+        if self._running and self.limit_tokens is not None and self.kv_tokens + left >= self.limit_tokens:
+            return 0
+        return min(self._chunk_tokens, left)
+
+    def make_room(self, tokens: int = 0) -> int:
+        """Have room for `tokens` more within the limit: the requests of lowest priority, the youngest first,
+        wait until there is some again. One goes on in any case. Returns how many were retracted."""
+        retracted = 0
+        while self.limit_tokens is not None and self.kv_tokens + tokens > self.limit_tokens:
+            if len(self._running) <= 1:
+                break
+            youngest = list(reversed(self._running.values()))
+            lowest = min(youngest, key=lambda each: each.request.priority)
+            del self._running[lowest.request.rid]
+            lowest.prefilled = 0
+            self._waiting.appendleft(lowest)
+            retracted += 1
+        return retracted
 
     def restamp(self, now_us: int) -> None:
         """What the last step brought leaves at `now_us` microseconds, later than it was computed."""
@@ -78,10 +103,11 @@ class SimulatedBatch:
         self.steps += 1
         tokens = self.prefill_tokens
         if not tokens:
+            self.make_room(len(self._running))
             return [self._next(each, now_us) for each in list(self._running.values())]
         first = self._waiting[0]
         first.prefilled += tokens
-        if first.prefilled < len(first.request.input_ids):
+        if first.prefilled < first.to_prefill:
             return []
         self._waiting.popleft()
         self._running[first.request.rid] = first

@@ -33,6 +33,8 @@ class SimulatedCosts:
     start_ms: float = 50.0
     doze_ms: float = 10.0
     wake_ms: float = 50.0
+    freeze_ms: float = 100.0
+    thaw_ms: float = 50.0
     kv_bytes_per_token: int = 2048
     printable_id: int = 6
     script: Script = Script.NUMBERED

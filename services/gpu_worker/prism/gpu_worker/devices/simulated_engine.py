@@ -34,8 +34,11 @@ from prism.gpu_worker.engine_protocol import (
     Failed,
     Generate,
     Outputs,
+    PrepareFreeze,
     Progress,
+    QuotaSet,
     Ready,
+    SetQuota,
     StartEngine,
     ToEngine,
     TokenOutput,
@@ -81,6 +84,13 @@ class SimulatedMemory:
             os.posix_fallocate(self.kv_fd, 0, wanted)
             self._kv_taken = wanted
 
+    def set_quota(self, kv_bytes: int) -> None:
+        """Bound the KV cache; what is beyond is given back."""
+        self._kv_bytes = kv_bytes
+        if self._kv_taken > kv_bytes:
+            os.ftruncate(self.kv_fd, kv_bytes)
+            self._kv_taken = kv_bytes
+
     def give_back(self) -> None:
         """Hold nothing any more."""
         os.ftruncate(self.weights_fd, 0)
@@ -115,6 +125,8 @@ class SimulatedEngine:
                 retry=True,
             )
         self._kv_tokens = start.kv_bytes // costs.kv_bytes_per_token
+        self._cap_tokens = max(start.kv_bytes, start.kv_cap_bytes) // costs.kv_bytes_per_token
+        self._batch.limit_tokens = self._kv_tokens
         self._memory = SimulatedMemory(image, start.kv_bytes, costs.kv_bytes_per_token)
         self._memory.take_weights()
         time.sleep(costs.start_ms / 1000)
@@ -126,8 +138,9 @@ class SimulatedEngine:
                 kv_fd=self._memory.kv_fd,
                 kv_tokens=self._kv_tokens,
                 kv_bytes_per_token=costs.kv_bytes_per_token,
-                max_prompt_tokens=self._kv_tokens - 1,
+                max_prompt_tokens=self._cap_tokens - 1,
                 imaged=True,
+                kv_page_bytes=costs.kv_bytes_per_token,
                 seconds={"stage": staged - began, "build": time.perf_counter() - staged},
             )
         )
@@ -178,29 +191,52 @@ class SimulatedEngine:
                 self._doze(message.call)
             case Wake():
                 self._wake(message.call)
+            case SetQuota():
+                self._set_quota(message)
+            case PrepareFreeze():
+                self._prepare_freeze(message.call)
             case _:
                 raise TypeError(f"{type(message).__name__} is not for an engine that runs")
 
     def _refusal(self, request: Generate) -> ErrorBody | None:
         if self._dozing:
             return ErrorBody(ErrorCode.MOVED, "the model is asleep", retry=True)
-        if not 0 < len(request.input_ids) < self._kv_tokens:
+        if not 0 < len(request.input_ids) < self._cap_tokens:
             return ErrorBody(
                 ErrorCode.INVALID_REQUEST,
-                f"the prompt has {len(request.input_ids)} tokens, 1 to {self._kv_tokens - 1} fit",
+                f"the prompt has {len(request.input_ids)} tokens, 1 to {self._cap_tokens - 1} fit",
             )
         return None
+
+    def _set_quota(self, message: SetQuota) -> None:
+        per_token = self._costs.kv_bytes_per_token
+        self._batch.limit_tokens = message.kv_bytes // per_token
+        retracted = self._batch.make_room()
+        # One request goes on in any case; what it has taken is not free.
+        tokens = max(self._batch.limit_tokens, min(self._batch.kv_tokens, self._kv_tokens))
+        self._kv_tokens = self._batch.limit_tokens = tokens
+        kv_bytes = max(message.kv_bytes, tokens * per_token)
+        self._memory.set_quota(kv_bytes)
+        self._tell([])
+        self._link.send(QuotaSet(message.call, kv_bytes, tokens, retracted))
 
     def _doze(self, call: int) -> None:
         if self._batch.running or self._batch.waiting:
             busy = ErrorBody(ErrorCode.INTERNAL, "asked to doze with requests in the engine", retry=True)
             self._link.send(Done(call, {}, busy))
             return
+        if self._dozing:
+            self._link.send(Done(call, {}))
+            return
         began = time.perf_counter()
         self._memory.give_back()
         time.sleep(self._costs.doze_ms / 1000)
         self._dozing = True
         self._link.send(Done(call, {"unmap": time.perf_counter() - began}))
+
+    def _prepare_freeze(self, call: int) -> None:
+        awake = ErrorBody(ErrorCode.INTERNAL, "asked to be frozen while awake", retry=True)
+        self._link.send(Done(call, {}, None if self._dozing else awake))
 
     def _wake(self, call: int) -> None:
         began = time.perf_counter()

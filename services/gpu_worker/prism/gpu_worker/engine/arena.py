@@ -118,7 +118,16 @@ class MemoryArena:
             -1,
         )
         self.mapped = False
-        if _libc.fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, self.capacity) != 0:
+        self._punch(0, self.capacity)
+
+    def give_back(self, begin: int, end: int) -> None:
+        """Give back the whole pages between these offsets; they read as zero from now on."""
+        begin, end = align(begin, PAGE), end // PAGE * PAGE
+        if begin < end:
+            self._punch(begin, end - begin)
+
+    def _punch(self, offset: int, nbytes: int) -> None:
+        if _libc.fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, nbytes) != 0:
             error = ctypes.get_errno()
             raise OSError(error, f"fallocate: {os.strerror(error)}")
 

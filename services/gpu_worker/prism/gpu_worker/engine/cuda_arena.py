@@ -92,28 +92,33 @@ class CudaArena:
         self._pieces.clear()
         self.mapped_bytes = 0
 
-    def copy_in(self, source: RegisteredImage, nbytes: int) -> None:
+    def copy_in(self, source: RegisteredImage, nbytes: int, *, pinning_threads: int = 1) -> None:
         """Fill the first `nbytes` from the image, with memory behind them where there is none yet.
 
-        Mapping goes on while the pieces before are copied. Done when this returns; on failure what was mapped
-        stays so. Raises PrismError(out_of_memory).
+        Mapping, and pinning of what is not pinned yet, go on while the pieces before are copied. Done when
+        this returns; on failure what was mapped stays so, and nothing is copied any more. Raises
+        PrismError(out_of_memory).
         """
         stream = self._stream.cuda_stream
-        for offset, size in source.pieces():
-            size = min(size, nbytes - offset)
-            while self.mapped_bytes < offset + size:
-                left = align(max(self.used, nbytes), self._granularity) - self.mapped_bytes
-                self._map_piece(min(left, REMAPPED_BYTES))
-            cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
-        self._stream.synchronize()
+        try:
+            for offset, size in source.pinned_pieces(pinning_threads):
+                size = min(size, nbytes - offset)
+                while self.mapped_bytes < offset + size:
+                    left = align(max(self.used, nbytes), self._granularity) - self.mapped_bytes
+                    self._map_piece(min(left, REMAPPED_BYTES))
+                cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
+        finally:
+            self._stream.synchronize()
 
     def copy_out(self, target: RegisteredImage, nbytes: int) -> None:
         """Copy the first `nbytes` into host memory; done when this returns."""
         stream = self._stream.cuda_stream
-        for offset, size in target.pieces():
-            size = min(size, nbytes - offset)
-            cuda_driver.copy_to_host(target.address + offset, self.address + offset, size, stream)
-        self._stream.synchronize()
+        try:
+            for offset, size in target.pinned_pieces():
+                size = min(size, nbytes - offset)
+                cuda_driver.copy_to_host(target.address + offset, self.address + offset, size, stream)
+        finally:
+            self._stream.synchronize()
 
 
 class _DeviceBytes:

@@ -79,6 +79,16 @@ def unmap_memory(address: int, nbytes: int, handle: Any) -> None:
     check(driver.cuMemRelease(handle), f"releasing {nbytes} bytes")
 
 
+def current_context() -> Any:
+    """The context of the calling thread."""
+    return check(driver.cuCtxGetCurrent(), "asking for the context")
+
+
+def use_context(context: Any) -> None:
+    """Make `context` that of the calling thread."""
+    check(driver.cuCtxSetCurrent(context), "setting the context")
+
+
 def register_host(address: int, nbytes: int) -> None:
     """Pin host memory, so that copies of it run at the speed of the bus."""
     flags = driver.CU_MEMHOSTREGISTER_PORTABLE

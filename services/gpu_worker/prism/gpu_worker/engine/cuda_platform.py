@@ -1,9 +1,14 @@
 """Engines on an NVIDIA GPU: CUDA graphs for decoding, the KV cache under kvcached."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.cuda_weights import CudaModelWeights
+from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 from prism.gpu_worker.engine.kvcached_memory import KvcachedMemory
+from prism.gpu_worker.engine.ranks import Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import StartEngine
 
@@ -12,20 +17,29 @@ ADDRESSED_SHARE = 0.9
 
 
 class CudaPlatform:
-    """SGLang on the one GPU that this process sees."""
+    """SGLang on one of the GPUs that this process sees: a rank's own."""
 
-    weights_class = CudaModelWeights
     primed = True
+    one_memory = False
 
-    def __init__(self) -> None:
-        self._limit_bytes = 0
+    def __init__(self, start: StartEngine, ranks: Ranks) -> None:
+        self.gpu = ranks.rank
+        self._ranks = ranks
+        self.weights_class: Callable[..., ModelWeights] = partial(CudaModelWeights, gpu=self.gpu)
+        self._limit_bytes = start.kv_bytes
+        self._defers = start.options.defer_graphs and bool(start.options.decode_graph_sizes)
+        self.graphs: DeferredGraphs | None = None
 
     def prepare(self) -> None:
-        """Nothing: kvcached's patch is there since SGLang was imported."""
+        """Graphs wait if they shall; kvcached's patch is there since SGLang was imported."""
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        if self._defers:
+            self.graphs = DeferredGraphs(ModelRunner)
+        footprint.follow(ModelRunner, footprint.SGLANG_STEPS)
 
     def server_args(self, start: StartEngine) -> dict[str, Any]:
         """Decode graphs for the chosen batch sizes, none for prefill, batches prepared while one runs."""
-        self._limit_bytes = start.kv_bytes
         sizes = [size for size in start.options.decode_graph_sizes if size <= start.max_running_requests]
         if start.max_running_requests not in sizes:
             sizes.append(start.max_running_requests)
@@ -35,6 +49,8 @@ class CudaPlatform:
             "attention_backend": start.options.attention_backend,
             "disable_prefill_cuda_graph": True,
             "mem_fraction_static": ADDRESSED_SHARE,
+            # Its buffers are shared between processes, which the driver's checkpoints can't take.
+            "disable_custom_all_reduce": self._ranks.size > 1,
             **(graphs if start.options.decode_graph_sizes else {"disable_cuda_graph": True}),
         }
 

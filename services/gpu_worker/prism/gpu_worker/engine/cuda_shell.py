@@ -1,21 +1,26 @@
-"""A warm shell on a GPU: SGLang imported and a CUDA context made before there is a model for it.
+"""A warm shell on GPUs: SGLang imported and a CUDA context made before there is a model for it.
 
 Run as `python -m prism.gpu_worker.engine.cuda_shell CONNECTION WARM`, two inherited file descriptors: the
-socket to the worker, and a pipe that gets a byte once the shell is warm.
+socket to the worker, and a pipe that gets a byte once the shell is warm. PRISM_RANKS says for how many GPUs:
+for each but the first it starts a process of its own, `... cuda_shell CONNECTION WARM RANK`, whose connection
+leads here.
 """
 
 import gc
-import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import warnings
+from functools import partial
 
 from prism.common.process import die_with_parent
+from prism.gpu_worker.engine.process_group import meet_in_memory
 from prism.gpu_worker.engine_logs import configure_engine_logging
 
-log = logging.getLogger("cuda_shell")
+RANKS = "PRISM_RANKS"
+MODULE = "prism.gpu_worker.engine.cuda_shell"
 
 
 def prepare_environment() -> None:
@@ -23,7 +28,6 @@ def prepare_environment() -> None:
     os.environ.update(
         ENABLE_KVCACHED="true",
         KVCACHED_AUTOPATCH="1",
-        KVCACHED_IPC_NAME=f"prism-{os.getpid()}",
         # A page spans all layers (8B: 128 MiB): what is kept in reserve is lost to the other models.
         KVCACHED_MIN_RESERVED_PAGES="1",
         KVCACHED_MAX_RESERVED_PAGES="1",
@@ -33,41 +37,93 @@ def prepare_environment() -> None:
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
     )
+    # Ranks of one engine share it.
+    os.environ.setdefault("KVCACHED_IPC_NAME", f"prism-{os.getpid()}")
+
+
+class StartedRanks:
+    """The other ranks of a shell on `size` GPUs, which get the descriptor `group`; `sockets` lead to them.
+    They die with this process."""
+
+    def __init__(self, size: int, group: int, module: str = MODULE) -> None:
+        self.sockets: list[socket.socket] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._pipe, write = os.pipe()
+        for rank in range(1, size):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sockets.append(ours)
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", module, str(theirs.fileno()), str(write), str(rank)],
+                    pass_fds=[theirs.fileno(), write, group],
+                    stdin=subprocess.DEVNULL,
+                )
+            self.processes.append(process)
+        os.close(write)
+
+    def get_warm(self) -> bool:
+        """Wait until each has said that it is warm; False when one has ended before."""
+        told = 0
+        try:
+            while told < len(self.processes):
+                said = os.read(self._pipe, len(self.processes))
+                if not said:
+                    return False
+                told += len(said)
+            return True
+        finally:
+            os.close(self._pipe)
+
+
+def warm_up(gpu: int) -> None:
+    """Import what an engine needs, and make a context with cuBLAS on `gpu`."""
+    import torch
+
+    from prism.gpu_worker.engine import footprint
+
+    torch.cuda.init()
+    torch.cuda.set_device(gpu)
+    footprint.note("context")
+    square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    torch.mm(square, square)
+    torch.cuda.synchronize()
+    footprint.note("cublas")
+    # Its workspace was for this one product: an engine computes on streams of its own, with others.
+    del square
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    footprint.note("cublas_cleared")
+    from sglang.srt.managers import tp_worker  # noqa: F401
+    from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)
+
+    import prism.gpu_worker.engine.host  # noqa: F401
+
+    footprint.note("imported")
+    gc.collect()
+    gc.freeze()
 
 
 def main() -> None:
     """Get warm, say so, and be an engine host until the worker is gone."""
     connection, warm = int(sys.argv[1]), int(sys.argv[2])
+    rank = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    size = int(os.environ.get(RANKS, "1"))
     configure_engine_logging()
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     prepare_environment()
     warnings.filterwarnings("ignore")
-    import torch
-
-    torch.cuda.init()
-    square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
-    torch.mm(square, square)
-    torch.cuda.synchronize()
-    from sglang.srt.managers import tp_worker  # noqa: F401
-    from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)
-
-    from prism.gpu_worker.engine.host import serve
-
-    gc.collect()
-    gc.freeze()
+    others = StartedRanks(size if rank == 0 else 1, meet_in_memory() if rank == 0 else -1)
+    warm_up(rank)
+    if not others.get_warm():
+        sys.exit("a rank of this shell ended before it was warm; its log says why")
     os.write(warm, b"w")
     os.close(warm)
-    status = 1
-    try:
-        status = serve(socket.socket(fileno=connection))
-    except BaseException:
-        log.exception("engine host failed")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    from prism.gpu_worker.engine.host import serve_and_exit
+    from prism.gpu_worker.engine.ranks import follow_ranks, lead_ranks
+
+    serve_and_exit(connection, partial(follow_ranks, rank) if rank else partial(lead_ranks, others.sockets))
 
 
 if __name__ == "__main__":

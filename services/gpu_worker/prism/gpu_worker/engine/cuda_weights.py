@@ -21,11 +21,13 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.store import ImageKind, TensorEntry
 from prism.gpu_worker.engine.cuda_arena import CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
+from prism.gpu_worker.engine.tensor_factories import asked_for
 from prism.gpu_worker.engine.weights import ModelWeights, end_of, named_tensors
 
 PLACED_FROM_BYTES = 64 * 1024
 ADDRESS_SLACK = 2
 LEAST_ADDRESSES = 8 << 30
+PINNING_THREADS = 4
 
 
 class CudaModelWeights(ModelWeights):
@@ -104,10 +106,16 @@ class CudaModelWeights(ModelWeights):
 
     def _copy_from_image(self, nbytes: int) -> None:
         assert self._lease is not None
-        registered = self._register(self._lease.fd, nbytes)
+        image = self._image(self._lease.fd, nbytes)
         began = time.perf_counter()
-        self.arena.copy_in(registered, nbytes)
+        # Nothing is decoded meanwhile that pinning by several threads could hold up.
+        self.arena.copy_in(image, nbytes, pinning_threads=PINNING_THREADS)
         self.seconds["copy"] = time.perf_counter() - began
+
+    def unpin(self) -> None:
+        """Have no pinned memory; the next copy pins it again, piece by piece ahead of itself."""
+        if self._registered is not None:
+            self._registered.unpin()
 
     def restore(self) -> None:
         """Map memory again and copy the weights back; on failure nothing is held."""
@@ -120,10 +128,10 @@ class CudaModelWeights(ModelWeights):
 
     def _copy_to_image(self, fd: int, nbytes: int) -> None:
         torch.cuda.set_device(self._gpu)
-        self.arena.copy_out(self._register(fd, nbytes), nbytes)
+        self.arena.copy_out(self._image(fd, nbytes), nbytes)
 
-    def _register(self, fd: int, nbytes: int) -> RegisteredImage:
-        """The image of `fd`, pinned; kept for the next wake."""
+    def _image(self, fd: int, nbytes: int) -> RegisteredImage:
+        """The image of `fd`, pinned as it is used; kept for the next wake."""
         image = RegisteredImage.of(fd, nbytes, self._registered)
         if image is not self._registered and self._registered is not None:
             self._registered.close()
@@ -134,7 +142,7 @@ class CudaModelWeights(ModelWeights):
         super()._export_image()
         assert self._lease is not None
         # The store lends what it was given, or an equal image that it had already.
-        self._register(self._lease.fd, end_of(self._layout))
+        self._image(self._lease.fd, end_of(self._layout)).pin()
 
 
 class _PlaceIn(TorchFunctionMode):  # type: ignore[misc]
@@ -149,15 +157,10 @@ class _PlaceIn(TorchFunctionMode):  # type: ignore[misc]
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and torch.device(kwargs.get("device") or "cuda").type == "cuda":
-            shape = tuple(kwargs["size"] if "size" in kwargs else args[0] if _is_shape(args) else args)
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            shape, dtype = asked_for(args, kwargs)
             if math.prod(shape) * dtype.itemsize >= PLACED_FROM_BYTES:
                 return self._arena.place(shape, dtype)
         return func(*args, **kwargs)
-
-
-def _is_shape(args: tuple[Any, ...]) -> bool:
-    return len(args) == 1 and not isinstance(args[0], int)
 
 
 class _Unloaded:

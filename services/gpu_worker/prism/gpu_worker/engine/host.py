@@ -4,9 +4,12 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from setproctitle import setproctitle
 from sglang.srt.configs.model_config import ModelConfig
@@ -15,9 +18,10 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams
-from prism.gpu_worker.engine import seeds
+from prism.gpu_worker.engine import footprint, seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.platform import Platform, platform_for
+from prism.gpu_worker.engine.ranks import Link, Ranks, SilentLink, fork_ranks
 from prism.gpu_worker.engine.scheduler import PRIMING_RID, EngineScheduler
 from prism.gpu_worker.engine.weights import ModelWeights, loader_for
 from prism.gpu_worker.engine_logs import configure_engine_logging
@@ -26,6 +30,7 @@ from prism.gpu_worker.engine_protocol import (
     Failed,
     Generate,
     Imaged,
+    RankMemory,
     Ready,
     StartEngine,
     WeightsGranted,
@@ -43,17 +48,26 @@ PRIMING_NEW_TOKENS = 3
 mm_utils._is_default_tensor_transport = True
 
 
-def serve(connection: socket.socket) -> int:
+Join = Callable[[StartEngine, socket.socket], tuple[Ranks, StartEngine]]
+"""Makes an engine's ranks; returns who this process is among them, and its part of what was asked for."""
+
+
+def serve(connection: socket.socket, join: Join = fork_ranks) -> int:
     """Serve one model over `connection` until the worker closes it. Returns the exit status."""
     link = EngineLink(connection)
     try:
         start = link.receive()
         if not isinstance(start, StartEngine):
             raise TypeError(f"the first message must be StartEngine, not {type(start).__name__}")
-        setproctitle(f"prism-engine {start.model}")
+        try:
+            ranks, start = join(start, connection)
+        except PrismError as error:
+            link.send(Failed(start.call, error.body))
+            return EXIT_FAILED
+        setproctitle(f"prism-engine {start.model}" + (f" rank {ranks.rank}" if ranks.rank else ""))
         configure_engine_logging(start.model)
         try:
-            scheduler = _build(link, start)
+            scheduler = _build(SilentLink() if ranks.rank else link, link, start, ranks)
         except WorkerGone:
             raise
         except Exception as error:
@@ -71,29 +85,46 @@ def serve(connection: socket.socket) -> int:
     return 0
 
 
+def serve_and_exit(connection: int, join: Join = fork_ranks) -> NoReturn:
+    """Be an engine host on the inherited socket, and end the process, whatever becomes of it.
+
+    Without the interpreter's own end: tearing down torch takes seconds, and frees nothing the kernel won't.
+    """
+    status = 1
+    try:
+        status = serve(socket.socket(fileno=connection), join)
+    except BaseException:
+        log.exception("engine host failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
+def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> EngineScheduler:
     began = time.perf_counter()
 
     def ask_for_memory(nbytes: int) -> bool:
-        link.send(WeightsSized(nbytes))
-        answer = link.receive()
-        return isinstance(answer, WeightsGranted) and answer.granted
+        of_ranks = ranks.gather(nbytes)
+        total = sum(of_ranks) if platform.one_memory else max(of_ranks)
+        granted = False
+        if ranks.rank == 0:
+            worker.send(WeightsSized(total))
+            answer = worker.receive()
+            granted = isinstance(answer, WeightsGranted) and answer.granted
+        return bool(ranks.gather(granted)[0])
 
-    platform = platform_for(start)
+    platform = platform_for(start, ranks)
     weights = platform.weights_class(start, ask_for_memory=ask_for_memory, on_progress=link.send)
     weights.stage()
     platform.prepare()
     seeds.install()
-    # Memory instead of a TCP port for the (one-rank) process group: nothing to collide with, nothing that an
-    # engine killed here would leave on disk.
-    group = os.memfd_create("prism-process-group")
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file:///proc/self/fd/{group}"
-    server_args = _server_args(start, weights, platform)
+    server_args = _server_args(start, weights, platform, ranks)
     ports = PortArgs(
         tokenizer_ipc_name="",
         scheduler_input_ipc_name="",
@@ -104,24 +135,39 @@ def _build(link: EngineLink, start: StartEngine) -> EngineScheduler:
         tokenizer_worker_ipc_name=None,
         decoupled_spec_ipc_config=None,
     )
-    scheduler = EngineScheduler(server_args, ports, link=link, weights=weights, platform=platform)
+    scheduler = EngineScheduler(
+        server_args, ports, link=link, weights=weights, platform=platform, ranks=ranks
+    )
+    footprint.note("built")
+
+    kv = scheduler.kv
+    assert kv is not None
 
     def ready() -> None:
+        footprint.note("primed")
         weights_fd, kv_fd = platform.arenas(weights)
+        memory = ranks.gather(RankMemory(os.getpid(), weights_fd, kv_fd))
+        imaged = all(ranks.gather(weights.imaged))
         link.send(
             Ready(
                 call=start.call,
                 pid=os.getpid(),
                 weights_fd=weights_fd,
                 kv_fd=kv_fd,
-                kv_tokens=scheduler.max_total_num_tokens,
-                kv_bytes_per_token=_kv_bytes_per_token(scheduler),
+                kv_tokens=kv.limit_tokens,
+                kv_bytes_per_token=ranks.size * _per_token(scheduler.model_config, ranks),
                 max_prompt_tokens=scheduler.max_req_input_len,
-                imaged=weights.imaged,
+                imaged=imaged,
                 seconds={**weights.seconds, "build": time.perf_counter() - began},
                 weights_bytes=weights.nbytes,
+                kv_page_bytes=kv.page_bytes,
+                kv_overhead_bytes=kv.overhead_bytes,
+                ranks=memory[1:],
             )
         )
+        if weights.imaged and not imaged:
+            # Another rank exports; a doze waits for it there.
+            link.send(Imaged(0.0))
         weights.export_behind(lambda seconds, error: link.send(Imaged(seconds, error)))
 
     if platform.primed:
@@ -139,7 +185,7 @@ def _priming_request(scheduler: EngineScheduler) -> Generate:
     return Generate(PRIMING_RID, [1] * max(1, length), sampling, None, 0)
 
 
-def _server_args(start: StartEngine, weights: ModelWeights, platform: Platform) -> ServerArgs:
+def _server_args(start: StartEngine, weights: ModelWeights, platform: Platform, ranks: Ranks) -> ServerArgs:
     common = {
         "model_path": start.model_path,
         "sampling_backend": "pytorch",
@@ -154,16 +200,19 @@ def _server_args(start: StartEngine, weights: ModelWeights, platform: Platform) 
         "chunked_prefill_size": start.chunked_prefill_tokens,
         "log_level": "warning",
         "host": "127.0.0.1",
+        "tp_size": ranks.size,
         **platform.server_args(start),
     }
     config = ModelConfig(start.model_path, dtype=start.dtype)
     # A batch wider than the contexts that fit into the KV cache would only be retracted again.
     running = start.max_running_requests
-    tokens = (start.kv_bytes - _request_table_bytes(config.context_len, running)) // _per_token(config) - 1
+    largest = max(start.kv_bytes, start.kv_cap_bytes)
+    tables = _request_table_bytes(config.context_len, running)
+    tokens = (largest - tables) // _per_token(config, ranks) - 1
     if tokens < 2:
         raise PrismError(
             ErrorCode.OUT_OF_MEMORY,
-            f"{start.model}: a KV quota of {start.kv_bytes} bytes holds no token; raise max_memory_pool_size",
+            f"{start.model}: a KV quota of {largest} bytes holds no token; raise max_memory_pool_size",
         )
     return ServerArgs(**common, max_total_tokens=tokens, max_running_requests=running)
 
@@ -173,14 +222,11 @@ def _request_table_bytes(context_length: int, running: int) -> int:
     return (running + 2) * (context_length + 64) * 4
 
 
-def _per_token(config: ModelConfig) -> int:
-    heads = int(config.get_num_kv_heads(1))
+def _per_token(config: ModelConfig, ranks: Ranks) -> int:
+    """KV bytes of a token on one rank."""
+    heads = int(config.get_num_kv_heads(ranks.size))
     element = int(config.dtype.itemsize)
     return 2 * int(config.num_hidden_layers) * heads * int(config.head_dim) * element
-
-
-def _kv_bytes_per_token(scheduler: EngineScheduler) -> int:
-    return _per_token(scheduler.model_config)
 
 
 def _reason(error: Exception, start: StartEngine) -> ErrorBody:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.gpu_worker.engine import retraction
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +28,12 @@ class KvcachedMemory:
                 "`python -m prism.gpu_worker doctor` tells",
             )
         self._pool = pool
+        self._scheduler = scheduler
         self._revision = 0
-        self.set_limit(limit_bytes)
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Memory behind the pool now, as kvcached counts it."""
-        return int(self._pool.get_mapped_memory_size())
-
-    def set_limit(self, limit_bytes: int) -> None:
-        """Bound what may be mapped. Raises PrismError(overloaded) when more than that is in use."""
-        from kvcached.control import set_instance_memory_limit
-
-        self._revision += 1
-        outcome = set_instance_memory_limit(limit_bytes, revision=self._revision)
+        self.overhead_bytes = 0
+        self.page_bytes = int(pool.page_size) * int(pool.num_layers) * int(pool.num_kv_buffers)
+        self._limit_bytes = limit_bytes
+        outcome = self._apply(limit_bytes)
         if outcome["status"] != "applied":
             raise PrismError(
                 ErrorCode.OVERLOADED,
@@ -48,10 +41,73 @@ class KvcachedMemory:
                 retry=True,
             )
 
-    def held_tokens(self, scheduler: Any) -> int:
+    @property
+    def mapped_bytes(self) -> int:
+        """Memory behind the pool now, as kvcached counts it."""
+        return int(self._pool.get_mapped_memory_size())
+
+    @property
+    def limit_tokens(self) -> int:
+        """Tokens in whole pages within the limit, less the padding slot."""
+        pages = self._limit_bytes // self.page_bytes
+        most = int(self._scheduler.max_total_num_tokens)
+        return max(0, min(pages * self._tokens_per_page, most) - 1)
+
+    @property
+    def _tokens_per_page(self) -> int:
+        # SGLang runs with pages of one token, which are kvcached's blocks.
+        return int(self._pool.page_size) // int(self._pool.block_mem_size)
+
+    def _apply(self, limit_bytes: int) -> dict[str, Any]:
+        from kvcached.control import set_instance_memory_limit
+        from kvcached.errors import QuarantinedResizeError
+
+        self._revision += 1
+        try:
+            outcome: dict[str, Any] = set_instance_memory_limit(limit_bytes, revision=self._revision)
+        except QuarantinedResizeError as error:
+            mapped = self.mapped_bytes
+            return {"status": "rejected", "reason": str(error), "mapped_bytes": mapped, "overage_bytes": 0}
+        return outcome
+
+    def set_limit(self, limit_bytes: int) -> tuple[int, int]:
+        """See KvMemory. A page goes when the last of its tokens goes, so that more prefixes than the quota
+        asks for may have to be evicted: kvcached moves no tokens."""
+        cache = self._scheduler.tree_cache
+        before = self._limit_bytes
+        outcome = self._apply(limit_bytes)
+        while outcome["status"] == "deferred" and cache.evictable_size():
+            retraction.evict(self._scheduler, max(self._tokens_per_page, self._tokens_of(outcome)))
+            outcome = self._apply(limit_bytes)
+        retracted = 0
+        if outcome["status"] == "deferred":
+
+            def enough() -> bool:
+                nonlocal outcome
+                retraction.evict(self._scheduler, int(cache.evictable_size()))
+                outcome = self._apply(limit_bytes)
+                return bool(outcome["status"] != "deferred")
+
+            retracted = retraction.retract_lowest(self._scheduler, enough)
+        # Pages that kvcached keeps in reserve have memory behind them.
+        self._pool.trim()
+        if outcome["status"] == "applied":
+            self._limit_bytes = limit_bytes
+        else:
+            # What is mapped stays within what was allowed before, and goes no higher from here.
+            held = min(before, max(limit_bytes, int(outcome["mapped_bytes"])))
+            log.info("KV quota %s: %s, %d bytes hold", outcome["status"], outcome["reason"], held)
+            self._limit_bytes = held
+            self._apply(held)
+        return self._limit_bytes, retracted
+
+    def _tokens_of(self, outcome: dict[str, Any]) -> int:
+        return -(-int(outcome["overage_bytes"]) // self.page_bytes) * self._tokens_per_page
+
+    def held_tokens(self) -> int:
         """Tokens of requests, without cached prefixes that could be evicted."""
         in_use = int(self._pool._get_num_alloced_blocks()) - len(self._pool.null_block or [])
-        return max(0, in_use - int(scheduler.tree_cache.evictable_size()))
+        return max(0, in_use - int(self._scheduler.tree_cache.evictable_size()))
 
     def unmap(self) -> None:
         """Give every page back, that of the padding slot too. The pool is empty of requests and prefixes."""

@@ -1,5 +1,6 @@
 """The engine's end of the socket to its worker: blocking sends, non-blocking looks, safe from two threads."""
 
+import select
 import socket
 import threading
 
@@ -38,6 +39,13 @@ class EngineLink:
         while not self._pending:
             self._take(self._read(0))
         return self._pending.pop(0)
+
+    def wait(self) -> None:
+        """Sleep until the worker says something, or is gone."""
+        if not self._pending:
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN)
+            poller.poll()
 
     def receive_waiting(self) -> list[ToEngine]:
         """All messages that are there already. Raises WorkerGone."""

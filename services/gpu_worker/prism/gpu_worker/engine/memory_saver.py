@@ -14,6 +14,7 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 from torch.overrides import TorchFunctionMode
 
 from prism.gpu_worker.engine.arena import MemoryArena
+from prism.gpu_worker.engine.tensor_factories import asked_for
 
 
 class _AllocateIn(TorchFunctionMode):  # type: ignore[misc]
@@ -28,11 +29,7 @@ class _AllocateIn(TorchFunctionMode):  # type: ignore[misc]
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.zeros, torch.empty):
-            shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
-            if "size" in kwargs:
-                shape = kwargs["size"]
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            return self._arena.tensor(tuple(shape), dtype)
+            return self._arena.tensor(*asked_for(args, kwargs))
         return func(*args, **kwargs)
 
 

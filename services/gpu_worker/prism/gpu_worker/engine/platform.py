@@ -1,13 +1,33 @@
 """What differs between engines on a CPU and on a GPU, behind one interface."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
+from prism.gpu_worker.engine.ranks import Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import EngineDevice, StartEngine
 
 
 class KvMemory(Protocol):
-    """The memory behind a KV cache, given back while dozing. `limit_bytes` at most is behind it."""
+    """The memory behind a KV cache, bounded by a quota and given back while dozing.
+
+    It comes in pages of `page_bytes`; `overhead_bytes` of a quota hold no tokens.
+    """
+
+    page_bytes: int
+    overhead_bytes: int
+
+    @property
+    def limit_tokens(self) -> int:
+        """Tokens that the quota has room for."""
+        ...
+
+    def set_limit(self, limit_bytes: int) -> tuple[int, int]:
+        """Bound what may be behind it: raised at once, lowered by evicting prefixes, then by retracting
+        requests. Returns the bound that holds now, higher than asked for where not enough could be freed,
+        and how many requests were retracted."""
+        ...
 
     def map(self) -> None:
         """Make the KV cache usable."""
@@ -15,8 +35,8 @@ class KvMemory(Protocol):
     def unmap(self) -> None:
         """Give its memory back; nothing is cached in it any more."""
 
-    def held_tokens(self, scheduler: Any) -> int:
-        """Tokens of requests in it, without cached prefixes."""
+    def held_tokens(self) -> int:
+        """Tokens of requests in it, without cached prefixes that could be evicted."""
         ...
 
 
@@ -26,10 +46,19 @@ class Platform(Protocol):
     primed: bool
     """Whether a request runs through the engine before it counts as ready: to compile and load kernels."""
 
+    gpu: int
+    """Which of the devices that this process sees is its own."""
+
+    one_memory: bool
+    """Whether ranks share what the worker reserves, or have each as much on a device of its own."""
+
     @property
-    def weights_class(self) -> type[ModelWeights]:
+    def weights_class(self) -> Callable[..., ModelWeights]:
         """How weights come into the device's memory and leave it."""
         ...
+
+    graphs: DeferredGraphs | None
+    """CUDA graphs that are still to be captured; None where they are there from the start, or never."""
 
     def prepare(self) -> None:
         """Before the scheduler is made: what SGLang must find in place."""
@@ -47,12 +76,12 @@ class Platform(Protocol):
         ...
 
 
-def platform_for(start: StartEngine) -> Platform:
+def platform_for(start: StartEngine, ranks: Ranks) -> Platform:
     """The platform that `start` names; imports only that one's libraries."""
     if start.options.device is EngineDevice.CUDA:
         from prism.gpu_worker.engine.cuda_platform import CudaPlatform
 
-        return CudaPlatform()
+        return CudaPlatform(start, ranks)
     from prism.gpu_worker.engine.cpu_platform import CpuPlatform
 
-    return CpuPlatform(start)
+    return CpuPlatform(start, ranks)

@@ -5,7 +5,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.gpu_worker.engine import cuda_driver
@@ -20,12 +20,12 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class RegisteredImage:
-    """The first `nbytes` of a memfd, mapped and registered with CUDA until `close`.
+    """The first `nbytes` of a memfd, mapped until `close`, and registered with CUDA piece by piece.
 
     In pieces: while one is pinned, the driver lets nothing else of the process through, decoding included,
     and a copy must not span two registrations. Memory comes before it is pinned, by several threads, and in
-    huge pages where the kernel allows that for shared memory, which makes pinning several times as fast. Done
-    once for an engine's life. Raises PrismError(out_of_memory) when the host has too little.
+    huge pages where the kernel allows that for shared memory, which makes pinning several times as fast. What
+    is pinned stays so until `unpin`: usually that is once for an engine's life.
     """
 
     def __init__(self, fd: int, nbytes: int) -> None:
@@ -34,18 +34,8 @@ class RegisteredImage:
         self._mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._view = (ctypes.c_char * nbytes).from_buffer(self._mapping)
         self.address = ctypes.addressof(self._view)
-        self._registered: list[int] = []
-        try:
-            _libc.madvise(self.address, nbytes, MADV_HUGEPAGE)
-            with ThreadPoolExecutor(THREADS) as pool:
-                populated = [pool.submit(self._populate, *piece) for piece in self.pieces()]
-                for (offset, size), ready in zip(self.pieces(), populated, strict=True):
-                    ready.result()
-                    cuda_driver.register_host(self.address + offset, size)
-                    self._registered.append(self.address + offset)
-        except BaseException:
-            self.close()
-            raise
+        self._registered: set[int] = set()
+        _libc.madvise(self.address, nbytes, MADV_HUGEPAGE)
 
     @classmethod
     def of(cls, fd: int, nbytes: int, known: "RegisteredImage | None") -> "RegisteredImage":
@@ -59,11 +49,56 @@ class RegisteredImage:
         for offset in range(0, self.nbytes, CHUNK_BYTES):
             yield offset, min(CHUNK_BYTES, self.nbytes - offset)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """How much is pinned now."""
+        return sum(size for offset, size in self.pieces() if offset in self._registered)
+
+    def pin(self) -> None:
+        """Have all of it pinned. Raises as `pinned_pieces` does."""
+        for _ in self.pinned_pieces():
+            pass
+
+    def pinned_pieces(self, threads: int = 1) -> Iterator[tuple[int, int]]:
+        """Offset and size of each piece, in order, each once it is pinned; later ones are pinned meanwhile,
+        by `threads` threads.
+
+        Raises PrismError(out_of_memory) when the host has too little; what is pinned by then stays so.
+        """
+        if len(self._registered) == len(list(self.pieces())):
+            yield from self.pieces()
+            return
+        context = cuda_driver.current_context()
+        populating = ThreadPoolExecutor(THREADS, "populate")
+        pinning = ThreadPoolExecutor(threads, "pin", cuda_driver.use_context, (context,))
+        try:
+            populated = [populating.submit(self._populate, *piece) for piece in self.pieces()]
+            pinned = [
+                pinning.submit(self._register, *piece, ready)
+                for piece, ready in zip(self.pieces(), populated, strict=True)
+            ]
+            for piece, done in zip(self.pieces(), pinned, strict=True):
+                done.result()
+                yield piece
+        finally:
+            populating.shutdown(cancel_futures=True)
+            pinning.shutdown(cancel_futures=True)
+
+    def _register(self, offset: int, size: int, populated: "Future[None]") -> None:
+        if offset not in self._registered:
+            populated.result()
+            cuda_driver.register_host(self.address + offset, size)
+            self._registered.add(offset)
+
+    def unpin(self) -> None:
+        """Let go of the pins; the mapping stays. No copy may be under way."""
+        for offset in sorted(self._registered):
+            cuda_driver.unregister_host(self.address + offset)
+            self._registered.remove(offset)
+
     def close(self) -> None:
         """Unpin and unmap. No copy may be under way."""
-        for address in self._registered:
-            cuda_driver.unregister_host(address)
-        self._registered.clear()
+        self.unpin()
         del self._view
         self._mapping.close()
 

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, TokenizedGenerateReqInput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
@@ -22,12 +23,30 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams as WireSamplingParams
 from prism.common.messages.generation import TokenLogprob
-from prism.gpu_worker.engine.link import EngineLink
+from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.platform import KvMemory, Platform
+from prism.gpu_worker.engine.ranks import Link, Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
-from prism.gpu_worker.engine_protocol import Abort, Done, Doze, Generate, Outputs, TokenOutput, Wake
+from prism.gpu_worker.engine_protocol import (
+    PLANNED_NEW_TOKENS,
+    Abort,
+    Done,
+    Doze,
+    Generate,
+    Outputs,
+    PrepareFreeze,
+    QuotaSet,
+    SetQuota,
+    TokenOutput,
+    Wake,
+)
 
 LOWEST_LOGPROB = -1e30
+MEMORY_POLL_S = 0.001
+MEMORY_TOLD_S = 0.5
+
+# The worker plans with what requests usually generate; SGLang would keep room for all that they may.
+schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_NEW_TOKENS
 PRIMING_RID = "priming"
 
 
@@ -56,18 +75,22 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         server_args: ServerArgs,
         port_args: PortArgs,
         *,
-        link: EngineLink,
+        link: Link,
         weights: ModelWeights,
         platform: Platform,
+        ranks: Ranks,
     ) -> None:
         self.link = link
+        self.ranks = ranks
         self.weights = weights
         self.kv: KvMemory | None = None
         self.on_primed: Callable[[], None] | None = None
         self.dozing = False
-        self._told_load = (0, 0, 0, 0)
+        self._told_load = (0, 0, 0, 0, 0)
+        self._told_at = 0.0
+        self._graphs = platform.graphs
         self._doze_when_idle: Doze | None = None
-        super().__init__(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
+        super().__init__(server_args, port_args, platform.gpu, ranks.rank, 0, 0, 0, 0, None)
         self.kv = platform.kv_memory(self)
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
@@ -88,8 +111,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.tokenizer = StopTokens.of(self.model_config.hf_eos_token_id, self.model_config.vocab_size)
 
     def init_idle_sleeper(self) -> None:
-        """Sleep on our socket while there is nothing to do."""
-        self.idle_sleeper = IdleSleeper(sockets=[self.link])
+        """Sleep on our socket while there is nothing to do; other ranks wait for the broadcast of rank 0."""
+        self.idle_sleeper = None if self.ranks.rank else IdleSleeper(sockets=[self.link])
 
     request_receiver: Any
 
@@ -107,6 +130,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._request_dispatcher._mapping[Abort] = lambda abort: self.abort_request(AbortReq(rid=abort.rid))
         self._request_dispatcher._mapping[Doze] = self.handle_doze
         self._request_dispatcher._mapping[Wake] = self.handle_wake
+        self._request_dispatcher._mapping[SetQuota] = self.handle_set_quota
+        self._request_dispatcher._mapping[PrepareFreeze] = self.handle_prepare_freeze
 
     def handle_generate(self, message: Generate) -> None:
         """Queue a request; one that can't be run here is answered with why."""
@@ -160,12 +185,21 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
     def on_idle(self) -> None:
         """Tell the worker that the last request is really out of the engine, then sleep."""
         if not self.is_fully_idle():
+            self._wait_for_memory()
             return
         if self.current_load() != self._told_load:
             self.tell([])
         if self._doze_when_idle is not None:
             self.handle_doze(self._doze_when_idle)
+        if self._graphs is not None and not self.dozing:
+            self._graphs.idle(self.forward_ct, time.monotonic())
         super().on_idle()
+
+    def _wait_for_memory(self) -> None:
+        """Requests are here, and nothing runs: the quota has no room for them yet. That is no standstill."""
+        if time.monotonic() - self._told_at > MEMORY_TOLD_S:
+            self.tell([])
+        time.sleep(MEMORY_POLL_S)
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
         """Pass results on; a step without output (a chunk of a long prefill) shows as progress."""
@@ -173,10 +207,12 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         if self.forward_ct != self._told_load[3]:
             self.tell([])
 
-    def current_load(self) -> tuple[int, int, int, int]:
-        """Requests running, requests waiting, KV tokens held by requests, forward passes so far."""
-        held = self.kv.held_tokens(self) if self.kv is not None else 0
-        return len(self.running_batch.reqs), len(self.waiting_queue), held, self.forward_ct
+    def current_load(self) -> tuple[int, int, int, int, int]:
+        """Requests running, requests waiting, KV tokens held by requests, forward passes so far, KV tokens of
+        cached prefixes."""
+        held = self.kv.held_tokens() if self.kv is not None else 0
+        cached = int(self.tree_cache.evictable_size())
+        return len(self.running_batch.reqs), len(self.waiting_queue), held, self.forward_ct, cached
 
     def tell(self, outputs: list[TokenOutput]) -> None:
         """Send outputs with the engine's load."""
@@ -186,6 +222,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
                 primed()
             return
         self._told_load = self.current_load()
+        self._told_at = time.monotonic()
         self.link.send(Outputs(outputs, *self._told_load))
 
     def handle_doze(self, request: Doze) -> None:
@@ -201,6 +238,19 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         """Take memory again, weights copied back from the image."""
         self._transition(request.call, self._wake)
 
+    def handle_set_quota(self, request: SetQuota) -> None:
+        """Bound the KV cache, between two steps."""
+        assert self.kv is not None
+        held, retracted = self.kv.set_limit(request.kv_bytes)
+        self.tell([])
+        self.link.send(QuotaSet(request.call, held, self.kv.limit_tokens, retracted))
+
+    def handle_prepare_freeze(self, request: PrepareFreeze) -> None:
+        """Let go of what would slow a thaw down; then sleep, with no call to the device, until spoken to."""
+        self._transition(request.call, self._prepare_freeze)
+        if self.dozing:
+            self.link.wait()
+
     def _transition(self, call: int, run: Callable[[], dict[str, float]]) -> None:
         try:
             self.link.send(Done(call, run()))
@@ -212,21 +262,31 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             return {}
         began = time.perf_counter()
         assert self.kv is not None
+        self.ranks.together(lambda: self.weights.require_image(wait=self.ranks.rank > 0))
         self.weights.unmap()
         self.flush_cache(empty_cache=False)
         self.kv.unmap()
         self.dozing = True
+        footprint.note("dozing")
         return {"unmap": time.perf_counter() - began}
+
+    def _prepare_freeze(self) -> dict[str, float]:
+        if not self.dozing:
+            raise PrismError(ErrorCode.INTERNAL, "asked to be frozen while awake", retry=True)
+        began = time.perf_counter()
+        self.weights.unpin()
+        return {"unpin": time.perf_counter() - began}
 
     def _wake(self) -> dict[str, float]:
         if not self.dozing:
             return {}
         assert self.kv is not None
         began = time.perf_counter()
-        self.weights.restore()
+        self.ranks.together(self.weights.restore, undo=self.weights.unmap)
         copied = time.perf_counter()
         self.kv.map()
         self.dozing = False
+        footprint.note("woken")
         return {"copy": copied - began, "kv": time.perf_counter() - copied}
 
 

@@ -30,6 +30,7 @@ from prism.gpu_worker.engine.arena import TENSOR_ALIGNMENT, MemoryArena, align
 from prism.gpu_worker.engine_protocol import Progress, StartEngine
 
 KEPT_INITIAL_VALUE_BYTES = 1 << 20
+EXPORT_DEADLINE_S = 8.0
 
 
 class ModelWeights:
@@ -193,15 +194,24 @@ class ModelWeights:
         self._lease = None
         self._lease = self._take_lease(self._start.layout)
 
-    def unmap(self) -> None:
-        """Give the weights' memory back. Raises PrismError when there is no image to wake from."""
+    def require_image(self, *, wait: bool = False) -> None:
+        """Raises PrismError(store_unavailable) when there is no image to wake from; with `wait`, one that is
+        on its way is waited for."""
+        if self._export is not None and wait:
+            self._export.join(EXPORT_DEADLINE_S)
         if self._export is not None and self._export.is_alive():
             raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
         if not self.imaged:
             reason = self._export_error.message if self._export_error else "no image was exported"
             raise PrismError(ErrorCode.STORE_UNAVAILABLE, f"cannot doze without an image: {reason}")
+
+    def unmap(self) -> None:
+        """Give the weights' memory back; `require_image` has been asked before."""
         assert self.arena is not None
         self.arena.unmap()
+
+    def unpin(self) -> None:
+        """Nothing is pinned on a CPU."""
 
     def restore(self) -> None:
         """Take memory again and copy the weights back; on failure nothing is held."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prism.bench.activation.merging import merge_cells
+from prism.bench.cell_files import merge_cells
 from prism.bench.results import Row
 
 

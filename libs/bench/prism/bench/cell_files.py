@@ -24,6 +24,17 @@ def write_cell(path: Path, name: str, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def is_measured(path: Path, root: Path) -> bool:
+    """Whether `path` holds a cell that was measured at the commit of the clean tree `root`."""
+    now = commit(root)
+    if now == "unknown" or now.endswith("-dirty"):
+        return False
+    try:
+        return bool(json.loads(path.read_text())["commit"] == now)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def merge_cells(name: str, files: Sequence[Path], root: Path) -> Path:
     """Write `<root>/docs/results/<name>.json` from cells; a figure that several have is kept from the first.
 

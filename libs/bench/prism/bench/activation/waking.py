@@ -1,0 +1,154 @@
+"""How fast models doze and wake, what they hold meanwhile, and whether many cycles change anything."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from prism.bench.activation.bus_bandwidth import pinned_bandwidth
+from prism.bench.activation.commanded_system import CommandedSystem
+from prism.bench.activation.woken import (
+    ANSWER_TOKENS,
+    MIB,
+    SETTLE_S,
+    engine_pid,
+    gpu_used_bytes,
+    median,
+    prompt_of,
+    system_of,
+    wake,
+)
+from prism.bench.results import Row, row
+from prism.common.messages.placement import CommandKind
+from prism.scheduling.memory import weights_bytes
+
+WAKES = 7
+WAKE_OVERHEAD_S = 0.060
+WAKE_TARGETS_S = {"8b": 0.36, "70b_fp8": 1.4}
+DOZE_TARGET_S = 0.060
+FOOTPRINT_SIZE = "8b"
+FOOTPRINT_TARGET_MIB = 800
+COPY_SHARE_TARGET = 0.97
+
+
+async def wake_cell(sizes: list[str], models: Path, log: Path) -> list[Row]:
+    """Starting, dozing and waking models one by one: times, memory, and whether they say the same then."""
+    bandwidth = await asyncio.to_thread(pinned_bandwidth)
+    rows = [row("pinned_bandwidth_gb_per_s", round(bandwidth / 1e9, 2), "GB/s")]
+    began = time.monotonic()
+    async with system_of(sizes, models, log) as system:
+        rows.append(row(f"worker_up_{sizes[0]}_s", round(time.monotonic() - began, 2), "s"))
+        for size in sizes:
+            rows += await _woken_again_and_again(system, size, bandwidth)
+    return rows
+
+
+async def _woken_again_and_again(system: CommandedSystem, size: str, bandwidth: float) -> list[Row]:
+    started = await system.command(CommandKind.ACTIVATE, size)
+    prompt = prompt_of(1)
+    undisturbed = (await system.complete(size, prompt, ANSWER_TOKENS)).text
+    awake = []
+    for seed in range(2, 2 + WAKES):
+        asked = time.monotonic()
+        awake.append((await system.complete(size, prompt_of(seed), ANSWER_TOKENS)).first_byte_at - asked)
+    pid = engine_pid(size)
+    active_bytes = gpu_used_bytes()[pid]
+    wakes, dozes, dozing_bytes = [], [], []
+    for _ in range(WAKES):
+        outcome = await system.command(CommandKind.DOZE, size)
+        dozes.append(outcome.seconds["total"])
+        dozing_bytes.append(gpu_used_bytes()[pid])
+        await asyncio.sleep(SETTLE_S)
+        wakes.append(await wake(system, size, prompt))
+    await system.command(CommandKind.DOZE, size)
+    weights = weights_bytes(system.facts[size], None)
+    first = median(each.first_token_s for each in wakes)
+    copy_s = median(each.copy_s for each in wakes)
+    floor = weights / bandwidth
+    target = WAKE_TARGETS_S.get(size, round(floor + WAKE_OVERHEAD_S, 3))
+    note = f"{weights / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s take {floor:.3f} s; median of {WAKES}"
+    share_note = "of the pinned bandwidth measured in the same run; mapping the memory included"
+    said_note = f"answers of {ANSWER_TOKENS} greedy tokens that differ from that before the first doze"
+    mismatches = sum(each.text != undisturbed for each in wakes)
+    return [
+        *(
+            row(f"first_build_{size}_{phase}_s", round(seconds, 3), "s")
+            for phase, seconds in sorted(started.seconds.items())
+        ),
+        row(
+            f"wake_{size}_first_token_s",
+            first,
+            "s",
+            target=target,
+            note=note,
+        ),
+        row(f"wake_{size}_command_s", median(w.command_s for w in wakes), "s"),
+        row(f"wake_{size}_to_request_s", median(w.to_request_s for w in wakes), "s"),
+        row(f"wake_{size}_to_token_frame_s", median(w.to_token_frame_s for w in wakes), "s"),
+        row(f"awake_{size}_first_token_s", median(awake), "s", note="the same request to an active model"),
+        row(f"wake_{size}_copy_s", copy_s, "s"),
+        row(
+            f"wake_{size}_copy_share",
+            round(floor / copy_s, 4) if copy_s else None,
+            "ratio",
+            target=COPY_SHARE_TARGET,
+            better="higher",
+            note=share_note,
+        ),
+        row(f"doze_{size}_s", median(dozes), "s", target=DOZE_TARGET_S, note="memory confirmed free"),
+        row(f"doze_{size}_worst_s", round(max(dozes), 4), "s"),
+        row(
+            f"dozing_footprint_{size}_mib",
+            round(max(dozing_bytes) / MIB),
+            "MiB",
+            note="as the driver counts it",
+        ),
+        *(_dozing_footprint(dozing_bytes) if size == FOOTPRINT_SIZE else ()),
+        row(f"active_{size}_mib", round(active_bytes / MIB), "MiB"),
+        row(f"wake_{size}_mismatches", mismatches, "count", target=0, better="equal", note=said_note),
+    ]
+
+
+def _dozing_footprint(dozing_bytes: Sequence[int]) -> list[Row]:
+    value = round(max(dozing_bytes) / MIB)
+    note = f"an {FOOTPRINT_SIZE.upper()}, as the driver counts it; the rows beside it have the other sizes"
+    return [row("dozing_footprint_mib", value, "MiB", target=FOOTPRINT_TARGET_MIB, note=note)]
+
+
+async def cycles_cell(sizes: list[str], cycles: int, models: Path, log: Path) -> list[Row]:
+    """Many sleep and wake cycles over several models: nothing may grow, nothing may be said otherwise."""
+    async with system_of(sizes, models, log) as system:
+        said: dict[str, str] = {}
+        for size in sizes:
+            await system.command(CommandKind.ACTIVATE, size)
+            said[size] = (await system.complete(size, prompt_of(2), ANSWER_TOKENS)).text
+            await system.command(CommandKind.DOZE, size)
+        pids = [engine_pid(size) for size in sizes]
+        mismatches = 0
+        gpu: list[int] = []
+        rss: list[int] = []
+        for cycle in range(cycles):
+            size = sizes[cycle % len(sizes)]
+            woken = await wake(system, size, prompt_of(2))
+            mismatches += woken.text != said[size]
+            await system.command(CommandKind.DOZE, size)
+            used = gpu_used_bytes()
+            gpu.append(sum(used[pid] for pid in pids))
+            rss.append(sum(psutil.Process(pid).memory_info().rss for pid in pids))
+    base = len(sizes) - 1
+    growth = 100 * (gpu[-1] - gpu[base]) / gpu[base]
+    note = f"{cycles} cycles over {', '.join(sizes)}"
+    return [
+        row("cycles", cycles, "count", note=note),
+        row(
+            "cycles_gpu_growth_pct",
+            round(growth, 3),
+            "%",
+            target=1.0,
+            note="all asleep, from round one on",
+        ),
+        row("cycles_rss_growth_pct", round(100 * (rss[-1] - rss[base]) / rss[base], 2), "%"),
+        row("cycles_mismatches", mismatches, "count", target=0, better="equal"),
+    ]

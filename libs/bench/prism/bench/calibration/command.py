@@ -1,0 +1,111 @@
+"""`prism calibrate`: measure a running system, and write what its device and models cost."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+import httpx
+
+from prism.bench.calibration.fitting import fitted_cost, fitted_profile
+from prism.bench.calibration.probing import DEADLINE_S, context_lengths, probe, slowdown
+from prism.bench.simulation.model_config import read_model_facts
+from prism.bench.simulation.options import clean_end
+from prism.bench.simulation.profiles import profile_names, read_profile, write_profile
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.models import ModelSpec
+from prism.common.placement_file import read_placement_file
+from prism.scheduling.cost import GpuProfile, ModelCost
+
+
+async def calibrate(
+    url: str,
+    specs: Sequence[ModelSpec],
+    base: GpuProfile,
+    *,
+    name: str,
+    element_bytes: int | None,
+    tell: Callable[[str], None],
+) -> tuple[GpuProfile, dict[str, ModelCost]]:
+    """Measure `specs`, which the system at `url` serves and nobody else uses meanwhile, one after the other
+    and all at once. Raises PrismError for a model that is not served or does not answer."""
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
+        served = await context_lengths(client)
+        missing = [spec.model_name for spec in specs if spec.model_name not in served]
+        if missing:
+            raise PrismError(ErrorCode.INVALID_REQUEST, f"{url} does not serve {', '.join(missing)}")
+        facts = {spec.model_name: read_model_facts(spec.model_name, spec.model_path) for spec in specs}
+        costs = {}
+        for model, found in facts.items():
+            seen = await probe(client, model, served[model], tell=tell)
+            costs[model] = fitted_cost(seen, found, base, element_bytes)
+        factor = 1.0
+        if len(costs) > 1:
+            tell("measuring all at once")
+            factor = await slowdown(client, list(costs))
+    return fitted_profile(costs, facts, base, slowdown=factor, name=name), costs
+
+
+@click.command("calibrate")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="A gateway of the system.")
+@click.option(
+    "--models", type=click.Path(path_type=Path), required=True, help="The placement file that it serves."
+)
+@click.option("--model", "names", multiple=True, help="Only these of its models.  [default: all]")
+@click.option(
+    "--base",
+    default="h200",
+    show_default=True,
+    help=f"Where what is not measured is taken from: {', '.join(profile_names())}, or a file.",
+)
+@click.option(
+    "--element-bytes", type=click.IntRange(1, 8), help="Of a weight, where not the checkpoint's own."
+)
+@click.option("--name", default="calibrated", show_default=True, help="What to call the profile.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The profile to write."
+)
+def calibrate_command(
+    url: str,
+    models: Path,
+    names: tuple[str, ...],
+    base: str,
+    element_bytes: int | None,
+    name: str,
+    out: Path,
+) -> None:
+    """Measure a running system through its gateway, and write a cost profile for `prism simulate --profile`.
+
+    Nobody else should use the system meanwhile: what is measured is the time of single requests, of batches,
+    and of models that decode at once.
+    """
+    with clean_end():
+        specs = read_placement_file(models)
+        known = {spec.model_name for spec in specs}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise PrismError(ErrorCode.INVALID_REQUEST, f"{models} has no model {', '.join(unknown)}")
+        chosen = [spec for spec in specs if not names or spec.model_name in names]
+        profile, costs = asyncio.run(
+            calibrate(
+                url,
+                chosen,
+                read_profile(base),
+                name=name,
+                element_bytes=element_bytes,
+                tell=lambda line: click.echo(line, err=True),
+            )
+        )
+        try:
+            write_profile(profile, out, costs)
+        except OSError as error:
+            raise PrismError(ErrorCode.INVALID_REQUEST, f"{out}: {error.strerror}") from error
+    for model, cost in costs.items():
+        click.echo(
+            f"{model}: first token {1e3 * (cost.request_s + cost.prefill_fixed_s):.1f} ms + "
+            f"{1e6 * cost.prefill_token_s:.0f} us a token, step {1e3 * cost.decode_fixed_s:.1f} ms + "
+            f"{1e3 * cost.decode_sequence_s:.2f} ms a sequence"
+        )
+    click.echo(f"{out}: {profile.source}")
+    sys.exit(0)

@@ -1,0 +1,88 @@
+"""From what was measured of a model to its cost, and from several models' costs to a profile of the
+device."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import msgspec
+import numpy as np
+
+from prism.bench.calibration.probing import Probe
+from prism.common.messages.models import ModelFacts
+from prism.scheduling.cost import OPERATIONS_PER_PARAMETER, GpuProfile, ModelCost, model_cost
+
+LEAST_TOKEN_S = 1e-9
+
+
+def fitted_cost(probe: Probe, facts: ModelFacts, base: GpuProfile, element_bytes: int | None) -> ModelCost:
+    """The cost of the model that `probe` is of; what it does not tell (wakes, sizes) is as on `base`.
+
+    A first token takes request_s + prefill_fixed_s + tokens * prefill_token_s. A burst of n prompts that fill
+    a chunk each takes n times the last two, which tells the way to the engine and back from the prefill.
+    """
+    lengths = sorted(probe.first_token_s)
+    token_s, _ = np.polyfit(lengths, [probe.first_token_s[length] for length in lengths], 1)
+    token_s = max(float(token_s), LEAST_TOKEN_S)
+    intercept = median(seconds - token_s * length for length, seconds in probe.first_token_s.items())
+    few, many = min(probe.burst_s), max(probe.burst_s)
+    each = (probe.burst_s[many] - probe.burst_s[few]) / (many - few)
+    prefill_fixed_s = min(max(0.0, each - token_s * probe.burst_tokens), max(0.0, intercept))
+    fixed, sequence, kv = nonnegative_fit(
+        [(1.0, float(batch), held) for batch, held, _ in probe.steps], [step for _, _, step in probe.steps]
+    )
+    return msgspec.structs.replace(
+        model_cost(facts, base, element_bytes=element_bytes),
+        prefill_fixed_s=prefill_fixed_s,
+        prefill_token_s=token_s,
+        decode_fixed_s=max(fixed, LEAST_TOKEN_S),
+        decode_sequence_s=sequence,
+        decode_kv_token_s=kv,
+        request_s=max(0.0, intercept - prefill_fixed_s),
+    )
+
+
+def nonnegative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
+    """Least squares with coefficients of 0 or more: the most negative one is left out until none is."""
+    matrix, target = np.array(rows), np.array(targets)
+    kept = list(range(matrix.shape[1]))
+    while kept:
+        found = np.linalg.lstsq(matrix[:, kept], target, rcond=None)[0]
+        if found.min() >= 0:
+            break
+        kept.pop(int(found.argmin()))
+    coefficients = [0.0] * matrix.shape[1]
+    if kept:
+        for place, value in zip(kept, found, strict=True):
+            coefficients[place] = float(value)
+    return coefficients
+
+
+def fitted_profile(
+    costs: Mapping[str, ModelCost],
+    facts: Mapping[str, ModelFacts],
+    base: GpuProfile,
+    *,
+    slowdown: float,
+    name: str,
+) -> GpuProfile:
+    """A profile of the device: what models of other sizes would reach there, by the median of those
+    measured."""
+    together = len(costs)
+    return msgspec.structs.replace(
+        base,
+        name=name,
+        operations_per_s=median(
+            OPERATIONS_PER_PARAMETER * facts[model].parameters / cost.prefill_token_s
+            for model, cost in costs.items()
+        ),
+        memory_bytes_per_s=median(cost.weights_bytes / cost.decode_fixed_s for cost in costs.values()),
+        prefill_fixed_s=median(cost.prefill_fixed_s for cost in costs.values()),
+        prefill_bytes_per_s=1e18,
+        decode_fixed_s=0.0,
+        decode_sequence_s=median(cost.decode_sequence_s for cost in costs.values()),
+        request_s=median(cost.request_s for cost in costs.values()),
+        context_bytes=0,
+        parallel_engines=max(1.0, together / max(1.0, slowdown)),
+        source=f"prism calibrate: {', '.join(costs)}; {together} at once take {slowdown:.2f} times as long; "
+        f"not measured, as in {base.name}: wakes, dozes, bus and disk",
+    )

@@ -1,0 +1,139 @@
+"""Measuring a running system as its clients do: through the gateway, one request or many at once."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import httpx
+import msgspec
+
+from prism.common.errors import ErrorCode, PrismError
+
+REPEATS = 5
+PROMPTS = (8, 64, 128, 256, 512)
+BATCHES = (1, 2, 4, 8)
+BURST = 6
+SHORT_PROMPT, LONG_PROMPT = 16, 256
+OUTPUT = 48
+DEADLINE_S = 120.0
+
+
+class Timed(msgspec.Struct, frozen=True):
+    """One request as its client saw it, in seconds. `began_s` is when it was sent, on the caller's clock."""
+
+    began_s: float
+    ttft_s: float
+    total_s: float
+    output_tokens: int
+
+    @property
+    def tpot_s(self) -> float:
+        """Per token after the first."""
+        return (self.total_s - self.ttft_s) / max(1, self.output_tokens - 1)
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """What was measured of one model alone: first tokens by length of the prompt, a burst of prompts of
+    `burst_tokens` by the time until all had their first token, and decode steps by sequences and KV
+    tokens."""
+
+    model: str
+    first_token_s: dict[int, float]
+    burst_tokens: int
+    burst_s: dict[int, float]
+    steps: list[tuple[int, float, float]]
+
+
+async def generate(
+    client: httpx.AsyncClient, model: str, prompt_tokens: int, output_tokens: int, random_: random.Random
+) -> Timed:
+    """Stream one answer to a prompt that nobody has a prefix of. Raises PrismError when there is none."""
+    body = {
+        "model": model,
+        "input_ids": [random_.randrange(10, 500) for _ in range(prompt_tokens)],
+        "sampling_params": {"max_new_tokens": output_tokens, "ignore_eos": True, "temperature": 0},
+        "stream": True,
+    }
+    began = time.perf_counter()
+    first = 0.0
+    try:
+        async with client.stream("POST", "/generate", json=body) as response:
+            if response.status_code != 200:
+                said = (await response.aread()).decode(errors="replace")
+                raise PrismError(ErrorCode.INTERNAL, f"{model}: status {response.status_code}: {said[:300]}")
+            async for _ in response.aiter_raw():
+                first = first or time.perf_counter()
+    except httpx.HTTPError as error:
+        raise PrismError(ErrorCode.INTERNAL, f"{model}: the gateway did not answer: {error!r}") from error
+    return Timed(began, first - began, time.perf_counter() - began, output_tokens)
+
+
+async def probe(
+    client: httpx.AsyncClient,
+    model: str,
+    context_length: int,
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+    seed: int = 0,
+) -> Probe:
+    """Measure a model that nobody else uses. Medians of REPEATS. `tell` hears what is under way."""
+    tell(f"{model}: waking")
+    random_ = random.Random(f"{model}/{seed}")
+    await generate(client, model, SHORT_PROMPT, 4, random_)
+    lengths = [length for length in PROMPTS if length + 1 < context_length]
+    tell(f"{model}: first tokens")
+    first_token_s = {}
+    for length in lengths:
+        seen = [(await generate(client, model, length, 1, random_)).ttft_s for _ in range(REPEATS)]
+        first_token_s[length] = median(seen)
+    tell(f"{model}: bursts")
+    longest = lengths[-1]
+    bursts: dict[int, list[float]] = {1: [], BURST: []}
+    for _ in range(REPEATS):
+        for count, seen in bursts.items():
+            times = await _together([(model, longest, 1)] * count, client, random_)
+            seen.append(max(each.ttft_s for each in times))
+    tell(f"{model}: steps")
+    steps = []
+    for prompt in (SHORT_PROMPT, min(LONG_PROMPT, context_length // 2)):
+        for batch in BATCHES:
+            tpots = []
+            for _ in range(max(1, REPEATS // 2)):
+                times = await _together([(model, prompt, OUTPUT)] * batch, client, random_)
+                tpots.append(median(each.tpot_s for each in times))
+            steps.append((batch, batch * (prompt + OUTPUT / 2), median(tpots)))
+    return Probe(model, first_token_s, longest, {n: median(seen) for n, seen in bursts.items()}, steps)
+
+
+async def slowdown(client: httpx.AsyncClient, models: Sequence[str], seed: int = 0) -> float:
+    """How many times longer steps take when all `models` decode at once."""
+    random_ = random.Random(f"slowdown/{seed}")
+    ratios = []
+    for _ in range(REPEATS):
+        alone = [(await generate(client, model, SHORT_PROMPT, OUTPUT, random_)).tpot_s for model in models]
+        together = await _together([(model, SHORT_PROMPT, OUTPUT) for model in models], client, random_)
+        ratios += [both.tpot_s / one for one, both in zip(alone, together, strict=True)]
+    return median(ratios)
+
+
+async def _together(
+    requests: Sequence[tuple[str, int, int]], client: httpx.AsyncClient, random_: random.Random
+) -> list[Timed]:
+    return list(
+        await asyncio.gather(
+            *(generate(client, model, prompt, output, random_) for model, prompt, output in requests)
+        )
+    )
+
+
+async def context_lengths(client: httpx.AsyncClient) -> dict[str, int]:
+    """Of all models that the gateway serves. Raises PrismError when it can't be asked."""
+    try:
+        answer = (await client.get("/v1/models")).raise_for_status().json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise PrismError(
+            ErrorCode.INTERNAL, f"{client.base_url} does not list its models: {error}"
+        ) from error
+    return {entry["id"]: entry.get("context_length") or 2048 for entry in answer["data"]}

@@ -1,0 +1,2 @@
+"""`make bench-scheduling`: the schedulers against each other and against their baselines, in the
+simulator."""

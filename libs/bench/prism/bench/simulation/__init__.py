@@ -1,0 +1,1 @@
+"""The simulator: the real placement, admission and quota decisions against traces, on a clock of its own."""

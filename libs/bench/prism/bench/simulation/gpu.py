@@ -1,0 +1,94 @@
+"""One GPU: who computes on it, its memory, and its way to host memory."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prism.bench.simulation.engine import Engine
+    from prism.bench.simulation.instance import Instance
+
+
+class Gpu:
+    """`computing` engines share it evenly, beyond the number that it runs in `parallel`. Bytes of memory,
+    `reserved_bytes` of `limit_bytes` are promised away. `bus_free_s` is when the copies of weights to it that
+    are under way will be done: one goes after the other."""
+
+    __slots__ = (
+        "active",
+        "bus_free_s",
+        "busy_s",
+        "busy_since",
+        "computing",
+        "held_s",
+        "held_since",
+        "index",
+        "limit_bytes",
+        "parallel",
+        "reserved_bytes",
+        "residents",
+    )
+
+    def __init__(self, index: int, limit_bytes: int, parallel: float = 1.0) -> None:
+        self.index = index
+        self.limit_bytes = limit_bytes
+        self.parallel = parallel
+        self.reserved_bytes = 0
+        self.residents: dict[str, Instance] = {}
+        self.computing: list[Engine] = []
+        self.bus_free_s = 0.0
+        self.busy_s = 0.0
+        self.busy_since = 0.0
+        self.active = 0
+        self.held_s = 0.0
+        self.held_since = 0.0
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that nobody has been promised."""
+        return self.limit_bytes - self.reserved_bytes
+
+    def shares(self, engines: int) -> float:
+        """How many times longer each of so many engines that compute at once takes."""
+        return max(1.0, engines / self.parallel)
+
+    def join(self, engine: "Engine", now: float) -> None:
+        """`engine` begins to compute."""
+        computing = self.computing
+        if computing:
+            others = tuple(computing)
+            computing.append(engine)
+            for other in others:
+                other.shared_again(now)
+        else:
+            computing.append(engine)
+            self.busy_since = now
+
+    def leave(self, engine: "Engine", now: float) -> None:
+        """`engine` has nothing to compute any more."""
+        computing = self.computing
+        computing.remove(engine)
+        if computing:
+            for other in tuple(computing):
+                other.shared_again(now)
+        else:
+            self.busy_s += now - self.busy_since
+
+    def hold(self, now: float) -> None:
+        """One more model is active here."""
+        if self.active == 0:
+            self.held_since = now
+        self.active += 1
+
+    def let_go(self, now: float) -> None:
+        """One model less is active here."""
+        self.active -= 1
+        if self.active == 0:
+            self.held_s += now - self.held_since
+
+    def settle(self, now: float) -> None:
+        """Close the accounts of time at the end."""
+        if self.computing:
+            self.busy_s += now - self.busy_since
+            self.busy_since = now
+        if self.active:
+            self.held_s += now - self.held_since
+            self.held_since = now

@@ -1,0 +1,141 @@
+"""What the commands around the simulator have in common: their options, and how they end."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prism.bench.simulation.profiles import (
+    DEFAULT,
+    profile_names,
+    read_measured_costs,
+    read_profile,
+)
+from prism.bench.simulation.scenario import Scenario, make_scenario, read_models
+from prism.bench.traces.reading import read_trace
+from prism.bench.traces.trace import head, replicated
+from prism.common.errors import ErrorCode, PrismError
+from prism.scheduling.memory import GB
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_SCENARIO: tuple[Decorator, ...] = (
+    click.option(
+        "--trace",
+        "traces",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        required=True,
+        help="Requests over time: Prism's columns, Azure's or BurstGPT's. May be given several times.",
+    ),
+    click.option(
+        "--models", "models", type=click.Path(path_type=Path), required=True, help="A placement file."
+    ),
+    click.option(
+        "--gpu-memory-gb",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Memory of a GPU that models may take, in GB.  [default: the profile's]",
+    ),
+    click.option(
+        "--profile",
+        default=DEFAULT,
+        show_default=True,
+        help=f"What a GPU reaches: {', '.join(profile_names())}, or a file of `prism calibrate`.",
+    ),
+    click.option(
+        "--ttft-scale",
+        type=click.FloatRange(min=0, min_open=True),
+        default=5.0,
+        show_default=True,
+        help="Objective of the time to the first token: so many times the model's P95 alone on such a GPU.",
+    ),
+    click.option(
+        "--tpot-scale",
+        type=click.FloatRange(min=0, min_open=True),
+        default=5.0,
+        show_default=True,
+        help="The same for the time per token after the first.",
+    ),
+    click.option(
+        "--rate-scale",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Divides all gaps between arrivals.",
+    ),
+    click.option(
+        "--replicate", type=click.IntRange(min=1), default=1, show_default=True, help="Copies of the trace."
+    ),
+    click.option(
+        "--seconds", type=click.FloatRange(min=0, min_open=True), help="Only the trace's first seconds."
+    ),
+    click.option(
+        "--map",
+        "mapping",
+        multiple=True,
+        metavar="TRACE_MODEL=MODEL",
+        help="Which model serves a model of the trace.  [default: the same name, the others by popularity]",
+    ),
+    click.option(
+        "--context-length",
+        type=click.IntRange(min=1),
+        help="Serve contexts of at most so many tokens.  [default: each model's own]",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the search for placements."),
+)
+
+
+def scenario_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say what is simulated."""
+    for option in reversed(_SCENARIO):
+        command = option(command)
+    return command
+
+
+def read_scenario(
+    traces: tuple[Path, ...],
+    models: Path,
+    gpu_memory_gb: float | None,
+    profile: str,
+    replicate: int,
+    seconds: float | None,
+    mapping: tuple[str, ...],
+    context_length: int | None,
+) -> Scenario:
+    """The scenario that the options ask for. Raises PrismError(invalid_request)."""
+    gpu = read_profile(profile)
+    memory = round(gpu_memory_gb * GB) if gpu_memory_gb is not None else gpu.memory_bytes
+    trace = read_trace(traces)
+    if seconds is not None:
+        trace = head(trace, seconds)
+        if not len(trace):
+            raise PrismError(ErrorCode.INVALID_REQUEST, f"no requests in the trace's first {seconds:g} s")
+    targets = {}
+    for pair in mapping:
+        source, equals, target = pair.partition("=")
+        if not equals:
+            raise PrismError(ErrorCode.INVALID_REQUEST, f"--map {pair!r}: it has to be TRACE_MODEL=MODEL")
+        targets[source] = target
+    served = read_models(models, gpu, context_length, read_measured_costs(profile))
+    return make_scenario(replicated(trace, replicate), served, gpu, memory, targets)
+
+
+@contextmanager
+def clean_end() -> Iterator[None]:
+    """Errors of the user's as one line and status 1."""
+    try:
+        yield
+    except PrismError as error:
+        click.echo(f"prism: {error.message}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def warn(warnings: list[str]) -> None:
+    """Tell people, not programs."""
+    for warning in warnings:
+        click.echo(f"prism: warning: {warning}", err=True)

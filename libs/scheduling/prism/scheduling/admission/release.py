@@ -1,0 +1,202 @@
+"""Releasing requests one by one, in an order that a policy chose, within what engines and the GPU can take.
+
+**One prefill budget.** Engines are processes of their own and would all prefill at once. Requests are
+released only while less than `lookahead_s` of prefill lies ahead of the GPU, so that the order in which they
+are released is the order in which they are prefilled. Prompts of one model that are released together are
+prefilled together: only the first of them is charged the fixed cost.
+
+**Memory.** A request starts when its engine's free KV tokens hold its prompt and its expected output. One
+that does not fit yet holds up those of its model that come after it, so that a large one is not overtaken
+for ever. An engine that runs nothing takes one request whatever its size: waiting would make no more room.
+
+**Decode.** While an engine decodes under a promise of T seconds a token, at s seconds a step, prefill takes
+at most 1 - s/T of the GPU's time (the least such share of all engines, over PREFILL_WINDOW_S): n steps then
+take n*s of decode time within n*T seconds. A prefill that alone is more than that goes when there was none
+lately. Whoever must not wait (it would be late for that, or has waited beyond its bound) is `urgent` and
+goes all the same: decode is protected as long as there is slack elsewhere.
+
+With a `DecodeRoom` an engine that runs nothing begins only where all engines then keep their promises: being
+late is worse for one request than for all that decode. While some have waited beyond their bound, one engine
+more is kept free for them; who has waited twice that long goes as the only one too many.
+"""
+
+import enum
+from collections.abc import Mapping
+from math import inf
+
+import msgspec
+
+from prism.scheduling.admission.decode_room import DecodeRoom
+from prism.scheduling.admission.policy import (
+    PREFILL_WINDOW_S,
+    Admission,
+    EngineCapacity,
+    GpuWork,
+    QueuedRequest,
+)
+
+SHORTEST_WAIT_S = 0.001
+
+
+class PrefillBudget(msgspec.Struct, frozen=True):
+    """How prefill is bounded on one GPU: seconds of it that may lie ahead, and the share of the GPU's time
+    that it may always have, whatever decoding engines were promised."""
+
+    lookahead_s: float = 0.05
+    least_share: float = 0.1
+
+
+class Offer(enum.Enum):
+    """What came of offering a request: it started, it can't yet, prefill has to wait for decode, or nothing
+    more can start now."""
+
+    STARTED = enum.auto()
+    BLOCKED = enum.auto()
+    HELD = enum.auto()
+    FULL = enum.auto()
+
+
+# As plain globals: an attribute of an enumeration costs a quarter of a whole offer.
+STARTED, BLOCKED, HELD, FULL = Offer.STARTED, Offer.BLOCKED, Offer.HELD, Offer.FULL
+STOPPED = (HELD, FULL)
+
+
+class Overage(enum.Enum):
+    """Whether a request has waited beyond its bound, or beyond twice its bound."""
+
+    NONE = enum.auto()
+    ONCE = enum.auto()
+    TWICE = enum.auto()
+
+
+NOT_OVERAGED, ONCE_OVERAGED, TWICE_OVERAGED = Overage.NONE, Overage.ONCE, Overage.TWICE
+
+
+class _Left:
+    """What is left of one engine. `fixed_s` is what its next prefill costs beside its tokens."""
+
+    __slots__ = ("fixed_s", "idle", "kv_tokens", "slots")
+
+    def __init__(self, engine: EngineCapacity) -> None:
+        self.slots = engine.max_running - engine.running if engine.accepting else 0
+        self.kv_tokens = engine.kv_free_tokens
+        self.idle = engine.running == 0
+        self.fixed_s = engine.prefill_fixed_s
+
+
+class Release:
+    """One decision in the making. `until_s` is when all prefill released so far is done. `engines_kept_free`
+    may not begin for requests that are not overaged."""
+
+    __slots__ = (
+        "_allowed_s",
+        "_budget",
+        "_decode_room",
+        "_engines",
+        "_left",
+        "_now",
+        "_spent_s",
+        "again_at_s",
+        "engines_kept_free",
+        "rids",
+        "until_s",
+    )
+
+    def __init__(
+        self,
+        engines: Mapping[str, EngineCapacity],
+        gpu: GpuWork,
+        now: float,
+        budget: PrefillBudget,
+        decode_room: DecodeRoom | None = None,
+    ) -> None:
+        self.rids: list[str] = []
+        self.again_at_s: float | None = None
+        self.until_s = gpu.prefill_until_s if gpu.prefill_until_s > now else now
+        self._engines = engines
+        self._now = now
+        self._budget = budget
+        self._decode_room = decode_room
+        self.engines_kept_free = 0
+        self._left: dict[str, _Left] = {}
+        self._spent_s = gpu.recent_prefill_s
+        self._allowed_s: float | None = None
+
+    def offer(
+        self, request: QueuedRequest, *, urgent: bool = False, overaged: Overage = NOT_OVERAGED
+    ) -> Offer:
+        """Start `request` if it can be. After HELD, offer it again as urgent or let it wait; after FULL
+        nothing else is worth offering. `again_at_s` says then when it is worth looking again."""
+        ahead = self.until_s - self._now
+        if ahead >= self._budget.lookahead_s:
+            self.again_at_s = self.until_s - self._budget.lookahead_s
+            return FULL
+        model = request.model
+        engine = self._engines.get(model)
+        if engine is None:
+            return BLOCKED
+        left = self._left.get(model)
+        if left is None:
+            left = self._left[model] = _Left(engine)
+        if left.slots <= 0:
+            return BLOCKED
+        tokens = request.tokens
+        if tokens > left.kv_tokens and not left.idle:
+            left.slots = 0
+            return BLOCKED
+        if left.idle and self._decode_room is not None and not self._may_begin(engine, overaged):
+            return BLOCKED
+        seconds = left.fixed_s + request.prompt_tokens / engine.prefill_tokens_per_s
+        if self._spent_s > 0 and not urgent:
+            beyond = self._spent_s + seconds - self._allowed()
+            if beyond > 0:
+                # The window forgets a second of prefill in a second at best.
+                self.again_at_s = self._now + max(SHORTEST_WAIT_S, min(beyond, self._spent_s))
+                return HELD
+        left.slots -= 1
+        left.kv_tokens -= tokens
+        if left.idle:
+            left.idle = False
+            if self._decode_room is not None:
+                self._decode_room.begins(engine)
+        left.fixed_s = 0.0
+        self.until_s += seconds
+        self._spent_s += seconds
+        self.rids.append(request.rid)
+        return STARTED
+
+    def _may_begin(self, engine: EngineCapacity, overaged: Overage) -> bool:
+        room = self._decode_room
+        assert room is not None
+        if overaged is NOT_OVERAGED:
+            return room.has_room(engine, self.engines_kept_free)
+        return room.has_room(engine) or (overaged is TWICE_OVERAGED and not room.overdrawn)
+
+    def offer_alive(self, request: QueuedRequest) -> Offer:
+        """As `offer`; one whose deadline has passed is blocked."""
+        return self.offer(request) if request.deadline_s > self._now else BLOCKED
+
+    def look_again(self, at_s: float) -> None:
+        """Look again at `at_s` at the latest."""
+        self.again_at_s = at_s if self.again_at_s is None else min(self.again_at_s, at_s)
+
+    def _allowed(self) -> float:
+        if self._allowed_s is None:
+            share = prefill_share(self._engines)
+            least = self._budget.least_share
+            self._allowed_s = inf if share >= 1 else PREFILL_WINDOW_S * max(least, share)
+        return self._allowed_s
+
+    def admission(self) -> Admission:
+        """What was started."""
+        return Admission(self.rids, self.again_at_s)
+
+
+def prefill_share(engines: Mapping[str, EngineCapacity]) -> float:
+    """The share of the GPU's time that prefill may take for every decoding engine to keep its promise; 1
+    without promises, 0 or less when one can't be kept."""
+    share = 1.0
+    for engine in engines.values():
+        if engine.decoding and engine.tpot_slo_s < inf:
+            share = min(share, 1.0 - engine.decode_step_s / engine.tpot_slo_s)
+    return share

@@ -1,0 +1,161 @@
+"""The default policy: least maximum pressure, where pressure is the worse of KV cache and compute.
+
+Of Prism's own making. It differs from the paper's KVPR (arXiv 2505.04021, section 6.1) in what an independent
+reproduction found missing there: compute counts as much as memory, relative to the models' objectives; a move
+must earn what it costs; and an idle model stays resident for as long as nobody needs its memory more.
+
+Everything is weighed in seconds that requests probably wait:
+- a place: until the model serves there (by its tier), plus the queueing at the GPU's pressure, plus what the
+  models that must sleep for it will lose;
+- a sleeping model: its chance to return (`chance_to_return`) times what waking it then takes. Of idle models
+  those go first that lose least per byte (as in GreedyDual-Size caching; Cao and Irani, USITS 1997);
+- a move: the pressure that it takes off the fuller of the two GPUs.
+
+Placing is greedy, most pressing first; balancing is a local search over single moves, each of which lowers
+the higher of two pressures by a margin, so that the search ends and nothing flaps.
+"""
+
+from dataclasses import dataclass
+
+from prism.common.messages.models import ModelState, Tier
+from prism.scheduling.placement.actions import Plan
+from prism.scheduling.placement.balancing import Balancing
+from prism.scheduling.placement.board import Board, Gpu, Instance
+from prism.scheduling.placement.pressure import waiting_s
+from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
+from prism.scheduling.placement.reconcile import Manners, Option, Reconciler, Step
+from prism.scheduling.placement.snapshot import ClusterSnapshot
+from prism.scheduling.placement.wants import Wanted, wanted_models
+
+_LEAVE_S = 0.1
+_BUSY_LEAVE_S = 2.0
+
+
+@dataclass(frozen=True)
+class BalancedPlacement:
+    """Places by memory and compute pressure, keeps models resident while memory is free, moves and
+    replicates hot ones. Seconds, and shares of a GPU.
+
+    Busy models make room only when a request has waited for `patience_s`, and after `min_active_s` of being
+    active; requests in flight finish within `drain_s`. A model that came up less than `settle_s` ago counts
+    as busy. `horizon_s` is how far ahead it looks: for a sleeping model's return, and for a move to pay.
+
+    A move must lower the higher of two GPUs' pressures by `margin`, starts only above `comfortable`, and not
+    before the model has been where it is for `min_stay_s`. A model whose work alone fills more than
+    `replicate_above` of each instance's GPU gets one more, up to `most_replicas`; one goes when the others
+    would then be below `retire_below`. Where KV cache is short by `kv_short`, idle neighbours sleep for it
+    whose chance to return is below `doubtful`. Models likelier than `likely` to return are woken ahead into
+    memory that is free.
+    """
+
+    patience_s: float = 2.0
+    min_active_s: float = 5.0
+    drain_s: float = 60.0
+    settle_s: float = 0.5
+    home_patience_s: float = 15.0
+    horizon_s: float = 30.0
+    margin: float = 0.1
+    comfortable: float = 0.4
+    min_stay_s: float = 15.0
+    replicate_above: float = 0.75
+    retire_below: float = 0.45
+    most_replicas: int = 8
+    kv_short: float = 0.9
+    doubtful: float = 0.5
+    likely: float = 0.2
+
+    def judge(self, reconciler: Reconciler) -> "BalancedJudge":
+        """See Judging."""
+        return BalancedJudge(self, reconciler)
+
+    def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
+        """See PlacementPolicy."""
+        manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
+        reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
+        judge = self.judge(reconciler)
+        wants, notes = wanted_models(snapshot, self.home_patience_s)
+        reconciler.notes.update(dict.fromkeys(notes))
+        if wants:
+            reconciler.board.measure()
+            for wanted in wants:
+                reconciler.place(wanted, judge)
+        balancing = Balancing(reconciler, judge, self)
+        reconciler.retire_surplus(balancing.instances_wanted, self.min_stay_s)
+        reconciler.doze_the_idle()
+        reconciler.release_the_removed()
+        if snapshot.balance:
+            reconciler.board.measure()
+            balancing.go_home()
+            balancing.replicate()
+            balancing.move()
+            balancing.make_kv_room()
+            balancing.wake_ahead()
+        return reconciler.plan()
+
+
+class BalancedJudge:
+    """Weighs places and victims in seconds, for one plan."""
+
+    def __init__(self, policy: BalancedPlacement, reconciler: Reconciler) -> None:
+        self.policy = policy
+        self.reconciler = reconciler
+
+    def gpu_rank(self, gpu: Gpu) -> float:
+        """See Judge: least pressure, then most free memory."""
+        return gpu.pressure - 1e-3 * gpu.free / max(1, gpu.limit)
+
+    def option_rank(self, wanted: Wanted, option: Option) -> tuple[float, ...]:
+        """See Judge: seconds until it serves and while it does, and what others lose."""
+        waits = option.step in (Step.AWAIT_BUSY, Step.EVICT_BUSY, Step.AWAIT_RIPE)
+        free = min(gpu.free for gpu in option.place.gpus)
+        unready = not option.place.worker.ready
+        return (unready, waits, self.seconds(wanted, option), -free)
+
+    def seconds(self, wanted: Wanted, option: Option) -> float:
+        """What a request for the model probably waits there, and what others will wait for it."""
+        worker = option.place.worker
+        here = worker.models.get(wanted.name)
+        total = ready_s(wanted.view, worker, tier_of(here)) + waiting_s(self.pressure(wanted, option))
+        if option.step is not Step.FREE:
+            total += _LEAVE_S if option.step <= Step.EVICT_IDLE else _BUSY_LEAVE_S
+        return total + sum(self.loss_s(victim) for victim in option.victims)
+
+    def pressure(self, wanted: Wanted, option: Option) -> float:
+        """The highest pressure among its GPUs once it is there and the victims are gone."""
+        board, worker = self.reconciler.board, option.place.worker
+        work = self.reconciler.expected_work(wanted.view, option.place)
+        fixed = board.fixed_bytes(wanted.view, worker)
+        highest = 0.0
+        for gpu in option.place.gpus:
+            gone = [victim for victim in option.victims if gpu in victim.place.gpus]
+            for victim in gone:
+                gpu.lose(victim.work, victim.resident.weights_bytes)
+            highest = max(highest, gpu.with_work(work, fixed))
+            for victim in gone:
+                gpu.take(victim.work, victim.resident.weights_bytes)
+        return highest
+
+    def loss_s(self, instance: Instance) -> float:
+        """Seconds that requests will probably wait because it was put one tier lower."""
+        view, worker = instance.view, instance.place.worker
+        assert view is not None
+        awake = instance.resident.state is ModelState.ACTIVE
+        before = Tier.ACTIVE if awake else Tier.DOZING
+        after = Tier.DOZING if awake else Tier.FROZEN if worker.freezes else Tier.STAGED
+        idle_s = min(view.traffic.last_arrival_s, instance.resident.idle_s)
+        chance = chance_to_return(view, idle_s, self.policy.horizon_s)
+        if instance.resident.busy:
+            chance = 1.0
+        loss = chance * (ready_s(view, worker, after) - ready_s(view, worker, before))
+        if awake and len(self.reconciler.board.serving.get(instance.model, ())) > 1:
+            # The others serve on; what is lost is speed.
+            loss *= 0.5
+        return max(0.0, loss)
+
+    def victim_rank(self, instance: Instance) -> tuple[float, ...]:
+        """See Judge: lower priority first, then who loses least per byte."""
+        view = instance.view
+        assert view is not None
+        known = instance.place.worker.profile is not None
+        gives = max(1, self.reconciler.gives(instance)) if known else 1
+        return (view.spec.priority, self.loss_s(instance) / gives, -instance.resident.idle_s)

@@ -1,0 +1,114 @@
+"""No sharing: every model has its home and its memory for good. The baseline that sharing is measured by."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from prism.common.messages.models import InitialPlacement
+from prism.scheduling.placement.actions import Activate, Plan
+from prism.scheduling.placement.board import Board, Gpu, Place
+from prism.scheduling.placement.pressure import NO_WORK
+from prism.scheduling.placement.pricing import sizes_on
+from prism.scheduling.placement.reconcile import Manners, Reconciler
+from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
+from prism.scheduling.placement.wants import AT_WORK
+
+_NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class StaticPlacement:
+    """An instance of each model at each of its initial placements that are `on`, with its whole KV
+    reservation; models without any go, in the order of registration, to the GPU with most memory left. None
+    ever sleeps or moves; what doesn't fit stays out, with a note.
+
+    What a cluster without Prism does, and the first of the three modes of the paper's prototype.
+    """
+
+    def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
+        """See PlacementPolicy."""
+        board = Board(snapshot, now)
+        reconciler = Reconciler(snapshot, board, Manners(_NEVER, _NEVER, 60.0, 0.0))
+        at: dict[str, set[str]] = defaultdict(set)
+        for worker, model in board.commanded:
+            at[model].add(worker)
+        for place in board.places.values():
+            for name, resident in place.worker.models.items():
+                if resident.state in AT_WORK:
+                    at[name].add(place.worker.id)
+        for name, view in snapshot.models.items():
+            homes = [placement for placement in view.spec.init_placements if placement.on]
+            if view.removed or (view.spec.init_placements and not homes):
+                continue
+            if view.facts is None:
+                reconciler.note(name, "waits for a model store to read its folder")
+            elif view.facts.error is not None:
+                reconciler.note(name, f"can't be placed: {view.facts.error}")
+            elif homes:
+                for home in homes:
+                    _settle(reconciler, view, _named(board, home), at[name], home)
+            elif not at[name]:
+                _settle(reconciler, view, list(board.places_for(view, _fullness, _any)), at[name])
+        reconciler.release_the_removed()
+        return reconciler.plan()
+
+
+def _settle(
+    reconciler: Reconciler,
+    view: ModelView,
+    places: list[Place],
+    at: set[str],
+    home: InitialPlacement | None = None,
+) -> None:
+    """One instance at one of `places`, unless it is there already."""
+    board, name = reconciler.board, view.spec.model_name
+    assert view.facts is not None
+    if any(place.worker.id in at for place in places):
+        return
+    if not places:
+        gpus = f"GPU ids {home.gpu_ids}" if home is not None else f"{view.spec.tp_size} GPU(s)"
+        reconciler.note(name, f"waits for a worker with {gpus}; none has them now")
+        return
+
+    def left(place: Place) -> int:
+        return min(gpu.unreserved for gpu in place.gpus) - _missing(board, view, place)
+
+    best = max(places, key=lambda place: (left(place), place.worker.id))
+    if left(best) < 0:
+        short = -left(best) / 1e9
+        reconciler.note(name, f"stays out: its home lacks {short:.3f} GB for its weights and KV cache")
+    elif (failure := board.backing_off.get((best.worker.id, name))) is not None:
+        text = f"failed on {failure.worker}, {failure.count} in a row, will retry: {failure.reason}"
+        reconciler.note(name, text, passing=True)
+    else:
+        kv = sizes_on(view, best.worker).kv_reservation
+        takes = board.fixed_bytes(view, best.worker) + kv
+        board.activate(view, best, _missing(board, view, best), NO_WORK)
+        at.add(best.worker.id)
+        reason = "its home" if home is not None else "its home: most memory was free there"
+        reconciler.actions.append(Activate(name, best.worker.id, kv, takes, reason, best.gpu_ids))
+
+
+def _missing(board: Board, view: ModelView, place: Place) -> int:
+    """Bytes of each GPU that it takes there beyond what it holds."""
+    assert view.facts is not None
+    here = place.worker.models.get(view.spec.model_name)
+    kv = sizes_on(view, place.worker).kv_reservation
+    return max(0, board.fixed_bytes(view, place.worker) + kv - (here.held_bytes if here else 0))
+
+
+def _named(board: Board, home: InitialPlacement) -> list[Place]:
+    """The GPUs that a placement names, where one worker has them all."""
+    named = set(home.gpu_ids)
+    return [
+        Place(whole.worker, tuple(gpu for gpu in whole.gpus if gpu.id in named))
+        for whole in board.places.values()
+        if named <= set(whole.worker.gpu_ids)
+    ]
+
+
+def _fullness(gpu: Gpu) -> float:
+    return -float(gpu.unreserved)
+
+
+def _any(place: Place) -> bool:
+    return True

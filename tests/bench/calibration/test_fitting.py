@@ -1,0 +1,89 @@
+"""A cost is recovered from what it would have been measured as."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prism.bench.calibration.fitting import fitted_cost, fitted_profile, nonnegative_fit
+from prism.bench.calibration.probing import BATCHES, BURST, PROMPTS, Probe
+from prism.bench.simulation.profiles import read_profile
+from prism.common.messages.models import ModelFacts
+from prism.scheduling.cost import ModelCost, model_cost
+
+pytestmark = pytest.mark.core
+
+FACTS = ModelFacts("m", parameters=10**6, kv_elements_per_token=100, checkpoint_dtype="float32")
+
+
+def measured(cost: ModelCost) -> Probe:
+    """What probing a model of that cost sees, without noise."""
+    longest = PROMPTS[-1]
+    return Probe(
+        "m",
+        {length: cost.request_s + cost.prefill_s(length) for length in PROMPTS},
+        longest,
+        {count: cost.request_s + count * cost.prefill_s(longest) for count in (1, BURST)},
+        [
+            (batch, batch * held, cost.decode_step_s(batch, batch * held))
+            for held in (40, 280)
+            for batch in BATCHES
+        ],
+    )
+
+
+@given(
+    request_s=st.floats(0, 0.1),
+    prefill_fixed_s=st.floats(0, 0.1),
+    prefill_token_s=st.floats(1e-6, 1e-2),
+    decode_fixed_s=st.floats(1e-4, 0.1),
+    decode_sequence_s=st.floats(0, 0.01),
+    decode_kv_token_s=st.floats(0, 1e-4),
+)
+def test_the_cost_behind_a_measurement_is_found(
+    request_s: float,
+    prefill_fixed_s: float,
+    prefill_token_s: float,
+    decode_fixed_s: float,
+    decode_sequence_s: float,
+    decode_kv_token_s: float,
+) -> None:
+    base = read_profile("h200")
+    true = msgspec.structs.replace(
+        model_cost(FACTS, base),
+        request_s=request_s,
+        prefill_fixed_s=prefill_fixed_s,
+        prefill_token_s=prefill_token_s,
+        decode_fixed_s=decode_fixed_s,
+        decode_sequence_s=decode_sequence_s,
+        decode_kv_token_s=decode_kv_token_s,
+    )
+    found = fitted_cost(measured(true), FACTS, base, None)
+    for field in ModelCost.__struct_fields__:
+        assert getattr(found, field) == pytest.approx(getattr(true, field), rel=1e-3, abs=1e-6), field
+
+
+def test_no_cost_is_negative() -> None:
+    found = nonnegative_fit([(1.0, 1.0), (1.0, 2.0), (1.0, 4.0)], [3.0, 2.0, 1.0])
+    assert found[0] == pytest.approx(2.0)
+    assert found[1] == 0.0
+
+
+def test_the_profile_of_a_device_gives_its_models_their_costs_again() -> None:
+    base = msgspec.structs.replace(read_profile("h200"), context_bytes=0, decode_fixed_s=0.0)
+    cost = msgspec.structs.replace(model_cost(FACTS, base), prefill_fixed_s=0.01, request_s=0.02)
+    profile = fitted_profile({"m": cost}, {"m": FACTS}, base, slowdown=1.0, name="mine")
+    again = model_cost(FACTS, profile)
+    assert again.prefill_fixed_s == pytest.approx(0.01)
+    assert again.prefill_token_s == pytest.approx(cost.prefill_token_s)
+    assert again.request_s == 0.02
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "parallel"), [(1.0, 2.0), (1.25, 1.6), (2.0, 1.0), (0.9, 2.0), (3.0, 1.0)]
+)
+def test_engines_that_do_not_slow_each_other_run_in_parallel(slowdown: float, parallel: float) -> None:
+    base = read_profile("h200")
+    costs = dict.fromkeys(("m", "n"), model_cost(FACTS, base))
+    facts = dict.fromkeys(costs, FACTS)
+    assert fitted_profile(costs, facts, base, slowdown=slowdown, name="x").parallel_engines == parallel

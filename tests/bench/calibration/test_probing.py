@@ -1,0 +1,81 @@
+"""Measuring through the gateway's HTTP, against one that is scripted."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from prism.bench.calibration.probing import context_lengths, generate
+from prism.common.errors import PrismError
+
+pytestmark = pytest.mark.core
+
+
+class _Stream(httpx.AsyncByteStream):
+    def __init__(self, gates: list[asyncio.Event]) -> None:
+        self._gates = gates
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for gate in self._gates:
+            await gate.wait()
+            yield b"data: {}\n\n"
+
+
+def client_of(handler: object) -> httpx.AsyncClient:
+    transport = httpx.MockTransport(handler)  # type: ignore[arg-type]  # sync or async
+    return httpx.AsyncClient(transport=transport, base_url="http://gateway")
+
+
+async def test_the_first_chunk_is_the_first_token_and_the_end_the_last() -> None:
+    first, last, arrived = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    asked: list[dict[str, object]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        arrived.set()
+        return httpx.Response(200, stream=_Stream([first, last]))
+
+    async with client_of(answer) as client:
+        running = asyncio.create_task(generate(client, "m", 7, 5, random.Random(1)))
+        await arrived.wait()
+        first.set()
+        last.set()
+        seen = await running
+    assert len(asked[0]["input_ids"]) == 7  # type: ignore[arg-type]
+    assert asked[0]["sampling_params"] == {"max_new_tokens": 5, "ignore_eos": True, "temperature": 0}
+    assert 0 < seen.ttft_s <= seen.total_s
+    assert seen.tpot_s == pytest.approx((seen.total_s - seen.ttft_s) / 4)
+
+
+async def test_prompts_differ_so_that_no_prefix_is_cached() -> None:
+    asked: list[list[int]] = []
+    open_gate = asyncio.Event()
+    open_gate.set()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content)["input_ids"])
+        return httpx.Response(200, stream=_Stream([open_gate]))
+
+    async with client_of(answer) as client:
+        random_ = random.Random(1)
+        for _ in range(3):
+            await generate(client, "m", 16, 1, random_)
+    assert len({tuple(ids[:8]) for ids in asked}) == 3
+
+
+async def test_an_error_of_the_system_is_told() -> None:
+    async with client_of(lambda request: httpx.Response(503, text="no such luck")) as client:
+        with pytest.raises(PrismError, match="m: status 503: no such luck"):
+            await generate(client, "m", 4, 4, random.Random(1))
+
+
+async def test_a_gateway_that_is_not_there_is_told() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    async with client_of(refuse) as client:
+        with pytest.raises(PrismError, match="does not list its models"):
+            await context_lengths(client)

@@ -1,0 +1,37 @@
+"""The decode benchmark on a CPU: real SGLang by itself, and a real system, on a tiny model."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from tests.conftest import MODELS_FOLDER
+
+from prism.bench.decode import cells as module
+from prism.bench.decode.cells import cells, decode_cell
+from prism.bench.decode.measured_systems import ON_CPU
+
+pytestmark = pytest.mark.engine
+
+
+async def test_a_tiny_model_says_under_a_worker_what_it_says_by_itself(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REPEATS", 1)
+    monkeypatch.setattr(module, "CHECKED_PROMPTS", 4)
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "tiny").symlink_to(MODELS_FOLDER)
+    scale = dataclasses.replace(ON_CPU, streams=(2,), long_tokens=20)
+    rows = {row.figure: row for row in await decode_cell("tiny", scale, models, tmp_path / "cell.log")}
+    assert rows["decode_mismatches_tiny"].value == 0
+    assert "4 of 4 answers equal" in rows["decode_mismatches_tiny"].note
+    assert rows["decode_woken_mismatches_tiny"].value == 0
+    ratio = rows["decode_ratio_tiny_2"].value
+    assert ratio is not None
+    assert ratio > 0.1
+
+
+def test_the_cells_have_the_names_that_the_makefile_runs(tmp_path: Path) -> None:
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+    line = next(line for line in makefile.splitlines() if line.startswith("DECODE_CELLS"))
+    assert set(line.partition(":=")[2].split()) <= set(cells(tmp_path, tmp_path / "log"))

@@ -1,0 +1,65 @@
+"""What an engine has shown while it served: speeds and promises kept."""
+
+import pytest
+
+from prism.common.messages.generation import GenerateRequest, SamplingParams
+from prism.common.messages.models import ModelSpec
+from prism.gpu_worker.serving_record import Objectives, ServingRecord
+
+pytestmark = pytest.mark.core
+
+
+def objectives(ttft_ms: float | None = None, tpot_ms: float | None = None) -> Objectives:
+    request = GenerateRequest("r", "m", [1], SamplingParams(1), 1.0, ttft_slo_ms=ttft_ms, tpot_slo_ms=tpot_ms)
+    return Objectives(request, ModelSpec("m", "/m"))
+
+
+def test_a_request_s_own_objectives_count_before_its_model_s() -> None:
+    spec = ModelSpec("m", "/m", ttft_slo_ms=500, tpot_slo_ms=50)
+    own = Objectives(GenerateRequest("r", "m", [1], SamplingParams(1), 1.0, ttft_slo_ms=100), spec)
+    assert (own.ttft_s, own.tpot_s) == (0.1, 0.05)
+    assert (objectives().ttft_s, objectives().tpot_s) == (None, None)
+
+
+def test_a_prompt_s_time_counts_from_its_turn() -> None:
+    record = ServingRecord()
+    for number in range(3):
+        # All released at 0: each is prefilled after the one before.
+        record.stepped(1.0 + number, number, (100, 0.0), decoded=False)
+    assert record.prefill.tokens_per_s == pytest.approx(100.0)
+
+
+def test_only_one_step_after_another_tells_how_long_a_step_takes() -> None:
+    record = ServingRecord()
+    for now, steps in ((1.0, 1), (1.02, 2), (1.04, 3), (9.0, 14), (9.02, 15)):
+        record.stepped(now, steps, None, decoded=True)
+    assert record.step.seconds == pytest.approx(0.02)
+
+
+def test_what_was_promised_is_counted_as_kept_or_not() -> None:
+    record = ServingRecord()
+    promised = objectives(ttft_ms=100, tpot_ms=10)
+    record.first_token(0.1, promised)
+    record.first_token(0.11, promised)
+    record.never_began(promised)
+    record.finished(11, 0.1, promised)
+    record.finished(11, 0.2, promised)
+    record.finished(1, 0.0, promised)
+    assert (record.ttft_met, record.ttft_missed) == (1, 2)
+    assert (record.tpot_met, record.tpot_missed) == (1, 1)
+    assert record.requests == 3
+
+
+def test_without_a_promise_nothing_is_counted() -> None:
+    record = ServingRecord()
+    record.first_token(99.0, objectives())
+    record.never_began(objectives())
+    record.finished(11, 99.0, objectives())
+    assert (record.ttft_met, record.ttft_missed, record.tpot_met, record.tpot_missed) == (0, 0, 0, 0)
+
+
+def test_the_wait_that_is_told_follows_the_waits_that_were() -> None:
+    record = ServingRecord()
+    for _ in range(40):
+        record.released(2.0)
+    assert record.queue_s == pytest.approx(2.0, rel=0.01)
