@@ -22,9 +22,9 @@ def test_the_area_is_a_share_of_the_rectangle() -> None:
 def test_a_case_fails_when_any_policy_is_above_balanced() -> None:
     load = workload("8_models")
     found = {
-        ("8_models", "balanced", 0): {1.0: 1.0, 2.0: 0.99, 3.0: 0.50},
-        ("8_models", "static", 0): {1.0: 1.0, 2.0: 0.30, 3.0: 0.53},
-        ("8_models", "lru", 0): {1.0: 0.9, 2.0: 0.60, 3.0: 0.10},
+        ("8_models", 2, "balanced", 0): {1.0: 1.0, 2.0: 0.99, 3.0: 0.50},
+        ("8_models", 2, "static", 0): {1.0: 1.0, 2.0: 0.30, 3.0: 0.53},
+        ("8_models", 2, "lru", 0): {1.0: 0.9, 2.0: 0.60, 3.0: 0.10},
     }
     rows, failed = compared(found, load)
     by_figure = {row.figure: row for row in rows}
@@ -32,7 +32,9 @@ def test_a_case_fails_when_any_policy_is_above_balanced() -> None:
     assert by_figure["below_the_best_8_models_points"].value == pytest.approx(3.0)
     assert "seed 0 at 3 times the rate" in by_figure["below_the_best_8_models_points"].note
     assert by_figure["over_static_at_99_8_models_ratio"].value == pytest.approx(3.3)
-    assert failed == [{"workload": "8_models", "seed": 0, "rate": 3.0, "balanced": 0.50, "static": 0.53}]
+    assert failed == [
+        {"workload": "8_models", "gpus": 2, "seed": 0, "rate": 3.0, "balanced": 0.50, "static": 0.53}
+    ]
 
 
 def test_a_fleet_that_no_number_was_enough_for_counts_as_the_limit() -> None:

@@ -39,22 +39,31 @@ class FadingRate:
 
 
 class TrafficWindow:
-    """One model's traffic. Times are on the caller's clock and never go back."""
+    """One model's traffic. Times are on the caller's clock and never go back.
 
-    __slots__ = ("_arrivals", "_gap_s", "_last", "_output", "_prompt")
+    A model that was first asked for less than the window ago has not filled it: its rates are over the time
+    since then, SHORTEST_S at least.
+    """
+
+    __slots__ = ("_arrivals", "_first", "_gap_s", "_last", "_output", "_prompt", "_window_s")
 
     GAP_WEIGHT = 0.2
+    SHORTEST_S = 10.0
 
     def __init__(self, window_s: float = WINDOW_S) -> None:
         self._arrivals = FadingRate(window_s)
         self._prompt = FadingRate(window_s)
         self._output = FadingRate(window_s)
+        self._window_s = window_s
+        self._first = math.inf
         self._last = -math.inf
         self._gap_s: float | None = None
 
     def arrived(self, now: float, prompt_tokens: int, requests: float = 1.0) -> None:
         """A request came, or so many at once with `prompt_tokens` in all."""
-        if self._last > -math.inf:
+        if self._last == -math.inf:
+            self._first = now
+        else:
             gap = now - self._last
             known = self._gap_s
             self._gap_s = gap if known is None else known + self.GAP_WEIGHT * (gap - known)
@@ -68,10 +77,12 @@ class TrafficWindow:
 
     def at(self, now: float) -> Traffic:
         """All of it as of `now`."""
+        seen_s = max(self.SHORTEST_S, now - self._first)
+        filled = 1.0 - math.exp(-seen_s / self._window_s)
         return Traffic(
-            self._arrivals.at(now),
-            self._prompt.at(now),
-            self._output.at(now),
+            self._arrivals.at(now) / filled,
+            self._prompt.at(now) / filled,
+            self._output.at(now) / filled,
             now - self._last,
             self._gap_s,
         )

@@ -34,13 +34,14 @@ POINT = 0.01
 MILLION = 1_000_000
 OVERLOADED_REQUESTS = 20_000
 
-Rates = dict[tuple[str, str, int], dict[float, float]]
+Rates = dict[tuple[str, int, str, int], dict[float, float]]
+"""Both-attainment by rate, of each workload, number of GPUs, policy and seed."""
 
 
 def attainments(cells: list[tuple[Cell, dict[str, Any]]]) -> Rates:
-    """Both-attainment by rate, of each workload, policy and seed."""
+    """What cells of kind `rates` came to."""
     return {
-        (cell.workload, cell.policy, cell.seed): {
+        (cell.workload, cell.gpus, cell.policy, cell.seed): {
             float(rate): result["both_attainment"] for rate, result in found["rates"].items()
         }
         for cell, found in cells
@@ -58,12 +59,12 @@ def area(points: dict[float, float]) -> float:
 def compared(found: Rates, load: Workload) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of one workload, and the cases in which the default policy is not at the top, with what
     was."""
-    seeds = sorted({seed for name, _, seed in found if name == load.name})
+    settings = sorted({(gpus, seed) for name, gpus, _, seed in found if name == load.name})
     cases, failed = 0, []
     worst = 0.0
     ratios = []
-    for seed in seeds:
-        by_policy = {policy: found.get((load.name, policy, seed)) for policy in POLICIES}
+    for gpus, seed in settings:
+        by_policy = {policy: found.get((load.name, gpus, policy, seed)) for policy in POLICIES}
         mine = by_policy[BEST]
         others = {policy: points for policy, points in by_policy.items() if points and policy != BEST}
         if mine is None or not others:
@@ -73,13 +74,21 @@ def compared(found: Rates, load: Workload) -> tuple[list[Row], list[dict[str, An
             top, best = max((points[rate], policy) for policy, points in others.items())
             worst = max(worst, top - reached)
             if reached < top:
-                case = {"workload": load.name, "seed": seed, "rate": rate, BEST: reached, best: top}
+                case = {
+                    "workload": load.name,
+                    "gpus": gpus,
+                    "seed": seed,
+                    "rate": rate,
+                    BEST: reached,
+                    best: top,
+                }
                 failed.append(case)
         held = [rate for rate, reached in mine.items() if reached >= TARGET]
         static = others.get("static")
         if held and static:
             ratios.append(mine[max(held)] / max(static[max(held)], 1e-9))
-    name, note = load.name, f"{len(seeds)} seeds, {load.gpus} GPUs, rates {load.rates}"
+    seeds = len({seed for _, seed in settings})
+    name, note = load.name, f"{seeds} seeds, {load.gpus} GPUs, rates {load.rates}"
     if not cases:
         return [], []
     rows = [
@@ -98,17 +107,12 @@ def compared(found: Rates, load: Workload) -> tuple[list[Row], list[dict[str, An
                 note=f"over static's attainment at the highest rate at which {BEST} holds 99%; best seed",
             )
         )
-    for policy in POLICIES:
-        areas = [area(points) for (each, of, _), points in found.items() if (each, of) == (name, policy)]
-        if areas:
-            rows.append(
-                row(
-                    f"area_{name}_{policy}",
-                    round(statistics.mean(areas), 4),
-                    "ratio",
-                    note="mean of the seeds",
-                )
-            )
+    for gpus in load.gpus:
+        for policy in POLICIES:
+            of = [points for key, points in found.items() if key[:3] == (name, gpus, policy)]
+            if of:
+                mean = round(statistics.mean(area(points) for points in of), 4)
+                rows.append(row(f"area_{name}_{gpus}_{policy}", mean, "ratio", note="mean of the seeds"))
     return rows, failed
 
 
@@ -117,7 +121,7 @@ def _reason(failed: list[dict[str, Any]]) -> str:
         return ""
     worst = max(failed, key=lambda case: max(v for k, v in case.items() if k in POLICIES) - case[BEST])
     told = ", ".join(f"{policy} {worst[policy]:.3f}" for policy in POLICIES if policy in worst)
-    return f": seed {worst['seed']} at {worst['rate']:g} times the rate, {told}"
+    return f": {worst['gpus']} GPUs, seed {worst['seed']} at {worst['rate']:g} times the rate, {told}"
 
 
 def fleets(cells: list[tuple[Cell, dict[str, Any]]]) -> list[Row]:
@@ -204,22 +208,27 @@ def speed_rows() -> list[Row]:
 def draw(found: Rates, folder: Path) -> None:
     """Attainment over rate, the mean of the seeds, a plot a workload."""
     for load in WORKLOADS:
-        series = {}
-        for policy in POLICIES:
-            runs = [points for (name, of, _), points in found.items() if (name, of) == (load.name, policy)]
-            if runs:
-                series[policy] = [
-                    (rate, statistics.mean(points[rate] for points in runs)) for rate in sorted(runs[0])
-                ]
-        if series:
-            plot_lines(
-                series,
-                folder / f"scheduling_{load.name}.svg",
-                title=f"{load.name}, {load.gpus} GPUs, objectives {TTFT_SCALE:g} and {TPOT_SCALE:g} x alone",
-                x="times the rate",
-                y="both objectives met",
-                target=TARGET,
-            )
+        for gpus in load.gpus:
+            _draw_one(found, folder, load, gpus)
+
+
+def _draw_one(found: Rates, folder: Path, load: Workload, gpus: int) -> None:
+    series = {}
+    for policy in POLICIES:
+        runs = [points for key, points in found.items() if key[:3] == (load.name, gpus, policy)]
+        if runs:
+            series[policy] = [
+                (rate, statistics.mean(points[rate] for points in runs)) for rate in sorted(runs[0])
+            ]
+    if series:
+        plot_lines(
+            series,
+            folder / f"scheduling_{load.name}_{gpus}.svg",
+            title=f"{load.name}, {gpus} GPUs, objectives {TTFT_SCALE:g} and {TPOT_SCALE:g} x alone",
+            x="times the rate",
+            y="both objectives met",
+            target=TARGET,
+        )
 
 
 @click.command()
@@ -235,11 +244,12 @@ def main(seeds: int, names: tuple[str, ...], kinds: tuple[str, ...], root: Path)
 
     def all_cells(count: int, chosen: tuple[str, ...]) -> list[Cell]:
         return [
-            Cell(kind, load.name, policy, seed)
+            Cell(kind, load.name, policy, seed, gpus)
             for seed in range(count)
             for load in WORKLOADS
             for kind in ("rates", "gpus")
             if load.name in chosen and (kind == "rates" or load.most_gpus)
+            for gpus in (load.gpus if kind == "rates" else (0,))
             for policy in POLICIES
         ]
 

@@ -33,17 +33,18 @@ DEPENDS_ON = (
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """`kind` is `rates` (attainment at each rate on the workload's GPUs) or `gpus` (the least number)."""
+    """`kind` is `rates` (attainment at each rate on so many `gpus`) or `gpus` (the least number of them)."""
 
     kind: str
     workload: str
     policy: str
     seed: int
+    gpus: int = 0
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.kind}-{self.workload}-{self.policy}-{self.seed}"
+        return f"{self.kind}-{self.workload}-{self.gpus}-{self.policy}-{self.seed}"
 
 
 def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
@@ -70,11 +71,11 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
         needed = least_gpus(measure, TARGET, least=least, most=load.most_gpus)
         return {"gpus": needed.gpus, "tried": {str(gpus): value for gpus, value in needed.tried.items()}}
     placements = searched_placements(
-        scenario, gpus=load.gpus, seed=cell.seed, rate_scale=SEARCH_RATE, **settings
+        scenario, gpus=cell.gpus, seed=cell.seed, rate_scale=SEARCH_RATE, **settings
     )
     found = {}
     for rate in load.rates:
-        outcome = simulate(scenario, gpus=load.gpus, rate_scale=rate, placements=placements, **settings)
+        outcome = simulate(scenario, gpus=cell.gpus, rate_scale=rate, placements=placements, **settings)
         result = report(outcome)
         result.pop("models")
         found[str(rate)] = result

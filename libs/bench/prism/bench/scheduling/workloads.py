@@ -32,14 +32,14 @@ TENSOR_PARALLEL = {QWEN_32B: 2, LLAMA_70B: 4}
 class Workload(msgspec.Struct, frozen=True):
     """`models` are hub names, the hottest first; with `head`, the trace head is replayed instead of `shape`.
 
-    Attainment is compared at `gpus` and `rates`; the least number of GPUs is searched at `fleet_rate`, up to
-    `most_gpus` (0: not searched).
+    Attainment is compared at each number of `gpus` and each of `rates`; the least number of GPUs is searched
+    at `fleet_rate`, up to `most_gpus` (0: not searched).
     """
 
     name: str
     models: tuple[str, ...]
     shape: Synthetic
-    gpus: int
+    gpus: tuple[int, ...]
     rates: tuple[float, ...]
     fleet_rate: float = 1.0
     most_gpus: int = 0
@@ -75,24 +75,24 @@ WORKLOADS = (
         "8_models",
         _interleaved([(LLAMA_1B, 4), (LLAMA_3B, 2), (LLAMA_8B, 2)]),
         Synthetic(rate=3.0, duration_s=120.0, cv=1.5, alpha=1.5, on_s=20.0, off_s=20.0),
-        gpus=2,
-        rates=(0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
+        gpus=(2,),
+        rates=(0.5, 1.0, 2.0, 3.0),
         most_gpus=16,
     ),
     Workload(
         "18_models",
         EIGHTEEN,
         Synthetic(rate=6.0, duration_s=120.0, cv=1.5, alpha=1.5, on_s=20.0, off_s=40.0),
-        gpus=4,
-        rates=(0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
+        gpus=(2, 4, 8),
+        rates=(0.5, 1.0, 2.0),
         most_gpus=32,
     ),
     Workload(
         "58_models",
         FIFTY_EIGHT,
         Synthetic(rate=10.0, duration_s=60.0, cv=1.5, alpha=1.5, on_s=20.0, off_s=40.0),
-        gpus=16,
-        rates=(0.5, 1.0, 2.0, 3.0),
+        gpus=(8, 16),
+        rates=(0.5, 1.0, 2.0),
         most_gpus=64,
     ),
     Workload(
@@ -101,7 +101,7 @@ WORKLOADS = (
         Synthetic(
             rate=3.0, duration_s=120.0, cv=1.0, alpha=1.3, prompt_tokens=(256, 2048), output_tokens=(64, 256)
         ),
-        gpus=2,
+        gpus=(2,),
         rates=(0.5, 1.0, 2.0, 3.0),
         chats=False,
     ),
@@ -109,8 +109,8 @@ WORKLOADS = (
         "trace_head",
         EIGHTEEN,
         Synthetic(rate=2.4, duration_s=300.0),
-        gpus=4,
-        rates=(0.5, 1.0, 2.0, 3.0),
+        gpus=(2, 4),
+        rates=(0.5, 1.0, 2.0),
         most_gpus=32,
         head=True,
     ),

@@ -110,7 +110,8 @@ class PlacementShell:
     def settle(self) -> None:
         """Have the initial placement in place before the trace begins."""
         self._instant = True
-        for _ in range(SETTLING_ROUNDS):
+        for _ in range(SETTLING_ROUNDS + 2 * len(self.models)):
+            self._balanced_at = -self._balance_interval_s
             if not self.plan(0.0):
                 break
         self._instant = False

@@ -45,7 +45,9 @@ class BalancedPlacement:
     `replicate_above` of each instance's GPU gets one more, up to `most_replicas`; one goes when the others
     would then be below `retire_below`. Where KV cache is short by `kv_short`, idle neighbours sleep for it
     whose chance to return is below `doubtful`. Models likelier than `likely` to return are woken ahead into
-    memory that is free.
+    memory that is free. An idle one that is asked for again within `pause_s` with a chance above `pausing`
+    only pauses: it is left alone as a busy one is. Models that were never up are started once while memory
+    is free, so that they doze; contexts take no more than `context_share` of a GPU by that.
     """
 
     patience_s: float = 2.0
@@ -54,8 +56,8 @@ class BalancedPlacement:
     settle_s: float = 0.5
     home_patience_s: float = 15.0
     horizon_s: float = 30.0
-    margin: float = 0.1
-    comfortable: float = 0.4
+    margin: float = 0.3
+    comfortable: float = 0.9
     min_stay_s: float = 15.0
     replicate_above: float = 0.75
     retire_below: float = 0.45
@@ -63,6 +65,9 @@ class BalancedPlacement:
     kv_short: float = 0.9
     doubtful: float = 0.5
     likely: float = 0.2
+    context_share: float = 0.3
+    pause_s: float = 5.0
+    pausing: float = 0.2
 
     def judge(self, reconciler: Reconciler) -> "BalancedJudge":
         """See Judging."""
@@ -90,6 +95,7 @@ class BalancedPlacement:
             balancing.move()
             balancing.make_kv_room()
             balancing.wake_ahead()
+            balancing.prepare()
         return reconciler.plan()
 
 
@@ -120,21 +126,6 @@ class BalancedJudge:
             total += _LEAVE_S if option.step <= Step.EVICT_IDLE else _BUSY_LEAVE_S
         return total + sum(self.loss_s(victim) for victim in option.victims)
 
-    def pressure(self, wanted: Wanted, option: Option) -> float:
-        """The highest pressure among its GPUs once it is there and the victims are gone."""
-        board, worker = self.reconciler.board, option.place.worker
-        work = self.reconciler.expected_work(wanted.view, option.place)
-        fixed = board.fixed_bytes(wanted.view, worker)
-        highest = 0.0
-        for gpu in option.place.gpus:
-            gone = [victim for victim in option.victims if gpu in victim.place.gpus]
-            for victim in gone:
-                gpu.lose(victim.work, victim.resident.weights_bytes)
-            highest = max(highest, gpu.with_work(work, fixed))
-            for victim in gone:
-                gpu.take(victim.work, victim.resident.weights_bytes)
-        return highest
-
     def loss_s(self, instance: Instance) -> float:
         """Seconds that requests will probably wait because it was put one tier lower."""
         view, worker = instance.view, instance.place.worker
@@ -151,6 +142,14 @@ class BalancedJudge:
             # The others serve on; what is lost is speed.
             loss *= 0.5
         return max(0.0, loss)
+
+    def spares(self, instance: Instance) -> bool:
+        """See Judge: one that pauses, and will probably be asked for again at once."""
+        view = instance.view
+        if view is None or instance.resident.state is not ModelState.ACTIVE:
+            return False
+        idle_s = min(view.traffic.last_arrival_s, instance.resident.idle_s)
+        return chance_to_return(view, idle_s, self.policy.pause_s) > self.policy.pausing
 
     def victim_rank(self, instance: Instance) -> tuple[float, ...]:
         """See Judge: lower priority first, then who loses least per byte."""

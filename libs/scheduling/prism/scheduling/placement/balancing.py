@@ -1,5 +1,6 @@
 """Evening out pressure between GPUs: moves, replicas, and room for the KV cache of busy models."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -280,6 +281,56 @@ class Balancing:
             if chance >= policy.likely and not board.serving.get(name) and not board.rising.get(name):
                 found.append((-chance, name, view))
         return sorted(found, key=lambda entry: entry[:2])
+
+    def prepare(self) -> None:
+        """Have models that were never up start once, so that they doze instead of being staged when they are
+        asked for: starting an engine takes many times as long as waking one. Those that nobody has asked for
+        yet make room for each other; contexts take `context_share` of a GPU at most, and only where it is
+        known what they take."""
+        board, reconciler = self._board, self._reconciler
+        waiting = [
+            (name, view)
+            for name, view in self._reconciler.snapshot.models.items()
+            if self._could_be_prepared(name, view)
+        ]
+        for name, view in waiting:
+            wanted = Wanted(name, view, "started once, so that it can wake fast", may_evict=False)
+            if self._bring_up(wanted, partial(self._has_context_room, view)):
+                continue
+            for instance in list(board.instances.values()):
+                if self._is_unasked(instance) and reconciler.may_doze(instance):
+                    reconciler.doze(instance, f"nobody asked for it yet; {name} starts")
+                    break
+
+    def _could_be_prepared(self, name: str, view: ModelView) -> bool:
+        board = self._board
+        placed = board.serving.get(name) or board.rising.get(name) or board.asleep.get(name)
+        return (
+            not view.started
+            and not view.removed
+            and view.facts is not None
+            and view.facts.error is None
+            and not placed
+            and not any(model == name for _, model in board.commanded)
+            and not self._reconciler.snapshot.demand.get(name, NO_DEMAND).parked
+        )
+
+    def _is_unasked(self, instance: Instance) -> bool:
+        view = instance.view
+        return (
+            view is not None
+            and instance.serves
+            and view.traffic.last_arrival_s == math.inf
+            and not any(placement.on for placement in view.spec.init_placements)
+            and self._reconciler.is_idle(instance)
+        )
+
+    def _has_context_room(self, view: ModelView, option: Option) -> bool:
+        profile = option.place.worker.profile
+        if profile is None or not profile.context_bytes:
+            return False
+        most = self._policy.context_share * option.place.worker.limit_bytes / profile.context_bytes
+        return all(len(gpu.instances) + 1 <= most for gpu in option.place.gpus)
 
     def _bearable(self, view: ModelView, option: Option) -> bool:
         work = self._reconciler.expected_work(view, option.place)

@@ -163,6 +163,10 @@ class KvprJudge:
         ratio = max(self.gpu_rank(gpu) for gpu in option.place.gpus)
         return (not option.place.worker.ready, option.step, ratio, -min(g.free for g in option.place.gpus))
 
+    def spares(self, instance: Instance) -> bool:
+        """See Judge: nobody."""
+        return False
+
     def victim_rank(self, instance: Instance) -> tuple[float, ...]:
         """See Judge."""
         priority = instance.view.spec.priority if instance.view is not None else 0

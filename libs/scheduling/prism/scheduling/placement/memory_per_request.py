@@ -122,6 +122,10 @@ class MemoryPerRequestJudge:
         least = min(memory_per_request(gpu) for gpu in option.place.gpus)
         return (not option.place.worker.ready, option.step, -least)
 
+    def spares(self, instance: Instance) -> bool:
+        """See Judge: nobody."""
+        return False
+
     def victim_rank(self, instance: Instance) -> tuple[float, ...]:
         """See Judge."""
         priority = instance.view.spec.priority if instance.view is not None else 0

@@ -70,6 +70,10 @@ class Judge(Protocol):
         """Who of the idle sleeps first, least first."""
         ...
 
+    def spares(self, instance: Instance) -> bool:
+        """Whether an idle one is left alone as long as a busy one is."""
+        ...
+
 
 class Judging(Protocol):
     """A policy that weighs places: what explains it."""
@@ -209,7 +213,7 @@ class Reconciler:
         idle = [
             instance
             for instance in self._sleepers(wanted, place)
-            if self.is_idle(instance) or self._is_extra(instance)
+            if (self.is_idle(instance) and not judge.spares(instance)) or self._is_extra(instance)
         ]
         idle.sort(key=judge.victim_rank)
         chosen = self._enough(idle, place, short)
