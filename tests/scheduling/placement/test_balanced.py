@@ -122,7 +122,8 @@ class TestPlaces:
 class TestMoves:
     def overloaded(self, **policy: Any) -> Cluster:
         views = [view("a", 8, 6.0), view("b", 8, 6.0)]
-        it = cluster(views, policy=BalancedPlacement(most_replicas=1, **policy))
+        settings = {"comfortable": 0.4, "margin": 0.1, "most_replicas": 1, **policy}
+        it = cluster(views, policy=BalancedPlacement(**settings))
         active(it, "a", "w0")
         active(it, "b", "w0")
         it.running = {"a", "b"}

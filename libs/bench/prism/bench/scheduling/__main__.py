@@ -13,6 +13,8 @@ import click
 from prism.bench.results import Row, missed, row, table, write_results
 from prism.bench.scheduling.admission_experiment import FACTOR, LOADS, compare
 from prism.bench.scheduling.admission_experiment import POLICIES as ADMISSIONS
+from prism.bench.scheduling.admission_time import LOADS as QUEUES
+from prism.bench.scheduling.admission_time import admission_time
 from prism.bench.scheduling.cells import (
     TARGET,
     TPOT_SCALE,
@@ -32,6 +34,7 @@ POLICIES = tuple(policies)
 BEST = "balanced"
 POINT = 0.01
 MILLION = 1_000_000
+QUEUED = 10_000
 OVERLOADED_REQUESTS = 20_000
 
 Rates = dict[tuple[str, int, str, int], dict[float, float]]
@@ -193,11 +196,16 @@ def speed_rows() -> list[Row]:
     )
     running = plan_times()
     largest = max(each.seconds for each in running if each.models == max(SIZES))
+    deciding = [admission_time("moore_hodgson", QUEUED, queue) for queue in QUEUES]
+    slowest = max(deciding, key=lambda each: each.median_s)
     told = f"attainment {overloaded['both_attainment']:.3f}, longest queue {overloaded['longest_queue']}"
     return [
         row("simulated_million_s", round(moderate["seconds"], 1), "s", target=60.0, note=note),
         row("simulated_overloaded_requests_per_s", round(overloaded["requests_per_s"]), "1/s",
             note=told),
+        row("admission_10000_queued_ms", round(1000 * slowest.median_s, 2), "ms", target=10.0,
+            note=f"median of a decision's processor time, queue {slowest.load}; "
+            f"the longest single one {1000 * max(each.worst_s for each in deciding):.1f} ms"),
         row("plan_10000_models_s", round(largest, 3), "s",
             target=TARGET_S),
         row("plan_growth_exponent", round(growth([each for each in running if each.case == "running"]), 3),

@@ -126,6 +126,21 @@ class BalancedJudge:
             total += _LEAVE_S if option.step <= Step.EVICT_IDLE else _BUSY_LEAVE_S
         return total + sum(self.loss_s(victim) for victim in option.victims)
 
+    def pressure(self, wanted: Wanted, option: Option) -> float:
+        """The highest pressure among its GPUs once it is there and the victims are gone."""
+        board, worker = self.reconciler.board, option.place.worker
+        work = self.reconciler.expected_work(wanted.view, option.place)
+        fixed = board.fixed_bytes(wanted.view, worker)
+        highest = 0.0
+        for gpu in option.place.gpus:
+            gone = [victim for victim in option.victims if gpu in victim.place.gpus]
+            for victim in gone:
+                gpu.lose(victim.work, victim.resident.weights_bytes)
+            highest = max(highest, gpu.with_work(work, fixed))
+            for victim in gone:
+                gpu.take(victim.work, victim.resident.weights_bytes)
+        return highest
+
     def loss_s(self, instance: Instance) -> float:
         """Seconds that requests will probably wait because it was put one tier lower."""
         view, worker = instance.view, instance.place.worker
