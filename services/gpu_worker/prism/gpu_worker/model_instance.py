@@ -200,7 +200,7 @@ class ModelInstance:
         """Reserve what serving takes, for which others make room. Returns the KV quota: as much of `kv_bytes`
         as there is, its floor at least. Raises PrismError(out_of_memory)."""
         fixed = self._device.fixed_bytes
-        floor = min(kv_bytes, self._kv_floor) if self.spec.tp_size == 1 else kv_bytes
+        floor = self._kv_at_least(weights, kv_bytes)
         held = self._ledger.held(self.name).total
         least = weights + fixed + floor - held
         async with self._room(self.name, least, weights + fixed + kv_bytes - held):
@@ -208,6 +208,15 @@ class ModelInstance:
             kv_bytes = min(kv_bytes, max(floor, beside))
             self._ledger.resize(self.name, weights=weights, kv=kv_bytes, fixed=fixed)
         return kv_bytes
+
+    def _kv_at_least(self, weights: int, kv_bytes: int) -> int:
+        """The quota without which it does not start: the floor that placement counts with, less what weights
+        take beyond the estimate that placement counts with, up to half of it."""
+        if self.spec.tp_size > 1:
+            return kv_bytes
+        floor = min(kv_bytes, self._kv_floor)
+        beyond = weights - weights_bytes(self.facts, self._device.element_bytes)
+        return floor - min(floor // 2, max(0, beyond))
 
     @property
     def _kv_floor(self) -> int:
@@ -251,6 +260,13 @@ class ModelInstance:
                 self._ledger.resize(self.name, weights=held.weights, kv=kv_bytes, fixed=held.fixed)
             await self._have_quota(kv_bytes)
             return True
+
+    async def _have_first_quota(self) -> None:
+        try:
+            await self._have_quota(self._kv_bytes)
+        except BaseException as error:
+            await self.discard_engine(*_after(error))
+            raise
 
     async def _have_quota(self, kv_bytes: int) -> None:
         assert self.engine is not None
@@ -310,6 +326,9 @@ class ModelInstance:
         self._kv_tokens = self.ready.kv_tokens
         if self.ready.imaged:
             self._image_settled.set()
+        if self._kv_bytes < kv_bytes:
+            # Its weights turned out to be larger; the engine was told its quota before it knew.
+            await self._have_first_quota()
         return {**self.ready.seconds, "shell": shelled - began}
 
     def _start_message(self, call: int, kv_bytes: int) -> StartEngine:
@@ -333,12 +352,15 @@ class ModelInstance:
 
     def _events(self, kv_bytes: int) -> EngineEvents:
         def sized(nbytes: int) -> bool:
+            fixed = self._device.fixed_bytes
+            beside = self._ledger.free_bytes + self._ledger.held(self.name).total - nbytes - fixed
+            kept = min(kv_bytes, max(beside, self._kv_at_least(nbytes, kv_bytes)))
             try:
-                self._ledger.resize(self.name, weights=nbytes, kv=kv_bytes, fixed=self._device.fixed_bytes)
+                self._ledger.resize(self.name, weights=nbytes, kv=kept, fixed=fixed)
             except PrismError as error:
                 log.info("its weights do not fit: %s", error.message, extra=about(model=self.name))
                 return False
-            self._weights_bytes, self._kv_bytes = nbytes, kv_bytes
+            self._weights_bytes, self._kv_bytes = nbytes, kept
             self.set_state(ModelState.STARTING)
             return True
 
