@@ -452,7 +452,7 @@ async def test_a_minimum_of_tokens_keeps_stop_tokens_away_until_it_is_reached(ri
         {"input_ids": [5, 10**6]},
         {"input_ids": [-1, 5]},
         {"input_ids": []},
-        {"input_ids": [5] * 5000},
+        {"input_ids": [5] * 3000},
         {"sampling": SamplingParams(4, logit_bias={"1000000": 5.0})},
         {"sampling": SamplingParams(4, min_new_tokens=2, stop_token_ids=(10**6,))},
         {"sampling": SamplingParams(4, temperature=-1.0)},

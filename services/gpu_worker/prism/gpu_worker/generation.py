@@ -274,6 +274,11 @@ class GenerationRequests:
         running.instance.prompt_tokens += len(request.input_ids)
         if output.error is not None:
             running.frames.fail(output.error)
+        elif output.finish == "abort" and output.rid not in self._aborting:
+            # SGLang gives up the last request that runs when even that one has no memory left.
+            running.frames.fail(
+                ErrorBody(ErrorCode.MOVED, f"{request.model} ran out of KV memory here", retry=True)
+            )
         elif output.finish == "abort":
             running.frames.fail(ErrorBody(ErrorCode.CANCELLED, "cancelled"))
         else:
