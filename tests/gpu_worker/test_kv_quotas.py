@@ -10,6 +10,7 @@ from tests.gpu_worker.test_worker import (
     SMALL,
     Frames,
     Rig,
+    last_error,
     send,
     store_process,
     tokens_of,
@@ -152,9 +153,6 @@ async def test_a_lone_request_that_runs_out_of_memory_is_to_go_on_and_not_lost(
         assert frame is not None
         generated += frame.tokens
     assert await instance_of(rig).set_quota(quota_for(rig, 80))
-    while frame.error is None:
-        frame = await stream.next()
-        assert frame is not None
-        assert frame.finish is None
-    assert (frame.error.code, frame.error.retry) == (ErrorCode.MOVED, True)
-    assert "memory" in frame.error.message
+    error = await last_error(stream)
+    assert (error.code, error.retry) == (ErrorCode.MOVED, True)
+    assert "memory" in error.message

@@ -177,7 +177,8 @@ class TestWhichWorker:
         assert told(cluster([there], [model("a")], demand={"a": parked()}))
 
     def test_the_fixed_cost_of_an_engine_counts_where_it_has_none(self) -> None:
-        for limit, resident, expected in ((34, {}, 0), (35, {}, 1), (35, {"a": dozing()}, 1)):
+        nowhere: dict[str, Any] = {}
+        for limit, resident, expected in ((34, nowhere, 0), (35, nowhere, 1), (35, {"a": dozing()}, 1)):
             there = worker(limit=limit, **resident)
             there = msgspec.structs.replace(there, fixed_bytes=5, reserved_bytes=5 if resident else 0)
             found = told(cluster([there], [model("a", 30)], demand={"a": parked()}))
