@@ -105,6 +105,41 @@ def test_what_an_active_model_held_is_remembered_while_it_dozes() -> None:
     assert seen(state, 1.0).workers[0].models["a"].active_bytes == 42
 
 
+def test_what_a_worker_can_do_is_taken_from_its_reports() -> None:
+    told = msgspec.structs.replace(
+        load(
+            ModelLoad("a", ACTIVE, kv_quota_bytes=60, kv_used_bytes=50, kv_spare_bytes=45, queue_s=0.5,
+                      kv_wanted_bytes=30, prefill_tokens_per_s=900.0, decode_step_s=0.01, gpu_ids=[1]),
+            reserved=70,
+        ),
+        gpu_ids=[0, 1],
+        memory_reserved_by_gpu=[70, 20],
+        profile="h200",
+        elastic=True,
+        freezes=True,
+        fixed_bytes=7,
+        tp_sizes=[1, 2],
+    )  # fmt: skip
+    state = ClusterState()
+    state.load(told, 0.0)
+    worker = seen(state, 0.0).workers[0]
+    assert worker.profile is not None
+    assert worker.profile.name == "h200"
+    assert (worker.elastic, worker.freezes, worker.tp_sizes) == (True, True, (1, 2))
+    assert worker.context_bytes == 7, "what the worker reserves, not what its profile says"
+    assert worker.reserved_by_gpu == {0: 70, 1: 20}
+    model = worker.models["a"]
+    assert (model.gpu_ids, model.kv_wanted_bytes, model.queue_s) == ((1,), 30, 0.5)
+    assert (model.prefill_tokens_per_s, model.decode_step_s) == (900.0, 0.01)
+    assert model.kv_quota_bytes - model.kv_used_bytes == 45, "as much as the worker would take from it"
+
+
+def test_a_profile_that_nobody_knows_is_none() -> None:
+    state = ClusterState()
+    state.load(msgspec.structs.replace(load(), profile="abacus"), 0.0)
+    assert seen(state, 0.0).workers[0].profile is None
+
+
 def test_an_active_model_that_fails_by_itself_backs_off_until_it_has_lasted() -> None:
     state = ClusterState()
     for _ in range(2):

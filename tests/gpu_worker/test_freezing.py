@@ -56,7 +56,6 @@ class TroubledFreezer:
 class CountingDevice(SimulatedDevice):
     """Engines cost something beyond weights and KV cache, unless they are frozen."""
 
-    fixed_bytes = FIXED_BYTES
     holds_on = False
 
     def held_bytes(self, pid: int, ready: object) -> int:
@@ -80,7 +79,7 @@ def freezer() -> TroubledFreezer:
 
 @pytest.fixture
 async def device(freezer: TroubledFreezer) -> AsyncIterator[CountingDevice]:
-    costs = SimulatedCosts(start_ms=0, doze_ms=0, wake_ms=0, decode_step_ms=1)
+    costs = SimulatedCosts(start_ms=0, doze_ms=0, wake_ms=0, decode_step_ms=1, context_bytes=FIXED_BYTES)
     async with simulated_device(costs) as simulated:
         assert isinstance(simulated.shells, StartedShells)
         counting = CountingDevice(simulated.shells, costs)

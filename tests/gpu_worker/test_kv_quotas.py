@@ -10,6 +10,7 @@ from tests.gpu_worker.test_worker import (
     SMALL,
     Frames,
     Rig,
+    last_error,
     send,
     store_process,
     tokens_of,
@@ -17,6 +18,7 @@ from tests.gpu_worker.test_worker import (
 )
 
 from prism.cli.nats_server import NatsServer
+from prism.common.errors import ErrorCode
 from prism.common.messages.generation import TokenFrame
 from prism.common.messages.placement import CommandKind
 from prism.gpu_worker.model_instance import ModelInstance
@@ -89,7 +91,8 @@ async def test_requests_that_had_to_wait_for_memory_say_what_they_would_have_sai
             assert frame is not None
             assert frame.error is None
             collected[index] += frame.tokens
-            decoding.add(index)
+            if len(collected[index]) >= 30:
+                decoding.add(index)
             if len(decoding) == 4:
                 all_decode.set()
             if frame.finish is not None:
@@ -136,3 +139,20 @@ async def test_a_model_sleeps_and_wakes_with_the_quota_that_it_had(rig: Rig) -> 
     assert rig.worker.ledger.held(SMALL).kv == lowered
     assert len(await output(rig, await send(rig, "a", [5, 6, 7], 12))) == 12
     assert resident_kv(rig) <= rig.worker.ledger.held(SMALL).kv
+
+
+async def test_a_lone_request_that_runs_out_of_memory_is_to_go_on_and_not_lost(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody raises the quota again.
+    monkeypatch.setattr(rig.worker.quotas, "_step", lambda: None)
+    stream = await send(rig, "a", PROMPTS[0], LENGTH)
+    generated: list[int] = []
+    while len(generated) < 5:
+        frame = await stream.next()
+        assert frame is not None
+        generated += frame.tokens
+    assert await instance_of(rig).set_quota(quota_for(rig, 80))
+    error = await last_error(stream)
+    assert (error.code, error.retry) == (ErrorCode.MOVED, True)
+    assert "memory" in error.message

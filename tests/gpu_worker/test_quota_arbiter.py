@@ -28,6 +28,7 @@ class ScriptedInstance:
         self.ledger = ledger
         self.wanted = 0
         self.committed = 0
+        self.changing = False
         self.confirm = asyncio.Event()
         self.confirm.set()
         self.asked: list[int] = []
@@ -39,7 +40,9 @@ class ScriptedInstance:
     def quota(self) -> int:
         return self.ledger.held(self.name).kv
 
-    def quota_holder(self) -> QuotaHolder:
+    def quota_holder(self) -> QuotaHolder | None:
+        if self.changing:
+            return None
         return QuotaHolder(
             self.name,
             self.quota,
@@ -54,9 +57,13 @@ class ScriptedInstance:
         self.was_asked.set()
         if self.error is not None:
             raise self.error
-        if kv_bytes < self.quota:
-            await self.confirm.wait()
-        self.ledger.resize(self.name, weights=100, kv=kv_bytes)
+        self.changing = True
+        try:
+            if kv_bytes < self.quota:
+                await self.confirm.wait()
+            self.ledger.resize(self.name, weights=100, kv=kv_bytes)
+        finally:
+            self.changing = False
         return True
 
 
@@ -163,3 +170,49 @@ async def test_what_was_freed_for_an_activation_goes_to_nobody_else(rig: Rig) ->
         while rig.hot.quota < 450:
             await rig.until_changed()
         assert rig.ledger.free_bytes >= 300
+
+
+async def test_an_activation_waits_for_a_quota_that_is_being_changed(rig: Rig) -> None:
+    rig.hot.committed = 390
+    rig.idle.confirm.clear()
+    rig.want(500)
+    await asyncio.wait_for(rig.idle.was_asked.wait(), DEADLINE_S)
+    rig.hot.wanted = 0
+    asked = asyncio.create_task(free_for(rig, "new", 150, 200))
+    await asyncio.sleep(0)
+    assert not asked.done()
+    rig.idle.confirm.set()
+    assert await asyncio.wait_for(asked, DEADLINE_S) >= 150
+
+
+async def test_an_activation_takes_of_two_models_no_more_than_each_can_spare(rig: Rig) -> None:
+    rig.hot.committed, rig.idle.committed = 300, 300
+    rig.hot.confirm.clear()
+    asked = asyncio.create_task(free_for(rig, "new", 200, 200))
+    await asyncio.wait_for(rig.idle.was_asked.wait(), DEADLINE_S)
+    while rig.idle.quota > 300:
+        await rig.until_changed()
+    for _ in range(3):
+        # It looks again, with one of the two confirmed.
+        rig.arbiter.changed()
+        await asyncio.sleep(0.06)
+    assert not asked.done()
+    rig.hot.confirm.set()
+    assert await asyncio.wait_for(asked, DEADLINE_S) == 200
+    assert (rig.hot.quota, rig.idle.quota) == (300, 300)
+
+
+async def test_two_activations_at_once_do_not_count_on_the_same_memory(rig: Rig) -> None:
+    rig.hot.committed, rig.idle.committed = 300, 300
+    got = await asyncio.gather(*(free_for(rig, name, 100, 100) for name in ("new", "newer")))
+    assert min(got) >= 100
+    assert rig.ledger.held("new").kv == rig.ledger.held("newer").kv == 100
+    assert (rig.hot.quota, rig.idle.quota) == (300, 300)
+
+
+async def free_for(rig: Rig, model: str, least: int, wanted: int) -> int:
+    """Reserve `least` of what is kept free for `model`; what there was."""
+    async with rig.arbiter.room(model, least, wanted):
+        free = rig.ledger.free_bytes
+        rig.ledger.reserve(model, kv=least)
+        return free

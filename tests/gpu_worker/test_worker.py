@@ -246,6 +246,23 @@ async def test_a_model_is_started_serves_dozes_wakes_and_is_released(rig: Rig) -
     assert rig.worker.ledger.reserved_bytes == 0
 
 
+async def test_its_load_report_tells_what_it_can_do_and_what_a_model_could_give_away(rig: Rig) -> None:
+    report = rig.worker.load_report()
+    assert (report.profile, report.elastic, report.freezes, report.fixed_bytes) == ("cpu", True, False, 0)
+    assert report.tp_sizes[:2] == [1, 2]
+    await rig.command(CommandKind.ACTIVATE)
+    load, holder = rig.load(), rig.worker.instances[SMALL].quota_holder()
+    assert holder is not None
+    assert load.kv_spare_bytes == holder.spare_bytes == KV_BYTES, "its floor is nothing: the facts have no KV"
+    frames = await send(rig, "a", [5, 6, 7], 1500)
+    assert await frames.next() is not None
+    assert 0 <= rig.load().kv_spare_bytes < rig.load().kv_quota_bytes
+    await rig.bus.publish(subjects.cancel(rig.id), CancelRequest("a".ljust(32, "0")))
+    await last_error(frames)
+    await rig.command(CommandKind.DOZE)
+    assert rig.load().kv_spare_bytes == 0
+
+
 async def test_the_second_start_takes_the_engine_image(rig: Rig) -> None:
     await rig.command(CommandKind.ACTIVATE)
     first = tokens_of(await (await send(rig, "a", [9, 8, 7], 8)).all())
@@ -452,7 +469,7 @@ async def test_a_minimum_of_tokens_keeps_stop_tokens_away_until_it_is_reached(ri
         {"input_ids": [5, 10**6]},
         {"input_ids": [-1, 5]},
         {"input_ids": []},
-        {"input_ids": [5] * 5000},
+        {"input_ids": [5] * 3000},
         {"sampling": SamplingParams(4, logit_bias={"1000000": 5.0})},
         {"sampling": SamplingParams(4, min_new_tokens=2, stop_token_ids=(10**6,))},
         {"sampling": SamplingParams(4, temperature=-1.0)},

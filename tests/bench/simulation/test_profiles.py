@@ -8,10 +8,11 @@ import pytest
 
 from prism.bench.calibration.fit_gpu import fit_h200, scaled_h100
 from prism.bench.simulation.model_config import read_model_facts
-from prism.bench.simulation.profiles import profile_names, read_profile, write_profile
+from prism.bench.simulation.profiles import read_profile, write_profile
 from prism.common.errors import PrismError
 from prism.common.messages.models import Tier
 from prism.scheduling.cost import ModelCost, model_cost
+from prism.scheduling.profiles import profile_names
 
 pytestmark = pytest.mark.core
 

@@ -267,7 +267,8 @@ def test_greedy_and_local_search_come_near_the_best_of_all_assignments(
 ) -> None:
     views = [view(f"m{number}", size, rate) for number, (size, rate) in enumerate(drawn)]
     policy = BalancedPlacement(margin=0.005, comfortable=0.0, min_stay_s=1.0, most_replicas=1, kv_short=1e9)
-    it = cluster(views, gpus, policy=policy)
+    # With room to move: where memory is full nobody can come up elsewhere before it leaves.
+    it = cluster(views, gpus, policy=policy, limit=200 * GB)
     it.ask(it.views)
     it.settle(steps=300)
     board = Board(it.snapshot(), it.now)

@@ -172,6 +172,18 @@ class TestWhichWorker:
             cluster([worker(limit=36, a=dozing(active_bytes=36))], [model("a")], demand={"a": parked()})
         )
 
+    def test_where_quotas_move_what_it_had_does_not_count(self) -> None:
+        there = msgspec.structs.replace(worker(limit=35, a=dozing(active_bytes=36)), elastic=True)
+        assert told(cluster([there], [model("a")], demand={"a": parked()}))
+
+    def test_the_fixed_cost_of_an_engine_counts_where_it_has_none(self) -> None:
+        nowhere: dict[str, Any] = {}
+        for limit, resident, expected in ((34, nowhere, 0), (35, nowhere, 1), (35, {"a": dozing()}, 1)):
+            there = worker(limit=limit, **resident)
+            there = msgspec.structs.replace(there, fixed_bytes=5, reserved_bytes=5 if resident else 0)
+            found = told(cluster([there], [model("a", 30)], demand={"a": parked()}))
+            assert len(found) == expected, (limit, resident)
+
 
 class TestMakingRoom:
     def test_the_least_recently_used_sleeps_first_and_no_more_than_needed(self) -> None:

@@ -18,6 +18,7 @@ from prism.scheduling.placement.snapshot import (
     ResidentModel,
     WorkerView,
 )
+from prism.scheduling.profiles import shipped_profiles
 
 WORKER_SILENT_S = 2.5
 GATEWAY_SILENT_S = 3.5
@@ -39,10 +40,10 @@ class SeenWorker(msgspec.Struct):
 
 class ClusterState:
     """Latest reports, registered models and failures. `now` is a monotonic time in seconds throughout.
-    `profiles` says by name what kinds of GPU can do."""
+    `profiles` says by name what kinds of GPU can do; without it, those that come with Prism."""
 
     def __init__(self, profiles: Mapping[str, GpuProfile] | None = None) -> None:
-        self._profiles = dict(profiles or {})
+        self._profiles = shipped_profiles() if profiles is None else profiles
         self._traffic = TrafficWatch()
         self.workers: dict[str, SeenWorker] = {}
         self.backoff = BackoffTable()
@@ -232,6 +233,8 @@ def _view(seen: SeenWorker, profile: GpuProfile | None, now: float) -> WorkerVie
         profile=profile,
         elastic=report.elastic,
         freezes=report.freezes,
+        fixed_bytes=report.fixed_bytes,
+        tp_sizes=tuple(report.tp_sizes),
         models={
             model.model: ResidentModel(
                 state=model.state,
@@ -244,7 +247,7 @@ def _view(seen: SeenWorker, profile: GpuProfile | None, now: float) -> WorkerVie
                 active_bytes=seen.active_bytes.get(model.model, 0),
                 failure=model.failure,
                 gpu_ids=tuple(model.gpu_ids),
-                kv_used_bytes=model.kv_used_bytes,
+                kv_used_bytes=max(0, model.kv_quota_bytes - model.kv_spare_bytes),
                 kv_wanted_bytes=model.kv_wanted_bytes,
                 queue_s=model.queue_s,
                 prefill_tokens_per_s=model.prefill_tokens_per_s,

@@ -35,7 +35,7 @@ async def run_global_scheduler(
     profiles: Mapping[str, GpuProfile] | None = None,
 ) -> AsyncIterator[GlobalScheduler]:
     """Register `specs`, stand for election, and schedule until the end of the `async with`. `profiles` says
-    by name what kinds of GPU can do.
+    by name what kinds of GPU can do, without it those that come with Prism.
 
     Raises PrismError when the registry can't be read or written.
     """

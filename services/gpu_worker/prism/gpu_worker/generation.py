@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from math import inf
 
+import msgspec
+
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
-from prism.common.messages.generation import Finish, GenerateRequest
+from prism.common.messages.generation import Finish, GenerateRequest, SamplingParams
 from prism.common.messages.models import ModelState
 from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import PLANNED_NEW_TOKENS, Generate, Outputs, TokenOutput
@@ -94,6 +96,9 @@ class GenerationRequests:
         if request.rid in self._queued or request.rid in self._running:
             log.warning("a request arrived twice", extra=about(rid=request.rid, model=request.model))
             return
+        if (refusal := _beyond_memory(request, instance)) is not None:
+            frames.fail(refusal)
+            return
         entry = self._queued[request.rid] = RunningRequest(request, frames, instance)
         self._entries[request.rid] = _queued_request(entry)
         # The gateway waits for tokens with patience only once it knows that the request is here.
@@ -169,7 +174,11 @@ class GenerationRequests:
         try:
             entry.instance.engine.generate(
                 Generate(
-                    request.rid, request.input_ids, request.sampling, request.top_logprobs, request.priority
+                    request.rid,
+                    request.input_ids,
+                    _within_memory(request, entry.instance),
+                    request.top_logprobs,
+                    request.priority,
                 )
             )
         except PrismError as error:
@@ -265,6 +274,11 @@ class GenerationRequests:
         running.instance.prompt_tokens += len(request.input_ids)
         if output.error is not None:
             running.frames.fail(output.error)
+        elif output.finish == "abort" and output.rid not in self._aborting:
+            # SGLang gives up the last request that runs when even that one has no memory left.
+            running.frames.fail(
+                ErrorBody(ErrorCode.MOVED, f"{request.model} ran out of KV memory here", retry=True)
+            )
         elif output.finish == "abort":
             running.frames.fail(ErrorBody(ErrorCode.CANCELLED, "cancelled"))
         else:
@@ -363,8 +377,32 @@ def _queued_request(entry: RunningRequest) -> QueuedRequest:
         max_new_tokens=sampling.max_new_tokens,
         deadline_s=entry.expires,
         priority=request.priority,
-        tenant=request.tenant,
         ttft_slo_s=inf if entry.objectives.ttft_s is None else entry.objectives.ttft_s,
         expected_new_tokens=expected,
-        weight=request.weight,
+    )
+
+
+def _beyond_memory(request: GenerateRequest, instance: ModelInstance) -> ErrorBody | None:
+    """Why its engine could never start it, however much KV memory others gave up; None if it could."""
+    most = instance.most_kv_tokens
+    prompt = len(request.input_ids)
+    planned = min(request.sampling.max_new_tokens, PLANNED_NEW_TOKENS)
+    if most is None or prompt + planned <= most:
+        return None
+    return ErrorBody(
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        f"{prompt} prompt tokens and room for {planned} more are {prompt + planned}; there is KV memory for "
+        f"{most} tokens of {instance.name} at most ({instance.most_kv_bytes / 1e6:.1f} MB here). Shorten the "
+        "prompt, or have the model's max_memory_pool_size or the worker's memory raised",
+    )
+
+
+def _within_memory(request: GenerateRequest, instance: ModelInstance) -> SamplingParams:
+    """Ends at the length that there can be memory for, as at the model's context length."""
+    sampling, most = request.sampling, instance.most_kv_tokens
+    room = sampling.max_new_tokens if most is None else most - len(request.input_ids)
+    if sampling.max_new_tokens <= room:
+        return sampling
+    return msgspec.structs.replace(
+        sampling, max_new_tokens=room, min_new_tokens=min(sampling.min_new_tokens, room)
     )

@@ -111,6 +111,19 @@ class ModelInstance:
         return self._kv_tokens
 
     @property
+    def most_kv_bytes(self) -> int:
+        """The largest quota that there may ever be here."""
+        return max(self.kv_cap_bytes, self._ledger.held(self.name).kv)
+
+    @property
+    def most_kv_tokens(self) -> int | None:
+        """Tokens that one request can have at most, with the largest quota; None while there is no engine."""
+        if self.ready is None or not self.ready.kv_bytes_per_token:
+            return None
+        quota = self.most_kv_bytes - self.ready.kv_overhead_bytes
+        return max(self._kv_tokens, quota // self.ready.kv_bytes_per_token) - SPARE_TOKENS
+
+    @property
     def kv_cap_bytes(self) -> int:
         """The largest quota that it may get: what its operator allows, else all that its worker has beside
         its weights. The first one stays where an engine has several ranks: their pools can't be resized
@@ -147,7 +160,7 @@ class ModelInstance:
         if self.state is ModelState.ACTIVE:
             return {}
         if self.state in (ModelState.DOZING, ModelState.FROZEN):
-            seconds = await self._wake(deadline_s)
+            seconds = await self._wake(kv_bytes, deadline_s)
         elif self.state in STARTABLE:
             self._first_kv_bytes = kv_bytes
             seconds = await self._start(kv_bytes, deadline_s)
@@ -157,9 +170,11 @@ class ModelInstance:
         self.set_state(ModelState.ACTIVE)
         return {**seconds, "total": time.perf_counter() - began}
 
-    async def _wake(self, deadline_s: float) -> dict[str, float]:
+    async def _wake(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
+        """With the quota that it had, or less where less is given to it now and quotas can change."""
         assert self.engine is not None
-        kv_bytes = await self._reserve(self._weights_bytes, self._kv_bytes)
+        kept = min(self._kv_bytes, kv_bytes) if self.spec.tp_size == 1 else self._kv_bytes
+        kv_bytes = await self._reserve(self._weights_bytes, kept)
         frozen = self.state is ModelState.FROZEN
         self.set_state(ModelState.WAKING)
         thawed: dict[str, float] = {}
@@ -185,7 +200,7 @@ class ModelInstance:
         """Reserve what serving takes, for which others make room. Returns the KV quota: as much of `kv_bytes`
         as there is, its floor at least. Raises PrismError(out_of_memory)."""
         fixed = self._device.fixed_bytes
-        floor = min(kv_bytes, self._kv_floor) if self.spec.tp_size == 1 else kv_bytes
+        floor = self._kv_at_least(weights, kv_bytes)
         held = self._ledger.held(self.name).total
         least = weights + fixed + floor - held
         async with self._room(self.name, least, weights + fixed + kv_bytes - held):
@@ -194,15 +209,25 @@ class ModelInstance:
             self._ledger.resize(self.name, weights=weights, kv=kv_bytes, fixed=fixed)
         return kv_bytes
 
+    def _kv_at_least(self, weights: int, kv_bytes: int) -> int:
+        """The quota without which it does not start: the floor that placement counts with, less what weights
+        take beyond the estimate that placement counts with, up to half of it."""
+        if self.spec.tp_size > 1:
+            return kv_bytes
+        floor = min(kv_bytes, self._kv_floor)
+        beyond = weights - weights_bytes(self.facts, self._device.element_bytes)
+        return floor - min(floor // 2, max(0, beyond))
+
     @property
     def _kv_floor(self) -> int:
         return kv_floor(self.spec, self.facts, self._device.element_bytes)
 
     def quota_holder(self) -> QuotaHolder | None:
         """What the arbiter needs to know of it; None while its quota can't be changed."""
-        if self.state is not ModelState.ACTIVE or self.lock.locked() or self.ready is None:
-            return None
-        if self.spec.tp_size > 1:
+        return None if self.lock.locked() else self._holder()
+
+    def _holder(self) -> QuotaHolder | None:
+        if self.state is not ModelState.ACTIVE or self.ready is None or self.spec.tp_size > 1:
             return None
         running, wanted = self._requests_kv_tokens(self.name)
         quota = self._ledger.held(self.name).kv
@@ -235,6 +260,13 @@ class ModelInstance:
                 self._ledger.resize(self.name, weights=held.weights, kv=kv_bytes, fixed=held.fixed)
             await self._have_quota(kv_bytes)
             return True
+
+    async def _have_first_quota(self) -> None:
+        try:
+            await self._have_quota(self._kv_bytes)
+        except BaseException as error:
+            await self.discard_engine(*_after(error))
+            raise
 
     async def _have_quota(self, kv_bytes: int) -> None:
         assert self.engine is not None
@@ -294,6 +326,9 @@ class ModelInstance:
         self._kv_tokens = self.ready.kv_tokens
         if self.ready.imaged:
             self._image_settled.set()
+        if self._kv_bytes < kv_bytes:
+            # Its weights turned out to be larger; the engine was told its quota before it knew.
+            await self._have_first_quota()
         return {**self.ready.seconds, "shell": shelled - began}
 
     def _start_message(self, call: int, kv_bytes: int) -> StartEngine:
@@ -317,12 +352,15 @@ class ModelInstance:
 
     def _events(self, kv_bytes: int) -> EngineEvents:
         def sized(nbytes: int) -> bool:
+            fixed = self._device.fixed_bytes
+            beside = self._ledger.free_bytes + self._ledger.held(self.name).total - nbytes - fixed
+            kept = min(kv_bytes, max(beside, self._kv_at_least(nbytes, kv_bytes)))
             try:
-                self._ledger.resize(self.name, weights=nbytes, kv=kv_bytes, fixed=self._device.fixed_bytes)
+                self._ledger.resize(self.name, weights=nbytes, kv=kept, fixed=fixed)
             except PrismError as error:
                 log.info("its weights do not fit: %s", error.message, extra=about(model=self.name))
                 return False
-            self._weights_bytes, self._kv_bytes = nbytes, kv_bytes
+            self._weights_bytes, self._kv_bytes = nbytes, kept
             self.set_state(ModelState.STARTING)
             return True
 
@@ -491,6 +529,7 @@ class ModelInstance:
         running = self.engine_load.running + self.engine_load.waiting
         busy = queued + running > 0
         now = time.monotonic()
+        holder = self._holder()
         return ModelLoad(
             model=self.name,
             state=self.state,
@@ -499,6 +538,7 @@ class ModelInstance:
             weights_bytes=weights,
             kv_quota_bytes=self._ledger.held(self.name).kv,
             kv_used_bytes=kv,
+            kv_spare_bytes=holder.spare_bytes if holder is not None else 0,
             kv_wanted_bytes=self._kv_bytes_for(self._requests_kv_tokens(self.name)[1]),
             idle_s=0.0 if busy else now - self.idle_since,
             state_s=now - self.state_since,

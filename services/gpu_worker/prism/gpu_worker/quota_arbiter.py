@@ -41,7 +41,8 @@ class QuotaArbiter:
         self._on_changed = on_changed
         self._demand = asyncio.Event()
         self._settled = asyncio.Event()
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, int] = {}
+        """Models whose quota is being changed, with the bytes that they are to give back."""
         self._claims: dict[str, int] = {}
 
     def changed(self) -> None:
@@ -67,15 +68,14 @@ class QuotaArbiter:
         if not holders:
             return
         promised = sum(holder.quota_bytes for holder in holders.values())
-        claimed = sum(self._claims.values())
+        claimed = max(0, sum(self._claims.values()) - sum(self._under_way.values()))
         plan = arbitrate(self._ledger.free_bytes + promised - claimed, list(holders.values()))
         changes = {model: shrink.quota_bytes for model, shrink in plan.shrink.items()} | plan.grow
         for instance in self._instances():
             if instance.name in changes and instance.name not in self._under_way:
-                self._under_way.add(instance.name)
-                self._spawn(
-                    self._change(instance, changes[instance.name]), name=f"KV quota of {instance.name}"
-                )
+                kv_bytes = changes[instance.name]
+                self._under_way[instance.name] = max(0, holders[instance.name].quota_bytes - kv_bytes)
+                self._spawn(self._change(instance, kv_bytes), name=f"KV quota of {instance.name}")
 
     async def _change(self, instance: ModelInstance, kv_bytes: int) -> None:
         try:
@@ -84,33 +84,39 @@ class QuotaArbiter:
             # Its end, if that is why, is told by whoever watches it.
             log.info("KV quota not changed: %s", error.message, extra=about(model=instance.name))
         finally:
-            self._under_way.discard(instance.name)
+            self._under_way.pop(instance.name, None)
             settled, self._settled = self._settled, asyncio.Event()
             settled.set()
             self.changed()
         self._on_changed()
+
+    def _free_for(self, model: str) -> int:
+        kept = sum(nbytes for other, nbytes in self._claims.items() if other != model)
+        return self._ledger.free_bytes - kept
 
     @contextlib.asynccontextmanager
     async def room(self, model: str, least_bytes: int, wanted_bytes: int) -> AsyncIterator[None]:
         """Free up to `wanted_bytes` in the ledger for `model` and keep them free within the context.
 
         Only memory that no running request will miss is taken: free quota above the floors, then cached
-        prefixes. Waits ROOM_DEADLINE_S at most, and not at all where even `least_bytes` can't be had: then
-        there is less, and whoever reserves is told so.
+        prefixes; what is kept free for others is not free. Waits ROOM_DEADLINE_S at most, and not at all
+        where even `least_bytes` can't be had: then there is less, and whoever reserves is told so.
         """
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ROOM_DEADLINE_S):
-                    while self._ledger.free_bytes < wanted_bytes:
+                    while (free := self._free_for(model)) < wanted_bytes:
                         spare = sum(holder.spare_bytes for holder in self._holders().values())
-                        available = self._ledger.free_bytes + spare
-                        if available < least_bytes or not (spare or self._under_way):
-                            break
-                        self._claims[model] = min(wanted_bytes, available)
-                        if self._ledger.free_bytes >= self._claims[model]:
-                            break
                         settled = self._settled
-                        self._step()
+                        claim = min(wanted_bytes, free + spare)
+                        if self._under_way:
+                            # What is being given back is no longer spare, and not free yet.
+                            claim = max(claim, self._claims.get(model, 0))
+                        if claim >= least_bytes:
+                            self._claims[model] = claim
+                            if free >= claim:
+                                break
+                            self._step()
                         if not self._under_way:
                             break
                         await settled.wait()

@@ -22,6 +22,7 @@ from prism.common.tasks import end_task
 from prism.common.telemetry import about
 from prism.gpu_worker.announcements import Announcements
 from prism.gpu_worker.devices.device import Device
+from prism.gpu_worker.devices.freezing import can_freeze
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
@@ -302,6 +303,9 @@ class Worker:
 
     def load_report(self) -> LoadReport:
         """What this worker is and holds, now."""
+        # Engines with several ranks keep their quotas, and can't be frozen.
+        single = 1 in self._device.rank_counts
+        gpus = len(self.identity.gpu_ids)
         return LoadReport(
             worker=self.identity.worker,
             node=self.identity.node,
@@ -314,6 +318,13 @@ class Worker:
             epoch=self.epoch,
             draining=self.draining,
             ready=self._device.shells.ready,
+            # Every engine is on all of them.
+            memory_reserved_by_gpu=[self.ledger.reserved_bytes] * gpus if gpus > 1 else [],
+            profile=self._device.profile,
+            elastic=single,
+            freezes=single and can_freeze(self._device.freezer),
+            fixed_bytes=self._device.fixed_bytes,
+            tp_sizes=list(self._device.rank_counts),
         )
 
     async def retire(self, drain_s: float) -> None:

@@ -21,7 +21,7 @@ from prism.bench.results import Row, missed, row, table, write_results
 from prism.bench.simulation.model import SimulatedModel
 from prism.bench.simulation.model_config import read_model_facts
 from prism.bench.simulation.objectives import measure_alone, with_objectives
-from prism.bench.simulation.profiles import FOLDER, read_profile, write_profile
+from prism.bench.simulation.profiles import read_profile, write_profile
 from prism.bench.simulation.scenario import admission_policy
 from prism.bench.simulation.simulation import Limits, Outcome, Simulation
 from prism.bench.traces.synthetic import Synthetic, synthetic_trace
@@ -32,6 +32,7 @@ from prism.cli.tiny_models import make_tiny_models
 from prism.common.messages.models import InitialPlacement, ModelSpec
 from prism.scheduling.cost import GpuProfile, ModelCost
 from prism.scheduling.placement import LruPlacement
+from prism.scheduling.profiles import FOLDER
 
 MODELS = ("tiny-llama", "tiny-qwen3")
 ELEMENT_BYTES = 4

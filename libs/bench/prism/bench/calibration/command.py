@@ -12,11 +12,12 @@ from prism.bench.calibration.fitting import fitted_cost, fitted_profile
 from prism.bench.calibration.probing import DEADLINE_S, context_lengths, probe, slowdown
 from prism.bench.simulation.model_config import read_model_facts
 from prism.bench.simulation.options import clean_end
-from prism.bench.simulation.profiles import profile_names, read_profile, write_profile
+from prism.bench.simulation.profiles import read_profile, write_profile
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import ModelSpec
 from prism.common.placement_file import read_placement_file
 from prism.scheduling.cost import GpuProfile, ModelCost
+from prism.scheduling.profiles import profile_names
 
 
 async def calibrate(

@@ -19,10 +19,11 @@ import msgspec
 import numpy as np
 
 from prism.bench.simulation.model_config import read_model_facts
-from prism.bench.simulation.profiles import FOLDER, write_profile
+from prism.bench.simulation.profiles import write_profile
 from prism.common.messages.models import ModelFacts
 from prism.scheduling.cost import OPERATIONS_PER_PARAMETER, GpuProfile
 from prism.scheduling.memory import kv_bytes_per_token, weights_bytes
+from prism.scheduling.profiles import FOLDER
 
 H200_BYTES_PER_S = 4.8e12
 H100_BYTES_PER_S = 3.35e12

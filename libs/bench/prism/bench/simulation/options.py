@@ -10,7 +10,6 @@ import click
 
 from prism.bench.simulation.profiles import (
     DEFAULT,
-    profile_names,
     read_measured_costs,
     read_profile,
 )
@@ -19,6 +18,7 @@ from prism.bench.traces.reading import read_trace
 from prism.bench.traces.trace import head, replicated
 from prism.common.errors import ErrorCode, PrismError
 from prism.scheduling.memory import GB
+from prism.scheduling.profiles import profile_names
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -1,21 +1,15 @@
-"""Cost profiles: files that say what a kind of GPU reaches, and where that is known from."""
+"""Cost profiles by name or file: files say what a kind of GPU reaches, and where that is known from."""
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 
 import msgspec
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.scheduling.cost import GpuProfile, ModelCost
+from prism.scheduling.profiles import FOLDER, profile_names
 
-FOLDER = Path(str(files("prism.bench.simulation").joinpath("profiles")))
 DEFAULT = "h100-80gb"
-
-
-def profile_names() -> list[str]:
-    """The profiles that come with Prism."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def read_profile(name: str) -> GpuProfile:

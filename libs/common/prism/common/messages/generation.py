@@ -1,9 +1,6 @@
 """One generation request from a gateway to a worker, and the frames that answer it."""
 
-from typing import Annotated
-
 import msgspec
-from msgspec import Meta
 
 from prism.common.errors import ErrorBody
 
@@ -32,8 +29,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     `rid` is 32 hex digits, fresh for each attempt (engines abort by prefix of it). `deadline_s` is the
     time left for the whole request when it was sent. `top_logprobs` is None for no log-probabilities,
     else how many alternatives to report beside each chosen token. `replayed_tokens` counts the tokens at
-    the end of `input_ids` that an earlier attempt generated already. `weight` is the tenant's share relative
-    to others', above 0.
+    the end of `input_ids` that an earlier attempt generated already.
     """
 
     rid: str
@@ -46,9 +42,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     ttft_slo_ms: float | None = None
     tpot_slo_ms: float | None = None
     priority: int = 0
-    tenant: str = "default"
     replayed_tokens: int = 0
-    weight: Annotated[float, Meta(gt=0)] = 1.0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

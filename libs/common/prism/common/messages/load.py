@@ -10,7 +10,9 @@ class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     since it last had a request queued or running; `failure` says why it last failed, if it did;
     `engine_steps` counts forward passes of its engine.
 
-    `kv_wanted_bytes` is what the requests here, queued ones included, would take of KV cache. `queue_s` is
+    `kv_wanted_bytes` is what the requests here, queued ones included, would take of KV cache,
+    `kv_spare_bytes` what of its quota could go to other models now without a running request noticing, which
+    is 0 where quotas don't move. `queue_s` is
     how long requests waited lately before the engine had them. `prefill_tokens_per_s` and `decode_step_s` are
     as measured, None before that. The last four count finished requests that kept, or did not keep, their
     objectives. `gpu_ids` are those of the worker's GPUs that it is on, empty for all.
@@ -39,6 +41,7 @@ class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     tpot_met: int = 0
     tpot_missed: int = 0
     gpu_ids: list[int] = []
+    kv_spare_bytes: int = 0
 
 
 class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -51,8 +54,10 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
     With several GPUs, memory is that of each, what is reserved that of the fullest, and
     `memory_reserved_by_gpu` that of all, in the order of `gpu_ids`. `profile` names what is known of the cost
-    of such GPUs, empty for nothing. An `elastic` worker moves KV quotas between its models; one that
-    `freezes` takes FREEZE commands.
+    of such GPUs, empty for nothing. An `elastic` worker moves KV quotas between its models (not those of
+    engines with several ranks); one that `freezes` takes FREEZE commands. `fixed_bytes` is what each engine
+    takes of a GPU beside weights and KV cache, dozing ones too. `tp_sizes` are the numbers of GPUs that its
+    engines can be spread over, empty for any.
     """
 
     worker: str
@@ -70,6 +75,8 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
     profile: str = ""
     elastic: bool = False
     freezes: bool = False
+    fixed_bytes: int = 0
+    tp_sizes: list[int] = []
 
 
 class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):

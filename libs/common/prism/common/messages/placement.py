@@ -24,7 +24,7 @@ class Command(msgspec.Struct, frozen=True, omit_defaults=True):
     `epoch` fences: a worker refuses any that is older than one it has seen. `deadline_s` bounds the
     transition; `drain_s` is how long requests in flight may take to finish before it begins.
     `kv_bytes` is the KV-cache quota to activate with, on those of the worker's GPUs that `gpu_ids` names,
-    none for all.
+    none for all. Each engine of today's workers is on all GPUs of its worker, so these do not read `gpu_ids`.
     """
 
     kind: CommandKind

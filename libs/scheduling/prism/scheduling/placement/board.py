@@ -262,9 +262,7 @@ class Board:
     def fixed_bytes(self, view: ModelView, worker: WorkerView) -> int:
         """Weights, and a context where it has none there yet: what an activation takes besides KV cache."""
         here = worker.models.get(view.spec.model_name)
-        context = worker.profile.context_bytes if worker.profile is not None else 0
-        if here is not None and here.state in _HAS_ENGINE:
-            context = 0
+        context = 0 if here is not None and here.state in _HAS_ENGINE else worker.context_bytes
         return sizes_on(view, worker).weights + context
 
     def need(self, view: ModelView, worker: WorkerView) -> int:
@@ -273,7 +271,7 @@ class Board:
         takes = self.fixed_bytes(view, worker) + self.kv_at_least(view, worker)
         if here is None:
             return takes
-        if not worker.elastic:
+        if not (worker.elastic and view.spec.tp_size == 1):
             takes = max(takes, here.active_bytes)
         return max(0, takes - here.held_bytes)
 
@@ -294,11 +292,9 @@ class Board:
         """Whether it fits into GPUs of that worker that hold nothing else."""
         here = worker.models.get(view.spec.model_name)
         takes = sizes_on(view, worker).weights + self.kv_at_least(view, worker)
-        if worker.elastic and worker.profile is not None:
-            takes += worker.profile.context_bytes
         if not worker.elastic and here is not None:
             takes = max(takes, here.active_bytes)
-        return takes <= worker.limit_bytes
+        return takes + worker.context_bytes <= worker.limit_bytes
 
     def places_for(
         self, view: ModelView, rank: Callable[[Gpu], float], fits: Callable[[Place], bool]

@@ -13,6 +13,7 @@ from prism.scheduling.placement.snapshot import ClusterSnapshot, ResidentModel
 from prism.scheduling.placement.wants import AT_WORK, NO_DEMAND, Wanted, wanted_models
 
 _OFF_THE_DEVICE = frozenset({ModelState.COLD, ModelState.STAGED})
+_HAS_ENGINE = frozenset({*AT_WORK, ModelState.DOZING, ModelState.STARTING, ModelState.WAKING})
 
 
 @dataclass(frozen=True)
@@ -216,15 +217,20 @@ class _Planning:
 
     def _footprint(self, wanted: Wanted, room: WorkerRoom) -> int:
         assert wanted.view.facts is not None
-        here = room.worker.models.get(wanted.name)
-        if here is not None and here.active_bytes:
-            return here.active_bytes
-        return footprint(wanted.view.spec, wanted.view.facts, room.worker.element_bytes)
+        worker = room.worker
+        here = worker.models.get(wanted.name)
+        # Where quotas move, it wakes with no more than the command gives, however much it had.
+        if here is not None and here.active_bytes and not worker.elastic:
+            return here.active_bytes + worker.context_bytes
+        return footprint(wanted.view.spec, wanted.view.facts, worker.element_bytes) + worker.context_bytes
 
     def _need(self, wanted: Wanted, room: WorkerRoom) -> int:
         """Bytes that activating it would take there, beyond what it holds there."""
         here = room.worker.models.get(wanted.name)
-        return max(0, self._footprint(wanted, room) - (here.held_bytes if here else 0))
+        held = here.held_bytes if here is not None else 0
+        if here is not None and here.state in _HAS_ENGINE:
+            held += room.worker.context_bytes
+        return max(0, self._footprint(wanted, room) - held)
 
     def _idle_victims(self, room: WorkerRoom, wanted: Wanted) -> list[str]:
         idle = [item for item in self._sleepers(room, wanted) if self._is_idle(item[1])]

@@ -136,7 +136,12 @@ class Reconciler:
             places = [place for place in places if len(place.gpus) >= tp_size]
         else:
             places = list(board.places_for(wanted.view, judge.gpu_rank, fits))
-        places = [place for place in places if place.worker.id not in wanted.beside]
+        places = [
+            place
+            for place in places
+            if place.worker.id not in wanted.beside
+            and (not place.worker.tp_sizes or tp_size in place.worker.tp_sizes)
+        ]
         if not places and not tell:
             return []
         if not places:
@@ -255,8 +260,7 @@ class Reconciler:
         """Bytes that putting it one tier lower frees on each of its GPUs."""
         if instance.resident.state is ModelState.ACTIVE:
             return self.board.freed_bytes(instance)
-        profile = instance.place.worker.profile
-        return profile.context_bytes if profile is not None else 0
+        return instance.place.worker.context_bytes
 
     def _enough(self, victims: list[Instance], place: Place, short: list[int]) -> tuple[Instance, ...] | None:
         """As many victims, in their order, as it takes, without those that turn out not to be needed."""

@@ -15,10 +15,10 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
     `idle_s` since a request was last queued or running, `state_s` since it came into its state.
     `active_bytes` is what it held when it was last seen active there, 0 if it never was.
 
-    `gpu_ids` are those of the worker's GPUs that it is on, none for all of them. Of the KV cache, requests
-    hold `kv_used_bytes`, and those here, queued ones included, would take `kv_wanted_bytes`. `queue_s` is how
-    long requests waited lately before an engine had them. Prefill rate and the time of a decode step are as
-    measured, None before that.
+    `gpu_ids` are those of the worker's GPUs that it is on, none for all of them. Of its KV quota, requests
+    hold or will come to hold `kv_used_bytes`, and those here, queued ones included, would take
+    `kv_wanted_bytes`. `queue_s` is how long requests waited lately before an engine had them. Prefill rate
+    and the time of a decode step are as measured, None before that.
     """
 
     state: ModelState
@@ -52,7 +52,9 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     """A worker that reports. Memory is bytes of each of its GPUs, what is reserved that of the fullest,
     unless `reserved_by_gpu` tells it of each; `gpu_ids` are cluster-wide. `profile` says what such a GPU can
     do, None when nobody knows. Where `elastic`, the worker moves KV quotas between its models: what they have
-    above their floors can be had. A worker that `freezes` can take a dozing model off the GPU altogether."""
+    above their floors can be had. A worker that `freezes` can take a dozing model off the GPU altogether.
+    `fixed_bytes` is what it reserves for an engine beside weights and KV cache, None for what the profile
+    says; `tp_sizes` are those that its engines can have, none for any."""
 
     id: str
     node: str
@@ -68,6 +70,15 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     profile: GpuProfile | None = None
     elastic: bool = False
     freezes: bool = False
+    fixed_bytes: int | None = None
+    tp_sizes: tuple[int, ...] = ()
+
+    @property
+    def context_bytes(self) -> int:
+        """What an engine holds of a GPU beside weights and KV cache, awake or dozing."""
+        if self.fixed_bytes is not None:
+            return self.fixed_bytes
+        return self.profile.context_bytes if self.profile is not None else 0
 
 
 class ModelView(msgspec.Struct, frozen=True, omit_defaults=True):

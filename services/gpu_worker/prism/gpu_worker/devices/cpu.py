@@ -24,6 +24,7 @@ class CpuDevice:
     dtype = "float32"
     fixed_bytes = 0
     rank_counts: tuple[int, ...] = tuple(range(1, 9))
+    profile = "cpu"
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
 

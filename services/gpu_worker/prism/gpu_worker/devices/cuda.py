@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from prism.gpu_worker.devices.checkpoint_process import checkpoint_process
 from prism.gpu_worker.devices.freezing import Freezer
+from prism.gpu_worker.devices.gpu_kind import profile_of
 from prism.gpu_worker.devices.gpu_memory import GpuMemory, gpu_memory
 from prism.gpu_worker.engine_protocol import EngineDevice, EngineOptions, Ready
 from prism.gpu_worker.shells import ShellSource
@@ -39,6 +40,7 @@ class CudaDevice:
     ) -> None:
         self.memories = list(memories)
         self.rank_counts: tuple[int, ...] = (len(self.memories),)
+        self.profile = profile_of(self.memories[0].name)
         self.shells: ShellSource = shells
         self.freezer = freezer
         self.copying = asyncio.Semaphore(1)

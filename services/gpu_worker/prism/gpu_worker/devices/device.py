@@ -15,7 +15,8 @@ class Device(Protocol):
     `dtype` is what engines are told to use; `fixed_bytes` is the device memory that an engine holds
     beyond weights and KV cache in any tier above staged. `copying` is held while weights are copied in, where
     two copies at once would only slow each other down. `freezer` takes the fixed cost, too.
-    `rank_counts` are the values of tp_size that its engines can have.
+    `rank_counts` are the values of tp_size that its engines can have; `profile` names the cost profile of
+    such hardware, empty for none.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Device(Protocol):
     dtype: str
     fixed_bytes: int
     rank_counts: tuple[int, ...]
+    profile: str
     copy_threads: int
     options: EngineOptions
     shells: ShellSource

@@ -28,6 +28,15 @@ class Freezer(Protocol):
         ...
 
 
+def can_freeze(freezer: Freezer) -> bool:
+    """Whether anything can be frozen."""
+    try:
+        freezer.check()
+    except PrismError:
+        return False
+    return True
+
+
 class NoFreezer:
     """Freezes nothing, and says why."""
 

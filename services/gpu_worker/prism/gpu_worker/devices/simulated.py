@@ -31,14 +31,16 @@ class SimulatedDevice:
     name = "simulated"
     element_bytes: int | None = None
     dtype = "auto"
-    fixed_bytes = 0
+    fixed_bytes: int
     rank_counts: tuple[int, ...] = (1,)
+    profile = ""
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
     copy_threads = 1
 
     def __init__(self, shells: StartedShells, costs: SimulatedCosts) -> None:
         self.shells: ShellSource = shells
+        self.fixed_bytes = costs.context_bytes
         self.freezer: Freezer = SimulatedFreezer(costs.freeze_ms / 1000, costs.thaw_ms / 1000)
         self.copying = asyncio.Semaphore(COPIES_AT_ONCE)
 
@@ -55,7 +57,7 @@ class SimulatedDevice:
         return arena_memory.left_bytes(pid, ready)
 
     def held_bytes(self, pid: int, ready: Ready) -> int:
-        """The same: nothing is fixed."""
+        """The same: a context is only counted, there is none."""
         return arena_memory.left_bytes(pid, ready)
 
 

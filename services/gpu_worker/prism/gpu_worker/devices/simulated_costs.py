@@ -23,7 +23,8 @@ class SimulatedCosts:
     """One engine's cost model. Each field is read from PRISM_SIMULATED_<FIELD>.
 
     A step either prefills up to the chunk size of prompt tokens or decodes one token of each running request;
-    a rate of 0 tokens/s, and a time of 0, cost nothing. `printable_id` is the id of the token "!" in the
+    a rate of 0 tokens/s, and a time of 0, cost nothing. `context_bytes` are counted for an engine until it is
+    frozen, as a CUDA context's would be. `printable_id` is the id of the token "!" in the
     model's tokenizer, from which on the printable ASCII characters follow in order, as they do in byte-level
     BPE (6 in the tiny models, 0 in most others).
     """
@@ -36,6 +37,7 @@ class SimulatedCosts:
     freeze_ms: float = 100.0
     thaw_ms: float = 50.0
     kv_bytes_per_token: int = 2048
+    context_bytes: int = 0
     printable_id: int = 6
     script: Script = Script.NUMBERED
 
