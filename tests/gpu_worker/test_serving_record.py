@@ -36,6 +36,14 @@ def test_only_one_step_after_another_tells_how_long_a_step_takes() -> None:
     assert record.step.seconds == pytest.approx(0.02)
 
 
+def test_a_step_beside_others_would_have_taken_its_share_of_the_time_alone() -> None:
+    record = ServingRecord()
+    for steps in range(5):
+        record.stepped(1.0 + 0.06 * steps, steps, None, decoded=True, at_work=3)
+    assert record.step.seconds == pytest.approx(0.06)
+    assert record.step_alone.seconds == pytest.approx(0.02)
+
+
 def test_what_was_promised_is_counted_as_kept_or_not() -> None:
     record = ServingRecord()
     promised = objectives(ttft_ms=100, tpot_ms=10)

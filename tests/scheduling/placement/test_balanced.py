@@ -17,6 +17,7 @@ from prism.scheduling.placement.board import Board
 from prism.scheduling.placement.pressure import pressure_of, waiting_s, work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, sizes_on
 from prism.scheduling.placement.snapshot import ModelView
+from prism.scheduling.traffic import Traffic
 
 pytestmark = pytest.mark.core
 
@@ -77,6 +78,16 @@ class TestPlaces:
         it.ask(["new"])
         assert told(it) == [("Doze", "seldom", "w0")], "the least recently used is another"
 
+    def test_one_that_only_pauses_is_left_alone_until_patience_ends(self) -> None:
+        pausing = msgspec.structs.replace(view("pausing", 30), traffic=traffic(1.0, last_s=1.0))
+        it = cluster([pausing, view("new", 30)], gpus=1)
+        active(it, "pausing", "w0", idle_s=1.0)
+        it.ask(["new"])
+        assert told(it) == []
+        it.now += BalancedPlacement().patience_s + 0.5
+        it.held["w0", "pausing"].used = it.now - 1.0
+        assert told(it) == [("Doze", "pausing", "w0")]
+
     def test_of_equals_the_one_that_gives_most_for_the_time_that_waking_it_takes(self) -> None:
         it = cluster([view("a", 30), view("b", 1), view("new", 8)], gpus=1)
         active(it, "a", "w0")
@@ -117,6 +128,30 @@ class TestPlaces:
         assert isinstance(action, Activate)
         assert action.worker == "w"
         assert len(set(action.gpu_ids)) == 2
+
+
+class TestPreparing:
+    """Models that nobody has asked for yet."""
+
+    def unasked(self, name: str, billions: float) -> ModelView:
+        return msgspec.structs.replace(view(name, billions), traffic=Traffic())
+
+    def test_they_start_once_and_doze_for_each_other(self) -> None:
+        names = ("a", "b", "c", "d")
+        it = cluster([self.unasked(name, 20) for name in names], gpus=1)
+        it.settle(quiet=20)
+        assert all(("w0", name) in it.held for name in names)
+        assert {it.held["w0", name].state for name in names} <= {ModelState.ACTIVE, ModelState.DOZING}
+
+    def test_not_where_nobody_knows_what_a_context_takes(self) -> None:
+        it = cluster([self.unasked("a", 8)], gpus=1, profile=msgspec.structs.replace(H100, context_bytes=0))
+        assert told(it) == []
+
+    def test_contexts_take_a_part_of_a_gpu_only(self) -> None:
+        views = [self.unasked(f"m{number}", 1) for number in range(40)]
+        it = cluster(views, gpus=1)
+        it.settle(quiet=20)
+        assert len(it.held) == BalancedPlacement().context_share * 80 * GB // CONTEXT
 
 
 class TestMoves:

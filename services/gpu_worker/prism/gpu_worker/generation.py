@@ -205,7 +205,9 @@ class GenerationRequests:
             return EngineCapacity(0, 0, 0, False)
         mine = self._of_model.get(model, {}).values()
         decoding = [running for running in mine if running.first_token_at is not None]
-        promised = (running.objectives.tpot_s for running in decoding)
+        promised = [running.objectives.tpot_s for running in decoding]
+        if not decoding and instance.spec.tpot_slo_ms is not None:
+            promised.append(instance.spec.tpot_slo_ms / 1000)
         record = instance.record
         return EngineCapacity(
             running=len(mine),
@@ -217,6 +219,7 @@ class GenerationRequests:
             decoding=len(decoding),
             decode_step_s=record.step.seconds or 0.0,
             tpot_slo_s=min((tpot_s for tpot_s in promised if tpot_s is not None), default=inf),
+            decode_alone_s=record.step_alone.seconds or 0.0,
         )
 
     def kv_tokens(self, model: str) -> tuple[int, int]:
@@ -259,7 +262,8 @@ class GenerationRequests:
             else:
                 decoded = True
         prefilled = (tokens, released_at) if tokens else None
-        instance.record.stepped(now, message.steps, prefilled, decoded=decoded)
+        at_work = sum(1 for running in self._of_model.values() if running)
+        instance.record.stepped(now, message.steps, prefilled, decoded=decoded, at_work=at_work)
 
     def _began(self, running: RunningRequest, now: float) -> None:
         running.first_token_at = now

@@ -27,6 +27,7 @@ class ServingRecord:
         self.expected = ExpectedOutput()
         self.prefill = PrefillRate()
         self.step = StepTime()
+        self.step_alone = StepTime()
         self.queue_s = 0.0
         self.requests = 0
         self.ttft_met = 0
@@ -41,15 +42,26 @@ class ServingRecord:
         """A request went to the engine after so long a wait."""
         self.queue_s += QUEUE_WEIGHT * (waited_s - self.queue_s)
 
-    def stepped(self, now: float, steps: int, prefilled: tuple[int, float] | None, *, decoded: bool) -> None:
+    def stepped(
+        self,
+        now: float,
+        steps: int,
+        prefilled: tuple[int, float] | None,
+        *,
+        decoded: bool,
+        at_work: int = 1,
+    ) -> None:
         """The engine spoke after its step number `steps`. `prefilled`: prompts are done that had so many
-        tokens to prefill and the first of which was released at that time; `decoded`: others got a token."""
+        tokens to prefill and the first of which was released at that time; `decoded`: others got a token. So
+        many engines were `at_work` on the GPU, which take turns: alone a step would have taken that part of
+        the time."""
         if prefilled is not None:
             tokens, released_at = prefilled
             self.prefill.observe(tokens, now - max(released_at, self._prefilled_at))
             self._prefilled_at = now
         elif decoded and self._decoded_at is not None and steps == self._decoded_steps + 1:
             self.step.observe(now - self._decoded_at)
+            self.step_alone.observe((now - self._decoded_at) / max(1, at_work))
         if decoded or prefilled is not None:
             self._decoded_at = now
             self._decoded_steps = steps

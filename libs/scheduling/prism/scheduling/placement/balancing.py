@@ -288,6 +288,7 @@ class Balancing:
         yet make room for each other; contexts take `context_share` of a GPU at most, and only where it is
         known what they take."""
         board, reconciler = self._board, self._reconciler
+        prepared = 0
         waiting = [
             (name, view)
             for name, view in self._reconciler.snapshot.models.items()
@@ -295,10 +296,15 @@ class Balancing:
         ]
         for name, view in waiting:
             wanted = Wanted(name, view, "started once, so that it can wake fast", may_evict=False)
-            if self._bring_up(wanted, partial(self._has_context_room, view)):
+            if self._bring_up(wanted, lambda option: self._has_context_room(option.place, prepared)):
+                prepared += 1
                 continue
             for instance in list(board.instances.values()):
-                if self._is_unasked(instance) and reconciler.may_doze(instance):
+                if (
+                    self._is_unasked(instance)
+                    and reconciler.may_doze(instance)
+                    and self._has_context_room(instance.place, prepared)
+                ):
                     reconciler.doze(instance, f"nobody asked for it yet; {name} starts")
                     break
 
@@ -325,12 +331,13 @@ class Balancing:
             and self._reconciler.is_idle(instance)
         )
 
-    def _has_context_room(self, view: ModelView, option: Option) -> bool:
-        profile = option.place.worker.profile
+    def _has_context_room(self, place: Place, prepared: int) -> bool:
+        """Whether one more engine may come there, beside as many as are on their way already."""
+        profile = place.worker.profile
         if profile is None or not profile.context_bytes:
             return False
-        most = self._policy.context_share * option.place.worker.limit_bytes / profile.context_bytes
-        return all(len(gpu.instances) + 1 <= most for gpu in option.place.gpus)
+        most = self._policy.context_share * place.worker.limit_bytes / profile.context_bytes
+        return all(len(gpu.instances) + prepared + 1 <= most for gpu in place.gpus)
 
     def _bearable(self, view: ModelView, option: Option) -> bool:
         work = self._reconciler.expected_work(view, option.place)
