@@ -296,7 +296,7 @@ class Balancing:
         ]
         for name, view in waiting:
             wanted = Wanted(name, view, "started once, so that it can wake fast", may_evict=False)
-            if self._bring_up(wanted, lambda option: self._has_context_room(option.place, prepared)):
+            if self._bring_up(wanted, partial(self._may_be_prepared, prepared)):
                 prepared += 1
                 continue
             for instance in list(board.instances.values()):
@@ -330,6 +330,9 @@ class Balancing:
             and not any(placement.on for placement in view.spec.init_placements)
             and self._reconciler.is_idle(instance)
         )
+
+    def _may_be_prepared(self, prepared: int, option: Option) -> bool:
+        return self._has_context_room(option.place, prepared)
 
     def _has_context_room(self, place: Place, prepared: int) -> bool:
         """Whether one more engine may come there, beside as many as are on their way already."""
