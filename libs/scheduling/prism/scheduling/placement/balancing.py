@@ -53,6 +53,9 @@ class Balancing:
         asked = view.spec.replicas
         if active <= asked:
             return active
+        if view.spec.pin:
+            # Its operator says where it is, and how often.
+            return asked
         keep = active
         while (
             keep > asked
@@ -74,7 +77,7 @@ class Balancing:
                 continue
             instance = instances[0]
             view = instance.view
-            if view is None or view.removed or view.facts is None:
+            if view is None or view.removed or view.facts is None or view.spec.pin:
                 continue
             if max(one.work.compute for one in instances) <= policy.replicate_above:
                 continue
