@@ -56,7 +56,7 @@ async def two_workers(
 async def press(gateway: "ScriptedGateway", first: "ScriptedWorker") -> None:
     """Have both models be active on the first worker, and more prompts come than it can well prefill."""
     await first.until(lambda: all(first.states.get(name) is ModelState.ACTIVE for name in ("a", "b")))
-    gateway.came = dict.fromkeys(("a", "b"), (60, 60 * 45))
+    gateway.came = dict.fromkeys(("a", "b"), (60, 60 * 10))
     await gateway.report()
 
 

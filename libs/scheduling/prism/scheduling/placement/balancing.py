@@ -217,6 +217,8 @@ class Balancing:
         assert view is not None
         reason = f"moves from {source}: pressure {instance.place.pressure:.2f}, then {move.after:.2f} at most"
         self._reconciler.take(Wanted(instance.model, view, reason, moves_from=source), option)
+        # Until the target serves nobody else is there.
+        self._board.commanded.add((source, instance.model))
         for gpu in instance.place.gpus:
             gpu.lose(instance.work, instance.resident.weights_bytes)
 
