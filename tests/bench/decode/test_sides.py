@@ -14,9 +14,18 @@ ANSWER = {
 }
 
 
-def test_on_a_gpu_plain_sglang_is_told_nothing_but_the_attention_backend() -> None:
+@pytest.mark.parametrize(("grammars", "told"), [(True, {}), (False, {"grammar_backend": "none"})])
+def test_on_a_gpu_plain_sglang_is_told_the_attention_backend_and_what_the_host_lacks(
+    monkeypatch: pytest.MonkeyPatch, grammars: bool, told: dict[str, str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if grammars else None)
     arguments = engine_arguments(PlainSettings("/models/m", "cuda", "triton"))
-    assert arguments == {"model_path": "/models/m", "attention_backend": "triton", "log_level": "error"}
+    assert arguments == {
+        "model_path": "/models/m",
+        "attention_backend": "triton",
+        "log_level": "error",
+        **told,
+    }
 
 
 def test_margins_are_the_distances_of_the_best_two() -> None:

@@ -4,6 +4,7 @@ Run as `python -m prism.bench.decode.plain_engine`. The first line on stdin is a
 one a `Batch` to generate; a line of JSON on stdout answers each, "{}" the first.
 """
 
+import importlib.util
 import sys
 import time
 from typing import Any
@@ -44,6 +45,9 @@ def engine_arguments(settings: PlainSettings) -> dict[str, Any]:
         "attention_backend": settings.attention_backend,
         "log_level": "error",
     }
+    if importlib.util.find_spec("xgrammar") is None:
+        # Its default, which hosts without network may lack. No answer here has a grammar.
+        arguments["grammar_backend"] = "none"
     if settings.device == "cpu":
         # What SGLang cannot do without on a CPU that has no kernels of its own for it.
         arguments |= {

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.cuda_weights import CudaModelWeights
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 from prism.gpu_worker.engine.kvcached_memory import KvcachedMemory
@@ -36,7 +35,6 @@ class CudaPlatform:
 
         if self._defers:
             self.graphs = DeferredGraphs(ModelRunner)
-        footprint.follow(ModelRunner, footprint.SGLANG_STEPS)
 
     def server_args(self, start: StartEngine) -> dict[str, Any]:
         """Decode graphs for the chosen batch sizes, none for prefill, batches prepared while one runs."""

@@ -83,6 +83,7 @@ def warm_up(gpu: int) -> None:
 
     torch.cuda.init()
     torch.cuda.set_device(gpu)
+    footprint.record_allocations()
     footprint.note("context")
     square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
     torch.mm(square, square)

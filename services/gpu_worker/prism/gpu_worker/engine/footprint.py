@@ -3,24 +3,19 @@
 Lines of the log that `prism.bench.activation` reads.
 """
 
-import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "PRISM_TRACE_FOOTPRINT"
 MIB = 1 << 20
-# SGLang's steps that allocate, by the stage that is noted after each.
-SGLANG_STEPS = {
-    "init_torch_distributed": "process_group",
-    "load_model": "weights",
-    "init_memory_pool": "kv_pool",
-    "init_attention_backends": "attention",
-    "init_cuda_graphs": "graphs",
-}
+# Blocks that torch holds are listed at this stage, from this size.
+LISTED_STAGE = "dozing"
+LISTED_BYTES = 1 << 20
+CALLERS = 6
 
 
 def enabled() -> bool:
@@ -42,6 +37,16 @@ def note(stage: str, log_at: Callable[[str], None] | None = None) -> None:
         f"footprint {stage}: {_driver_mib()} MiB by the driver, {reserved} reserved by torch, {used} in use"
     )
     (log_at or log.info)(line)
+    if stage == LISTED_STAGE and torch.cuda.is_initialized():
+        _list_blocks(log_at or log.info)
+
+
+def record_allocations() -> None:
+    """Have torch remember where it was asked for memory, if stages are noted: blocks are listed with it."""
+    if enabled():
+        import torch
+
+        torch.cuda.memory._record_memory_history(stacks="python")
 
 
 def _driver_mib() -> int:
@@ -63,22 +68,16 @@ def _driver_mib() -> int:
         pynvml.nvmlShutdown()
 
 
-def follow(owner: Any, steps: dict[str, str]) -> None:
-    """Have a stage noted after each of the methods of class `owner` that `steps` names; what it lacks is
-    passed over: it is another version's."""
-    if not enabled():
-        return
-    for method, stage in steps.items():
-        original = getattr(owner, method, None)
-        if original is not None:
-            setattr(owner, method, _noting(original, stage))
+def _list_blocks(log_at: Callable[[str], None]) -> None:
+    """What torch still holds, largest first, with where in Python it was allocated."""
+    import torch
 
-
-def _noting(original: Callable[..., Any], stage: str) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        note(stage)
-        return result
-
-    return noted
+    blocks = [
+        (int(block["size"]), str(block["state"]), segment["segment_pool_id"], block.get("frames", []))
+        for segment in torch.cuda.memory_snapshot()
+        for block in segment["blocks"]
+        if block["size"] >= LISTED_BYTES
+    ]
+    for size, state, pool, frames in sorted(blocks, key=lambda block: -block[0]):
+        where = " < ".join(f"{Path(frame['filename']).name}:{frame['line']}" for frame in frames[:CALLERS])
+        log_at(f"footprint block: {size / MIB:.1f} MiB {state}, pool {pool}, {where}")

@@ -14,11 +14,12 @@ from typing import NoReturn
 from setproctitle import setproctitle
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers import mm_utils
+from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams
-from prism.gpu_worker.engine import footprint, seeds
+from prism.gpu_worker.engine import build_steps, footprint, seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.platform import Platform, platform_for
 from prism.gpu_worker.engine.ranks import Link, Ranks, SilentLink, fork_ranks
@@ -124,7 +125,15 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
     weights.stage()
     platform.prepare()
     seeds.install()
+
+    def step_ended(step: str, seconds: float) -> None:
+        weights.seconds[step] = seconds
+        footprint.note(step)
+
+    build_steps.follow(ModelRunner, build_steps.MODEL_RUNNER_STEPS, step_ended)
+    configuring = time.perf_counter()
     server_args = _server_args(start, weights, platform, ranks)
+    weights.seconds["configure"] = time.perf_counter() - configuring
     ports = PortArgs(
         tokenizer_ipc_name="",
         scheduler_input_ipc_name="",
@@ -138,12 +147,14 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
     scheduler = EngineScheduler(
         server_args, ports, link=link, weights=weights, platform=platform, ranks=ranks
     )
+    built = time.perf_counter()
     footprint.note("built")
 
     kv = scheduler.kv
     assert kv is not None
 
     def ready() -> None:
+        primed = time.perf_counter()
         footprint.note("primed")
         weights_fd, kv_fd = platform.arenas(weights)
         memory = ranks.gather(RankMemory(os.getpid(), weights_fd, kv_fd))
@@ -158,7 +169,7 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
                 kv_bytes_per_token=ranks.size * _per_token(scheduler.model_config, ranks),
                 max_prompt_tokens=scheduler.max_req_input_len,
                 imaged=imaged,
-                seconds={**weights.seconds, "build": time.perf_counter() - began},
+                seconds={**weights.seconds, "prime": primed - built, "build": primed - began},
                 weights_bytes=weights.nbytes,
                 kv_page_bytes=kv.page_bytes,
                 kv_overhead_bytes=kv.overhead_bytes,
