@@ -114,3 +114,27 @@ def test_whoever_stops_half_way_leaves_no_thread_at_work(image: RegisteredImage,
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def test_the_rest_is_pinned_behind_and_unpinning_ends_that(
+    image: RegisteredImage, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registered_image, "BEHIND_AFTER_S", 0.0)
+    next(image.pinned_pieces())
+    image.pin_behind()
+    assert image._behind is not None
+    image._behind.join(10)
+    assert image.pinned_bytes == NBYTES
+    assert sum(driver.registered.values()) == NBYTES, "no piece is pinned twice"
+    image.unpin()
+    assert image.pinned_bytes == 0
+
+
+def test_unpinning_does_not_wait_for_pieces_that_nobody_pins_any_more(
+    image: RegisteredImage, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registered_image, "BEHIND_AFTER_S", 3600.0)
+    image.pin_behind()
+    image.unpin()
+    assert not driver.registered
+    assert not [thread for thread in threading.enumerate() if thread.name == "pin behind"]

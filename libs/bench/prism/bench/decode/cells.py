@@ -4,6 +4,8 @@ import asyncio
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from prism.bench.cell_commands import Cell
 from prism.bench.decode.colocated import colocated_cell
 from prism.bench.decode.comparing import Likeness, decode_rate, likeness
@@ -51,11 +53,17 @@ def checked_batches(scale: Scale) -> list[Batch]:
 
 
 async def decode_cell(size: str, scale: Scale, models: Path, log: Path) -> list[Row]:
-    """One model under plain SGLang, then under a worker."""
+    """One model under plain SGLang, then under a worker.
+
+    Rates are held against SGLang with its own defaults; answers against SGLang that computes prompts by the
+    kernels that our engines use.
+    """
     path = await asyncio.to_thread(model_folder, size, models)
     checked = checked_batches(scale)
-    async with plain_side(PlainSettings(str(path), scale.device, scale.attention_backend), log) as plain:
+    settings = PlainSettings(str(path), scale.device, scale.attention_backend)
+    async with plain_side(settings, log) as plain:
         theirs = await rates(plain, scale)
+    async with plain_side(msgspec.structs.replace(settings, same_kernels=True), log) as plain:
         expected = [await plain.generate(batch) for batch in checked]
     async with system_of({size: path}, scale, log, {}) as system:
         await system.command(CommandKind.ACTIVATE, size)
@@ -89,7 +97,8 @@ async def decode_cell(size: str, scale: Scale, models: Path, log: Path) -> list[
 def likeness_rows(size: str, like: Likeness, near_tie: float, differ_after_wake: int) -> list[Row]:
     """Whether greedy answers are plain SGLang's, and the same after sleep."""
     note = (
-        f"greedy answers that differ from plain SGLang's before a top-2 margin under {near_tie}; "
+        f"greedy answers that differ from those of plain SGLang without prefill graphs before a top-2 margin "
+        f"under {near_tie}; "
         f"one request at a time, {like.compared_tokens} tokens compared, "
         f"{like.equal} of {like.answers} answers equal"
     )

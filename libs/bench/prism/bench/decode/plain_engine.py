@@ -14,11 +14,12 @@ import msgspec
 
 class PlainSettings(msgspec.Struct, frozen=True):
     """What Engine is told: no more than it takes to run on `device` with the attention backend that is
-    there."""
+    there; with `same_kernels` also what makes it compute a prompt by the kernels that engines of ours use."""
 
     model_path: str
     device: str
     attention_backend: str
+    same_kernels: bool = False
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -48,6 +49,9 @@ def engine_arguments(settings: PlainSettings) -> dict[str, Any]:
     if importlib.util.find_spec("xgrammar") is None:
         # Its default, which hosts without network may lack. No answer here has a grammar.
         arguments["grammar_backend"] = "none"
+    if settings.same_kernels:
+        # By default prompts run through CUDA graphs of compiled pieces: other kernels, other rounding.
+        arguments["disable_prefill_cuda_graph"] = True
     if settings.device == "cpu":
         # What SGLang cannot do without on a CPU that has no kernels of its own for it.
         arguments |= {

@@ -5,17 +5,21 @@ built in it; dozing unmaps all of it, waking maps it again and fills it at the s
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from prism.gpu_worker.engine import cuda_driver
 from prism.gpu_worker.engine.arena import align
+from prism.gpu_worker.engine.bounced_copies import bounced_copies, bouncing_threads
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 
 TENSOR_ALIGNMENT = 256
 GROWTH_BYTES = 256 * 1024 * 1024
 REMAPPED_BYTES = 1024 * 1024 * 1024
+# Nothing is decoded while weights are copied in that pinning by several threads could hold up.
+PINNING_THREADS = 4
 # Two halves of a NaN in every 16-bit float type; no checkpoint holds a page of it.
 UNTOUCHED = 0x7FC57FC5
 COMPARED_WORDS = 1 << 26
@@ -92,23 +96,39 @@ class CudaArena:
         self._pieces.clear()
         self.mapped_bytes = 0
 
-    def copy_in(self, source: RegisteredImage, nbytes: int, *, pinning_threads: int = 1) -> None:
+    def copy_in(self, source: RegisteredImage, nbytes: int) -> None:
         """Fill the first `nbytes` from the image, with memory behind them where there is none yet.
 
-        Mapping, and pinning of what is not pinned yet, go on while the pieces before are copied. Done when
-        this returns; on failure what was mapped stays so, and nothing is copied any more. Raises
-        PrismError(out_of_memory).
+        Mapping goes on while the pieces before are copied. What is not pinned goes through pinned buffers
+        where there are cores enough for that, else it is pinned on the way. Done when this returns; on
+        failure what was mapped stays so, and nothing is copied any more. Raises PrismError(out_of_memory).
         """
         stream = self._stream.cuda_stream
+        threads = 0 if source.pinned_bytes == source.nbytes else bouncing_threads()
         try:
-            for offset, size in source.pinned_pieces(pinning_threads):
-                size = min(size, nbytes - offset)
-                while self.mapped_bytes < offset + size:
-                    left = align(max(self.used, nbytes), self._granularity) - self.mapped_bytes
-                    self._map_piece(min(left, REMAPPED_BYTES))
-                cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
+            if threads:
+                with bounced_copies(threads, stream) as copy:
+                    for offset, size in self._mapping(source.pieces(), nbytes):
+                        target, begin = self.address + offset, source.address + offset
+                        if source.is_pinned(offset):
+                            cuda_driver.copy_to_device(target, begin, size, stream)
+                        else:
+                            copy(target, begin, size)
+            else:
+                for offset, size in self._mapping(source.pinned_pieces(PINNING_THREADS), nbytes):
+                    begin = source.address + offset
+                    cuda_driver.copy_to_device(self.address + offset, begin, size, stream)
         finally:
             self._stream.synchronize()
+
+    def _mapping(self, pieces: Iterator[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
+        """The parts of `pieces` within `nbytes`, each once there is memory behind it."""
+        for offset, whole in pieces:
+            size = min(whole, nbytes - offset)
+            while self.mapped_bytes < offset + size:
+                left = align(max(self.used, nbytes), self._granularity) - self.mapped_bytes
+                self._map_piece(min(left, REMAPPED_BYTES))
+            yield offset, size
 
     def copy_out(self, target: RegisteredImage, nbytes: int) -> None:
         """Copy the first `nbytes` into host memory; done when this returns."""

@@ -89,6 +89,13 @@ def use_context(context: Any) -> None:
     check(driver.cuCtxSetCurrent(context), "setting the context")
 
 
+def limit_stack(nbytes: int) -> None:
+    """Have the current context set aside `nbytes` of stack a thread; a kernel that needs more gets more, and
+    that stays."""
+    limit = driver.CUlimit.CU_LIMIT_STACK_SIZE
+    check(driver.cuCtxSetLimit(limit, nbytes), f"a stack of {nbytes} bytes a thread")
+
+
 def register_host(address: int, nbytes: int) -> None:
     """Pin host memory, so that copies of it run at the speed of the bus."""
     flags = driver.CU_MEMHOSTREGISTER_PORTABLE
@@ -113,3 +120,24 @@ def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
 def fill_words(target: int, word: int, nbytes: int) -> None:
     """Set `nbytes` (a multiple of 4) to a 32-bit pattern."""
     check(driver.cuMemsetD32(target, word, nbytes // 4), f"filling {nbytes} bytes")
+
+
+def create_event() -> Any:
+    """An event to record and wait for; it times nothing."""
+    flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+    return check(driver.cuEventCreate(flags), "creating an event")
+
+
+def record_event(event: Any, stream: int) -> None:
+    """Have `event` happen when the stream gets here."""
+    check(driver.cuEventRecord(event, stream), "recording an event")
+
+
+def wait_for_event(event: Any) -> None:
+    """Wait until what was recorded last has happened."""
+    check(driver.cuEventSynchronize(event), "waiting for an event")
+
+
+def destroy_event(event: Any) -> None:
+    """Give an event back."""
+    check(driver.cuEventDestroy(event), "destroying an event")

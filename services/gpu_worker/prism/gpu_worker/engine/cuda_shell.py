@@ -21,6 +21,7 @@ from prism.gpu_worker.engine_logs import configure_engine_logging
 
 RANKS = "PRISM_RANKS"
 MODULE = "prism.gpu_worker.engine.cuda_shell"
+STACK_BYTES = 256
 
 
 def prepare_environment() -> None:
@@ -37,6 +38,8 @@ def prepare_environment() -> None:
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
     )
+    # 8 MiB for each stream and handle, in place of Hopper's 32: as many as a dozing engine keeps.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     # Ranks of one engine share it.
     os.environ.setdefault("KVCACHED_IPC_NAME", f"prism-{os.getpid()}")
 
@@ -79,10 +82,12 @@ def warm_up(gpu: int) -> None:
     """Import what an engine needs, and make a context with cuBLAS on `gpu`."""
     import torch
 
-    from prism.gpu_worker.engine import footprint
+    from prism.gpu_worker.engine import cuda_driver, footprint
 
     torch.cuda.init()
     torch.cuda.set_device(gpu)
+    # A context sets aside a stack for every thread that the GPU can hold: 1 KiB each is 264 MiB on a Hopper.
+    cuda_driver.limit_stack(STACK_BYTES)
     footprint.record_allocations()
     footprint.note("context")
     square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ import torch
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.gpu_worker.engine import retraction
+from prism.gpu_worker.engine.device_copies import on_device
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,10 @@ class KvcachedMemory:
             )
         self._pool = pool
         self._scheduler = scheduler
+        # kvcached's own copies the slots' numbers from pageable memory, and waits for the stream: that is, as
+        # SGLang orders its streams, for the step before, which is then no longer overlapped with.
+        self._device = allocator.device
+        allocator.alloc = self._allocate_slots
         self._revision = 0
         self.overhead_bytes = 0
         self.page_bytes = int(pool.page_size) * int(pool.num_layers) * int(pool.num_kv_buffers)
@@ -40,6 +45,12 @@ class KvcachedMemory:
                 f"the KV quota of {limit_bytes} bytes was {outcome['status']}: {outcome['reason']}",
                 retry=True,
             )
+
+    def _allocate_slots(self, count: int) -> torch.Tensor | None:
+        """The numbers of so many free KV slots, on the device once the stream gets there; None if there are
+        fewer."""
+        slots = self._pool.alloc(count)
+        return None if slots is None else on_device(slots, self._device)
 
     @property
     def mapped_bytes(self) -> int:

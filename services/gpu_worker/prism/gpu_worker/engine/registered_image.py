@@ -1,22 +1,23 @@
 """An image in host memory, pinned for copies at the speed of the bus."""
 
 import ctypes
-import errno
+import logging
 import mmap
 import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import PrismError
 from prism.gpu_worker.engine import cuda_driver
+from prism.gpu_worker.engine.host_pages import populate, prefer_huge_pages
 
-CHUNK_BYTES = 512 * 1024 * 1024
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 128 * 1024 * 1024
 THREADS = 4
-MADV_HUGEPAGE = 14
-MADV_POPULATE_WRITE = 23
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+BEHIND_AFTER_S = 0.5
 
 
 class RegisteredImage:
@@ -26,6 +27,8 @@ class RegisteredImage:
     and a copy must not span two registrations. Memory comes before it is pinned, by several threads, and in
     huge pages where the kernel allows that for shared memory, which makes pinning several times as fast. What
     is pinned stays so until `unpin`: usually that is once for an engine's life.
+
+    One thread copies, pins and unpins; `pin_behind` pins beside it.
     """
 
     def __init__(self, fd: int, nbytes: int) -> None:
@@ -35,7 +38,10 @@ class RegisteredImage:
         self._view = (ctypes.c_char * nbytes).from_buffer(self._mapping)
         self.address = ctypes.addressof(self._view)
         self._registered: set[int] = set()
-        _libc.madvise(self.address, nbytes, MADV_HUGEPAGE)
+        self._registering = {offset: threading.Lock() for offset, _ in self.pieces()}
+        self._behind: threading.Thread | None = None
+        self._stop_behind = threading.Event()
+        prefer_huge_pages(self.address, nbytes)
 
     @classmethod
     def of(cls, fd: int, nbytes: int, known: "RegisteredImage | None") -> "RegisteredImage":
@@ -54,6 +60,10 @@ class RegisteredImage:
         """How much is pinned now."""
         return sum(size for offset, size in self.pieces() if offset in self._registered)
 
+    def is_pinned(self, offset: int) -> bool:
+        """Whether the piece at `offset` is pinned now."""
+        return offset in self._registered
+
     def pin(self) -> None:
         """Have all of it pinned. Raises as `pinned_pieces` does."""
         for _ in self.pinned_pieces():
@@ -65,14 +75,16 @@ class RegisteredImage:
 
         Raises PrismError(out_of_memory) when the host has too little; what is pinned by then stays so.
         """
-        if len(self._registered) == len(list(self.pieces())):
+        if self.pinned_bytes == self.nbytes:
             yield from self.pieces()
             return
         context = cuda_driver.current_context()
         populating = ThreadPoolExecutor(THREADS, "populate")
         pinning = ThreadPoolExecutor(threads, "pin", cuda_driver.use_context, (context,))
         try:
-            populated = [populating.submit(self._populate, *piece) for piece in self.pieces()]
+            populated = [
+                populating.submit(populate, self.address + offset, size) for offset, size in self.pieces()
+            ]
             pinned = [
                 pinning.submit(self._register, *piece, ready)
                 for piece, ready in zip(self.pieces(), populated, strict=True)
@@ -84,30 +96,62 @@ class RegisteredImage:
             populating.shutdown(cancel_futures=True)
             pinning.shutdown(cancel_futures=True)
 
-    def _register(self, offset: int, size: int, populated: "Future[None]") -> None:
-        if offset not in self._registered:
+    def _register(self, offset: int, size: int, populated: "Future[None] | None" = None) -> None:
+        if populated is not None:
             populated.result()
-            cuda_driver.register_host(self.address + offset, size)
-            self._registered.add(offset)
+        with self._registering[offset]:
+            if offset not in self._registered:
+                cuda_driver.register_host(self.address + offset, size)
+                self._registered.add(offset)
+
+    def pin_behind(self) -> None:
+        """Have the rest pinned by a thread, from a little later on, as long again between pieces as a piece
+        takes: meanwhile the driver lets nothing else through, and somebody may be decoding."""
+        if self._behind is not None or self.pinned_bytes == self.nbytes:
+            return
+        context = cuda_driver.current_context()
+        self._stop_behind.clear()
+
+        def pin() -> None:
+            cuda_driver.use_context(context)
+            pause_s = BEHIND_AFTER_S
+            try:
+                for offset, size in self.pieces():
+                    if self._stop_behind.wait(pause_s):
+                        return
+                    began = time.monotonic()
+                    populate(self.address + offset, size)
+                    self._register(offset, size)
+                    pause_s = time.monotonic() - began
+            except PrismError as error:
+                # The next wake is slower then, no more.
+                log.info("image left unpinned: %s", error)
+
+        self._behind = threading.Thread(target=pin, name="pin behind", daemon=True)
+        self._behind.start()
+
+    def end_pinning_behind(self) -> None:
+        """Wait until nothing is pinned from behind any more: a piece's time at most."""
+        thread, self._behind = self._behind, None
+        if thread is not None:
+            self._stop_behind.set()
+            thread.join()
 
     def unpin(self) -> None:
         """Let go of the pins; the mapping stays. No copy may be under way."""
-        for offset in sorted(self._registered):
-            cuda_driver.unregister_host(self.address + offset)
-            self._registered.remove(offset)
+        self.end_pinning_behind()
+        context = cuda_driver.current_context()
+        offsets = sorted(self._registered)
+        with ThreadPoolExecutor(THREADS, "unpin", cuda_driver.use_context, (context,)) as unpinning:
+            for offset in unpinning.map(self._unregister, offsets):
+                self._registered.remove(offset)
+
+    def _unregister(self, offset: int) -> int:
+        cuda_driver.unregister_host(self.address + offset)
+        return offset
 
     def close(self) -> None:
         """Unpin and unmap. No copy may be under way."""
         self.unpin()
         del self._view
         self._mapping.close()
-
-    def _populate(self, offset: int, size: int) -> None:
-        if _libc.madvise(self.address + offset, size, MADV_POPULATE_WRITE) == 0:
-            return
-        error = ctypes.get_errno()
-        # Kernels before 5.14 don't know it; pinning then populates, only slower.
-        if error != errno.EINVAL:
-            raise PrismError(
-                ErrorCode.OUT_OF_MEMORY, f"no host memory for the image: {os.strerror(error)}", retry=True
-            )

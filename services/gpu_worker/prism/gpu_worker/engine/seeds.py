@@ -7,10 +7,10 @@ gives every request a seed, so here each batch gets the tensor of its requests' 
 
 from typing import Any
 
-import torch
 from sglang.srt.layers import sampler
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from prism.gpu_worker.engine.device_copies import on_device
 from prism.gpu_worker.engine.seeded_sampling import sample_with_seed
 
 
@@ -22,7 +22,7 @@ def install() -> None:
         info = original(cls, batch, vocab_size)
         if info.sampling_seed is None:
             seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
-            info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
+            info.sampling_seed = on_device(seeds, batch.device)
         return info
 
     SamplingBatchInfo.from_schedule_batch = classmethod(from_schedule_batch)
