@@ -116,11 +116,7 @@ def test_whoever_stops_half_way_leaves_no_thread_at_work(image: RegisteredImage,
     assert threading.active_count() == before
 
 
-def test_the_rest_is_pinned_behind_and_unpinning_ends_that(
-    image: RegisteredImage, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registered_image, "BEHIND_AFTER_S", 0.0)
-    next(image.pinned_pieces())
+def test_the_rest_is_pinned_behind(image: RegisteredImage, driver: FakeDriver) -> None:
     image.pin_behind()
     assert image._behind is not None
     image._behind.join(10)
@@ -130,11 +126,15 @@ def test_the_rest_is_pinned_behind_and_unpinning_ends_that(
     assert image.pinned_bytes == 0
 
 
-def test_unpinning_does_not_wait_for_pieces_that_nobody_pins_any_more(
-    image: RegisteredImage, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+def test_pinning_behind_ends_after_the_piece_that_is_under_way(
+    image: RegisteredImage, driver: FakeDriver
 ) -> None:
-    monkeypatch.setattr(registered_image, "BEHIND_AFTER_S", 3600.0)
+    driver.waits_for = threading.Event()
     image.pin_behind()
-    image.unpin()
-    assert not driver.registered
+    ending = threading.Thread(target=image.end_pinning_behind)
+    ending.start()
+    image._stop_behind.wait(10)
+    driver.waits_for.set()
+    ending.join(10)
+    assert image.pinned_bytes < NBYTES
     assert not [thread for thread in threading.enumerate() if thread.name == "pin behind"]

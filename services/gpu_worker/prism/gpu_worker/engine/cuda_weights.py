@@ -109,17 +109,23 @@ class CudaModelWeights(ModelWeights):
         began = time.perf_counter()
         self.arena.copy_in(image, nbytes)
         self.seconds["copy"] = time.perf_counter() - began
-        # So that the next wake runs at the speed of the bus.
-        image.pin_behind()
 
     def unpin(self) -> None:
         """Have no pinned memory."""
         if self._registered is not None:
             self._registered.unpin()
 
+    def unmap(self) -> None:
+        """Give the weights' memory back; what is not pinned yet is pinned while nobody is served."""
+        super().unmap()
+        assert self._registered is not None
+        self._registered.pin_behind()
+
     def restore(self) -> None:
         """Map memory again and copy the weights back; on failure nothing is held."""
         assert self._lease is not None
+        assert self._registered is not None
+        self._registered.end_pinning_behind()
         try:
             self._copy_from_image(end_of(self._layout))
         except BaseException:

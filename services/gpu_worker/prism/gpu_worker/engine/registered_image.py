@@ -5,7 +5,6 @@ import logging
 import mmap
 import os
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,7 +16,6 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 128 * 1024 * 1024
 THREADS = 4
-BEHIND_AFTER_S = 0.5
 
 
 class RegisteredImage:
@@ -105,8 +103,8 @@ class RegisteredImage:
                 self._registered.add(offset)
 
     def pin_behind(self) -> None:
-        """Have the rest pinned by a thread, from a little later on, as long again between pieces as a piece
-        takes: meanwhile the driver lets nothing else through, and somebody may be decoding."""
+        """Have the rest pinned by a thread. Not for an engine that decodes: while a piece is pinned, the
+        driver lets nothing else of this process through."""
         if self._behind is not None or self.pinned_bytes == self.nbytes:
             return
         context = cuda_driver.current_context()
@@ -114,15 +112,12 @@ class RegisteredImage:
 
         def pin() -> None:
             cuda_driver.use_context(context)
-            pause_s = BEHIND_AFTER_S
             try:
                 for offset, size in self.pieces():
-                    if self._stop_behind.wait(pause_s):
+                    if self._stop_behind.is_set():
                         return
-                    began = time.monotonic()
                     populate(self.address + offset, size)
                     self._register(offset, size)
-                    pause_s = time.monotonic() - began
             except PrismError as error:
                 # The next wake is slower then, no more.
                 log.info("image left unpinned: %s", error)
