@@ -85,7 +85,7 @@ async def cuda_device(
 ) -> AsyncIterator[CudaDevice]:
     """GPUs `indices` of this machine, with `warm` shells, each on all of them, kept for the next models."""
     options = EngineOptions(
-        EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)), defer_graphs
+        EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)), defer_graphs, prime=True
     )
     with ExitStack() as opened:
         memories = [opened.enter_context(gpu_memory(index)) for index in indices]

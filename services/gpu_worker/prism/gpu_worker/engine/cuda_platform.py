@@ -18,7 +18,6 @@ ADDRESSED_SHARE = 0.9
 class CudaPlatform:
     """SGLang on one of the GPUs that this process sees: a rank's own."""
 
-    primed = True
     one_memory = False
 
     def __init__(self, start: StartEngine, ranks: Ranks) -> None:

@@ -49,7 +49,6 @@ MEMORY_TOLD_S = 0.5
 
 # The worker plans with what requests usually generate; SGLang would keep room for all that they may.
 schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_NEW_TOKENS
-PRIMING_RID = "priming"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,8 @@ class StopTokens:
 class EngineScheduler(Scheduler):  # type: ignore[misc]
     """One model's scheduler. `kv` and `weights` are what it gives back while dozing.
 
-    `on_primed` is called once the request with PRIMING_RID has run, if there is one.
+    While there is an `on_primed`, what requests say is kept from the worker: it is called when the engine is
+    idle, and nothing of them is left in the cache.
     """
 
     def __init__(
@@ -198,6 +198,11 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         if not self.is_fully_idle():
             self._wait_for_memory()
             return
+        if self.on_primed is not None:
+            # Its answer may come from weights that were not all there yet.
+            self.flush_cache(empty_cache=False)
+            primed, self.on_primed = self.on_primed, None
+            primed()
         if self.current_load() != self._told_load:
             self.tell([])
         if self._doze_when_idle is not None:
@@ -228,9 +233,6 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
     def tell(self, outputs: list[TokenOutput]) -> None:
         """Send outputs with the engine's load."""
         if self.on_primed is not None:
-            if any(output.rid == PRIMING_RID and output.finish for output in outputs):
-                primed, self.on_primed = self.on_primed, None
-                primed()
             return
         self._told_load = self.current_load()
         self._told_at = time.monotonic()
