@@ -108,12 +108,12 @@ class BalancedJudge:
 
     def gpu_rank(self, gpu: Gpu) -> float:
         """See Judge: least pressure, then most free memory."""
-        return gpu.pressure - 1e-3 * gpu.free / max(1, gpu.limit)
+        return gpu.pressure - 1e-3 * gpu.free / (gpu.limit or 1)
 
     def option_rank(self, wanted: Wanted, option: Option) -> tuple[float, ...]:
         """See Judge: seconds until it serves and while it does, and what others lose."""
         waits = option.step in (Step.AWAIT_BUSY, Step.EVICT_BUSY, Step.AWAIT_RIPE)
-        free = min(gpu.free for gpu in option.place.gpus)
+        free = min([gpu.free for gpu in option.place.gpus])
         unready = not option.place.worker.ready
         return (unready, waits, self.seconds(wanted, option), -free)
 
@@ -124,13 +124,15 @@ class BalancedJudge:
         total = ready_s(wanted.view, worker, tier_of(here)) + waiting_s(self.pressure(wanted, option))
         if option.step is not Step.FREE:
             total += _LEAVE_S if option.step <= Step.EVICT_IDLE else _BUSY_LEAVE_S
-        return total + sum(self.loss_s(victim) for victim in option.victims)
+        return total + sum([self.loss_s(victim) for victim in option.victims])
 
     def pressure(self, wanted: Wanted, option: Option) -> float:
         """The highest pressure among its GPUs once it is there and the victims are gone."""
         board, worker = self.reconciler.board, option.place.worker
         work = self.reconciler.expected_work(wanted.view, option.place)
         fixed = board.fixed_bytes(wanted.view, worker)
+        if not option.victims:
+            return max([0.0, *[gpu.with_work(work, fixed) for gpu in option.place.gpus]])
         highest = 0.0
         for gpu in option.place.gpus:
             gone = [victim for victim in option.victims if gpu in victim.place.gpus]

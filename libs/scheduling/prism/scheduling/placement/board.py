@@ -1,6 +1,6 @@
 """The cluster while a plan is being made: each GPU's memory and work, and who is where."""
 
-import heapq
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -34,6 +34,7 @@ class Gpu:
     weights and contexts."""
 
     __slots__ = (
+        "_pressure",
         "claimed",
         "company",
         "compute",
@@ -59,11 +60,16 @@ class Gpu:
         self.kv_wanted = self.compute = 0.0
         self.company = Company()
         self.instances: list[Instance] = []
+        self._pressure: float | None = None
 
     @property
     def pressure(self) -> float:
         """The worse of its KV and its compute pressure."""
-        return pressure_of(self.kv_wanted, self.kv_space, self.compute, self.company.strain)
+        known = self._pressure
+        if known is None:
+            known = pressure_of(self.kv_wanted, self.kv_space, self.compute, self.company.strain)
+            self._pressure = known
+        return known
 
     def with_work(self, work: Work, nbytes: int) -> float:
         """Its pressure with one more instance, whose weights and context take `nbytes`."""
@@ -85,6 +91,7 @@ class Gpu:
 
     def take(self, work: Work, nbytes: int) -> None:
         """Count an instance whose weights and context take `nbytes`."""
+        self._pressure = None
         self.kv_wanted += work.kv_bytes
         self.compute += work.compute
         self.kv_space -= nbytes
@@ -92,6 +99,7 @@ class Gpu:
 
     def lose(self, work: Work, nbytes: int) -> None:
         """The reverse of `take`."""
+        self._pressure = None
         self.kv_wanted -= work.kv_bytes
         self.compute -= work.compute
         self.kv_space += nbytes
@@ -108,6 +116,14 @@ class Place(NamedTuple):
     def gpu_ids(self) -> tuple[int, ...]:
         """As `Activate` names them: none for all GPUs of the worker."""
         return () if len(self.gpus) == len(self.worker.gpu_ids) else tuple(gpu.id for gpu in self.gpus)
+
+    @property
+    def room(self) -> int:
+        """Bytes that are free and not spoken for, on the GPU that has least of them."""
+        gpus = self.gpus
+        if len(gpus) == 1:
+            return gpus[0].free - gpus[0].claimed
+        return min([gpu.free - gpu.claimed for gpu in gpus])
 
     @property
     def pressure(self) -> float:
@@ -135,6 +151,14 @@ class Instance:
         return self.resident.state is ModelState.ACTIVE and not self.leaving
 
 
+class Takes(NamedTuple):
+    """Bytes that an activation takes of each GPU of a worker that holds nothing of the model: weights and a
+    context, and with them the KV quota that it must get at least."""
+
+    fixed: int
+    in_all: int
+
+
 class Board:
     """All of it, changed by a plan's own actions. `serving` are the instances of a model that are active,
     `rising` those on their way up, `asleep` those that doze or are frozen; none counts workers that drain."""
@@ -155,13 +179,19 @@ class Board:
         }
         self._fronts: dict[object, _Front] = {}
         self._measured = False
-        self._kinds: dict[tuple[int | None, bool], WorkerView] = {}
+        # Models take the same on workers of a kind: thousands of places need only a few sums.
+        self._kinds: dict[tuple[int | None, bool, int], WorkerView] = {}
+        self._kind_of: dict[str, int] = {}
+        self._takes: dict[str, dict[int, Takes]] = defaultdict(dict)
+        numbers: dict[tuple[int | None, bool, int], int] = {}
         for worker in snapshot.workers:
             if not worker.draining:
                 gpus = tuple([Gpu(worker, gpu_id) for gpu_id in worker.gpu_ids])
                 self.places[worker.id] = Place(worker, gpus)
                 self.gpus += gpus
-                self._kinds[worker.element_bytes, worker.elastic] = worker
+                kind = (worker.element_bytes, worker.elastic, worker.context_bytes)
+                self._kinds.setdefault(kind, worker)
+                self._kind_of[worker.id] = numbers.setdefault(kind, len(numbers))
         leaving = set()
         for command in snapshot.in_flight:
             self.commanded.add((command.worker, command.model))
@@ -262,15 +292,26 @@ class Board:
     def fixed_bytes(self, view: ModelView, worker: WorkerView) -> int:
         """Weights, and a context where it has none there yet: what an activation takes besides KV cache."""
         here = worker.models.get(view.spec.model_name)
-        context = 0 if here is not None and here.state in _HAS_ENGINE else worker.context_bytes
-        return sizes_on(view, worker).weights + context
+        fixed = self.takes(view, worker).fixed
+        return fixed - worker.context_bytes if here is not None and here.state in _HAS_ENGINE else fixed
+
+    def takes(self, view: ModelView, worker: WorkerView) -> Takes:
+        """What an activation takes there while the worker holds nothing of the model."""
+        by_kind, kind = self._takes[view.spec.model_name], self._kind_of[worker.id]
+        takes = by_kind.get(kind)
+        if takes is None:
+            fixed = sizes_on(view, worker).weights + worker.context_bytes
+            takes = by_kind[kind] = Takes(fixed, fixed + self.kv_at_least(view, worker))
+        return takes
 
     def need(self, view: ModelView, worker: WorkerView) -> int:
         """Bytes of each GPU that must be free for an activation there, beyond what it holds there."""
         here = worker.models.get(view.spec.model_name)
-        takes = self.fixed_bytes(view, worker) + self.kv_at_least(view, worker)
+        takes = self.takes(view, worker).in_all
         if here is None:
             return takes
+        if here.state in _HAS_ENGINE:
+            takes -= worker.context_bytes
         if not (worker.elastic and view.spec.tp_size == 1):
             takes = max(takes, here.active_bytes)
         return max(0, takes - here.held_bytes)
@@ -290,11 +331,11 @@ class Board:
 
     def could_ever_fit(self, view: ModelView, worker: WorkerView) -> bool:
         """Whether it fits into GPUs of that worker that hold nothing else."""
-        here = worker.models.get(view.spec.model_name)
-        takes = sizes_on(view, worker).weights + self.kv_at_least(view, worker)
-        if not worker.elastic and here is not None:
-            takes = max(takes, here.active_bytes)
-        return takes + worker.context_bytes <= worker.limit_bytes
+        takes = self.takes(view, worker).in_all
+        here = None if worker.elastic else worker.models.get(view.spec.model_name)
+        if here is not None:
+            takes = max(takes, here.active_bytes + worker.context_bytes)
+        return takes <= worker.limit_bytes
 
     def places_for(
         self, view: ModelView, rank: Callable[[Gpu], float], fits: Callable[[Place], bool]
@@ -381,12 +422,12 @@ class Board:
 
 
 class _Front:
-    """Places by rank, kept as a heap whose entries are renewed when they come up and have changed."""
+    """Places in the order of the ranks that they had when they were last looked at; those that come up and
+    have changed are put where they belong now."""
 
     def __init__(self, places: list[Place], rank: Callable[[Gpu], float]) -> None:
         self._rank = rank
-        self._heap = [(self._of(place), number, place) for number, place in enumerate(places)]
-        heapq.heapify(self._heap)
+        self._order = sorted((self._of(place), number, place) for number, place in enumerate(places))
 
     def _of(self, place: Place) -> float:
         gpus = place.gpus
@@ -396,21 +437,29 @@ class _Front:
         self, fits: Callable[[Place], bool], enough: int = 8, unfit: int = 8, most: int = 24
     ) -> list[Place]:
         """Those of least rank: `enough` that fit and `unfit` that don't, looking at no more than `most`."""
-        seen: list[tuple[float, int, Place]] = []
+        order, rank = self._order, self._rank
+        renewed: list[tuple[float, int, Place]] = []
+        changed: list[int] = []
         found: list[Place] = []
-        fitting = 0
-        while self._heap and len(seen) < most and fitting < enough:
-            before, number, place = heapq.heappop(self._heap)
-            after = self._of(place)
-            if after > before + 1e-12 and self._heap and after > self._heap[0][0]:
-                heapq.heappush(self._heap, (after, number, place))
+        seen = fitting = 0
+        while seen < min(most, len(order)) and fitting < enough:
+            before, number, place = order[seen]
+            after = rank(place.gpus[0]) if len(place.gpus) == 1 else self._of(place)
+            if after > before + 1e-12 and seen + 1 < len(order) and after > order[seen + 1][0]:
+                del order[seen]
+                insort(order, (after, number, place), seen)
                 continue
-            seen.append((after, number, place))
+            if after != before:
+                changed.append(seen)
+                renewed.append((after, number, place))
+            seen += 1
             if fits(place):
                 fitting += 1
                 found.append(place)
             elif len(found) - fitting < unfit:
                 found.append(place)
-        for entry in seen:
-            heapq.heappush(self._heap, entry)
+        for at in reversed(changed):
+            del order[at]
+        for entry in renewed:
+            insort(order, entry)
         return found

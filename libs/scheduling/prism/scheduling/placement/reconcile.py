@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeGuard
 
 from prism.common.messages.models import ModelState, Tier
+from prism.scheduling.cost import ModelCost
 from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release
 from prism.scheduling.placement.backoff import FIRST_S
 from prism.scheduling.placement.board import Board, Gpu, Instance, Place
@@ -97,6 +98,8 @@ class Reconciler:
         self.manners = manners
         self.actions: list[Action] = []
         self.notes: dict[Note, None] = {}
+        # The last answer of `expected_work`: of a model's places most ask for the same.
+        self._expected: tuple[ModelView, ModelCost | None, int, Work] | None = None
 
     def plan(self) -> Plan:
         """What has come together."""
@@ -128,8 +131,7 @@ class Reconciler:
         name, tp_size, board = wanted.name, wanted.view.spec.tp_size, self.board
 
         def fits(place: Place) -> bool:
-            need = board.need(wanted.view, place.worker)
-            return all(need <= gpu.free - gpu.claimed for gpu in place.gpus)
+            return board.need(wanted.view, place.worker) <= place.room
 
         if wanted.home is not None:
             places = [self._at_home(board.places[worker], wanted) for worker in sorted(wanted.home)]
@@ -162,7 +164,7 @@ class Reconciler:
             place
             for place in large
             if (place.worker.id, name) not in board.commanded
-            and not self.is_bound_elsewhere(place, name)
+            and (len(place.gpus) == len(place.worker.gpu_ids) or not self.is_bound_elsewhere(place, name))
             and not self._backs_off(place, name, tell=tell)
         ]
 
@@ -207,17 +209,17 @@ class Reconciler:
     def option(self, wanted: Wanted, place: Place, judge: Judge) -> Option | None:
         """The gentlest way to have it there now, None if there is none yet."""
         need = self.board.need(wanted.view, place.worker)
-        short = [need - gpu.free + gpu.claimed for gpu in place.gpus]
-        if max(short) <= 0:
+        if need <= place.room:
             return Option(place, Step.FREE, need)
         if not wanted.may_evict:
             return None
-        short = [missing - gpu.soon for missing, gpu in zip(short, place.gpus, strict=True)]
+        short = [need - gpu.free + gpu.claimed - gpu.soon for gpu in place.gpus]
         if max(short) <= 0:
             return Option(place, Step.AWAIT_IDLE, need)
+        sleepers = self._sleepers(wanted, place)
         idle = [
             instance
-            for instance in self._sleepers(wanted, place)
+            for instance in sleepers
             if (self.is_idle(instance) and not judge.spares(instance)) or self._is_extra(instance)
         ]
         idle.sort(key=judge.victim_rank)
@@ -229,9 +231,7 @@ class Reconciler:
             return Option(place, Step.AWAIT_BUSY, need)
         if wanted.demand.oldest_parked_s <= self.manners.patience_s:
             return None
-        busy = [
-            instance for instance in self._sleepers(wanted, place) if instance.serves and instance not in idle
-        ]
+        busy = [instance for instance in sleepers if instance.serves and instance not in idle]
         busy.sort(key=_longest_active_first)
         ripe = [instance for instance in busy if instance.resident.state_s >= self.manners.min_active_s]
         chosen = self._enough(idle + ripe, place, short)
@@ -264,6 +264,8 @@ class Reconciler:
 
     def _enough(self, victims: list[Instance], place: Place, short: list[int]) -> tuple[Instance, ...] | None:
         """As many victims, in their order, as it takes, without those that turn out not to be needed."""
+        if not victims and max(short) > 0:
+            return None
         missing = dict(zip((gpu.id for gpu in place.gpus), short, strict=True))
         chosen: list[Instance] = []
         for victim in victims:
@@ -302,7 +304,7 @@ class Reconciler:
         need = board.need(view, worker)
         kv = board.kv_at_least(view, worker)
         if worker.elastic:
-            spare = min(gpu.free - gpu.claimed for gpu in place.gpus) - need
+            spare = place.room - need
             wish = sizes_on(view, worker).kv_reservation - kv
             more = max(0, min(spare, wish, min(gpu.unreserved for gpu in place.gpus) - need))
             kv, need = kv + more, need + more
@@ -319,7 +321,13 @@ class Reconciler:
         """The work of one more instance at `place`, or of the only one if it `replaces` another."""
         name, board = view.spec.model_name, self.board
         others = 0 if replaces else len(board.serving.get(name, ())) + len(board.rising.get(name, ()))
-        return work_of(view, cost_on(view, place.worker), None, 1.0 / (1 + others))
+        cost = cost_on(view, place.worker)
+        known = self._expected
+        if known is not None and known[0] is view and known[1] is cost and known[2] == others:
+            return known[3]
+        work = work_of(view, cost, None, 1.0 / (1 + others))
+        self._expected = (view, cost, others, work)
+        return work
 
     def sink(self, instance: Instance, reason: str) -> None:
         """Put a model one tier lower."""
