@@ -113,7 +113,8 @@ class BalancedJudge:
     def option_rank(self, wanted: Wanted, option: Option) -> tuple[float, ...]:
         """See Judge: seconds until it serves and while it does, and what others lose."""
         waits = option.step in (Step.AWAIT_BUSY, Step.EVICT_BUSY, Step.AWAIT_RIPE)
-        free = min([gpu.free for gpu in option.place.gpus])
+        gpus = option.place.gpus
+        free = gpus[0].free if len(gpus) == 1 else min([gpu.free for gpu in gpus])
         unready = not option.place.worker.ready
         return (unready, waits, self.seconds(wanted, option), -free)
 
@@ -124,17 +125,20 @@ class BalancedJudge:
         total = ready_s(wanted.view, worker, tier_of(here)) + waiting_s(self.pressure(wanted, option))
         if option.step is not Step.FREE:
             total += _LEAVE_S if option.step <= Step.EVICT_IDLE else _BUSY_LEAVE_S
-        return total + sum([self.loss_s(victim) for victim in option.victims])
+        if option.victims:
+            total += sum([self.loss_s(victim) for victim in option.victims])
+        return total
 
     def pressure(self, wanted: Wanted, option: Option) -> float:
         """The highest pressure among its GPUs once it is there and the victims are gone."""
         board, worker = self.reconciler.board, option.place.worker
         work = self.reconciler.expected_work(wanted.view, option.place)
         fixed = board.fixed_bytes(wanted.view, worker)
-        if not option.victims:
-            return max([0.0, *[gpu.with_work(work, fixed) for gpu in option.place.gpus]])
         highest = 0.0
         for gpu in option.place.gpus:
+            if not option.victims:
+                highest = max(highest, gpu.with_work(work, fixed))
+                continue
             gone = [victim for victim in option.victims if gpu in victim.place.gpus]
             for victim in gone:
                 gpu.lose(victim.work, victim.resident.weights_bytes)

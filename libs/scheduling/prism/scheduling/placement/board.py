@@ -31,7 +31,7 @@ class Gpu:
     """One GPU. Bytes: `free` now, less what activations under way will still take; `soon` and `late` come
     free when idle and busy models have left; `claimed` is kept for models that wait for it. `unreserved` is
     the part of `free` for which nobody must give up KV quota, `kv_space` what there is for KV cache beside
-    weights and contexts."""
+    weights and contexts. On workers of the same `kind` a model takes the same."""
 
     __slots__ = (
         "_pressure",
@@ -41,6 +41,7 @@ class Gpu:
         "free",
         "id",
         "instances",
+        "kind",
         "kv_space",
         "kv_wanted",
         "late",
@@ -50,9 +51,10 @@ class Gpu:
         "worker",
     )
 
-    def __init__(self, worker: WorkerView, gpu_id: int) -> None:
+    def __init__(self, worker: WorkerView, gpu_id: int, kind: int) -> None:
         self.worker = worker
         self.id = gpu_id
+        self.kind = kind
         self.limit = worker.limit_bytes
         reserved = worker.reserved_by_gpu.get(gpu_id, worker.reserved_bytes)
         self.free = self.unreserved = self.kv_space = self.limit - reserved
@@ -151,14 +153,6 @@ class Instance:
         return self.resident.state is ModelState.ACTIVE and not self.leaving
 
 
-class Takes(NamedTuple):
-    """Bytes that an activation takes of each GPU of a worker that holds nothing of the model: weights and a
-    context, and with them the KV quota that it must get at least."""
-
-    fixed: int
-    in_all: int
-
-
 class Board:
     """All of it, changed by a plan's own actions. `serving` are the instances of a model that are active,
     `rising` those on their way up, `asleep` those that doze or are frozen; none counts workers that drain."""
@@ -179,19 +173,18 @@ class Board:
         }
         self._fronts: dict[object, _Front] = {}
         self._measured = False
-        # Models take the same on workers of a kind: thousands of places need only a few sums.
-        self._kinds: dict[tuple[int | None, bool, int], WorkerView] = {}
-        self._kind_of: dict[str, int] = {}
-        self._takes: dict[str, dict[int, Takes]] = defaultdict(dict)
+        self._kinds: dict[tuple[int | None, bool], WorkerView] = {}
+        self._needs: dict[int, int] = {}
+        self._needs_of: ModelView | None = None
         numbers: dict[tuple[int | None, bool, int], int] = {}
         for worker in snapshot.workers:
             if not worker.draining:
-                gpus = tuple([Gpu(worker, gpu_id) for gpu_id in worker.gpu_ids])
+                alike = (worker.element_bytes, worker.elastic, worker.context_bytes)
+                kind = numbers.setdefault(alike, len(numbers))
+                gpus = tuple([Gpu(worker, gpu_id, kind) for gpu_id in worker.gpu_ids])
                 self.places[worker.id] = Place(worker, gpus)
                 self.gpus += gpus
-                kind = (worker.element_bytes, worker.elastic, worker.context_bytes)
-                self._kinds.setdefault(kind, worker)
-                self._kind_of[worker.id] = numbers.setdefault(kind, len(numbers))
+                self._kinds[worker.element_bytes, worker.elastic] = worker
         leaving = set()
         for command in snapshot.in_flight:
             self.commanded.add((command.worker, command.model))
@@ -292,29 +285,32 @@ class Board:
     def fixed_bytes(self, view: ModelView, worker: WorkerView) -> int:
         """Weights, and a context where it has none there yet: what an activation takes besides KV cache."""
         here = worker.models.get(view.spec.model_name)
-        fixed = self.takes(view, worker).fixed
-        return fixed - worker.context_bytes if here is not None and here.state in _HAS_ENGINE else fixed
-
-    def takes(self, view: ModelView, worker: WorkerView) -> Takes:
-        """What an activation takes there while the worker holds nothing of the model."""
-        by_kind, kind = self._takes[view.spec.model_name], self._kind_of[worker.id]
-        takes = by_kind.get(kind)
-        if takes is None:
-            fixed = sizes_on(view, worker).weights + worker.context_bytes
-            takes = by_kind[kind] = Takes(fixed, fixed + self.kv_at_least(view, worker))
-        return takes
+        context = 0 if here is not None and here.state in _HAS_ENGINE else worker.context_bytes
+        return sizes_on(view, worker).weights + context
 
     def need(self, view: ModelView, worker: WorkerView) -> int:
         """Bytes of each GPU that must be free for an activation there, beyond what it holds there."""
         here = worker.models.get(view.spec.model_name)
-        takes = self.takes(view, worker).in_all
+        takes = self.fixed_bytes(view, worker) + self.kv_at_least(view, worker)
         if here is None:
             return takes
-        if here.state in _HAS_ENGINE:
-            takes -= worker.context_bytes
         if not (worker.elastic and view.spec.tp_size == 1):
             takes = max(takes, here.active_bytes)
         return max(0, takes - here.held_bytes)
+
+    def need_at(self, view: ModelView, place: Place) -> int:
+        """The same for one of many places of a model: of workers of a kind that hold nothing of it only the
+        first is asked."""
+        worker = place.worker
+        if view.spec.model_name in worker.models:
+            return self.need(view, worker)
+        if view is not self._needs_of:
+            self._needs_of, self._needs = view, {}
+        kind = place.gpus[0].kind
+        need = self._needs.get(kind)
+        if need is None:
+            need = self._needs[kind] = self.need(view, worker)
+        return need
 
     def least_need(self, view: ModelView) -> int:
         """A lower bound of what an activation takes of each GPU, wherever it goes."""
@@ -329,13 +325,16 @@ class Board:
         sizes = sizes_on(view, worker)
         return sizes.kv_floor if worker.elastic else sizes.kv_reservation
 
-    def could_ever_fit(self, view: ModelView, worker: WorkerView) -> bool:
+    def could_ever_fit(self, view: ModelView, place: Place) -> bool:
         """Whether it fits into GPUs of that worker that hold nothing else."""
-        takes = self.takes(view, worker).in_all
-        here = None if worker.elastic else worker.models.get(view.spec.model_name)
-        if here is not None:
-            takes = max(takes, here.active_bytes + worker.context_bytes)
-        return takes <= worker.limit_bytes
+        worker = place.worker
+        here = worker.models.get(view.spec.model_name)
+        if here is None:
+            return self.need_at(view, place) <= worker.limit_bytes
+        takes = sizes_on(view, worker).weights + self.kv_at_least(view, worker)
+        if not worker.elastic:
+            takes = max(takes, here.active_bytes)
+        return takes + worker.context_bytes <= worker.limit_bytes
 
     def places_for(
         self, view: ModelView, rank: Callable[[Gpu], float], fits: Callable[[Place], bool]
@@ -442,7 +441,8 @@ class _Front:
         changed: list[int] = []
         found: list[Place] = []
         seen = fitting = 0
-        while seen < min(most, len(order)) and fitting < enough:
+        most = min(most, len(order))
+        while seen < most and fitting < enough:
             before, number, place = order[seen]
             after = rank(place.gpus[0]) if len(place.gpus) == 1 else self._of(place)
             if after > before + 1e-12 and seen + 1 < len(order) and after > order[seen + 1][0]:

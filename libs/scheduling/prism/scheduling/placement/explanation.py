@@ -139,7 +139,7 @@ def _place(
             why = f"it failed here {failure.count} in a row: {failure.reason}"
         elif (worker.id, name) in board.commanded:
             why = "a command for it is in flight here"
-        elif not board.could_ever_fit(view, worker):
+        elif not board.could_ever_fit(view, place):
             why = f"too large: it takes {need / 1e9:.3f} GB, the GPU has {worker.limit_bytes / 1e9:.3f} GB"
         elif reconciler.is_bound_elsewhere(place, name):
             why = "its engine on this worker is bound to other GPUs"

@@ -128,10 +128,11 @@ class Reconciler:
     def candidates(self, wanted: Wanted, judge: Judge, *, tell: bool = True) -> list[Place]:
         """Places that could hold it and whose worker may be asked to; with `tell`, why there is none is
         noted."""
-        name, tp_size, board = wanted.name, wanted.view.spec.tp_size, self.board
+        name, view, board = wanted.name, wanted.view, self.board
+        tp_size = view.spec.tp_size
 
         def fits(place: Place) -> bool:
-            return board.need(wanted.view, place.worker) <= place.room
+            return board.need_at(view, place) <= place.room
 
         if wanted.home is not None:
             places = [self._at_home(board.places[worker], wanted) for worker in sorted(wanted.home)]
@@ -150,7 +151,7 @@ class Reconciler:
             which = f"a further worker ({wanted.reason})" if wanted.beside else "a worker"
             self.note(name, f"waits for {which}; none is there with {tp_size} GPU(s)")
             return []
-        large = [place for place in places if board.could_ever_fit(wanted.view, place.worker)]
+        large = [place for place in places if board.could_ever_fit(view, place)]
         if not large and tell:
             largest = max((place.worker for place in places), key=lambda worker: worker.limit_bytes)
             takes = board.fixed_bytes(wanted.view, largest) + board.kv_at_least(wanted.view, largest)
@@ -160,13 +161,7 @@ class Reconciler:
                 f"{largest.id} has {_gb(largest.limit_bytes)}; lower its max_memory_pool_size or raise the "
                 "limit",
             )
-        return [
-            place
-            for place in large
-            if (place.worker.id, name) not in board.commanded
-            and (len(place.gpus) == len(place.worker.gpu_ids) or not self.is_bound_elsewhere(place, name))
-            and not self._backs_off(place, name, tell=tell)
-        ]
+        return [place for place in large if self._may_be_asked(place, name, tell=tell)]
 
     def _unbind(self, wanted: Wanted, judge: Judge) -> None:
         """Let go of an engine that sleeps on a GPU without room while another of its worker has some."""
@@ -196,19 +191,23 @@ class Reconciler:
         named = tuple(gpu for gpu in whole.gpus if gpu.id in wanted.gpu_ids)
         return Place(whole.worker, named) if len(named) == wanted.view.spec.tp_size else whole
 
-    def _backs_off(self, place: Place, name: str, *, tell: bool) -> bool:
-        failure = self.board.backing_off.get((place.worker.id, name))
+    def _may_be_asked(self, place: Place, name: str, *, tell: bool) -> bool:
+        """Whether its worker has nothing else to do with the model first, nor failed with it a moment ago."""
+        key = (place.worker.id, name)
+        here = place.worker.models.get(name)
+        if key in self.board.commanded or (here is not None and self.is_bound_elsewhere(place, name)):
+            return False
+        failure = self.board.backing_off.get(key)
         if failure is not None:
             if tell:
                 text = f"failed on {failure.worker}, {failure.count} in a row, will retry: {failure.reason}"
                 self.note(name, text, passing=True)
-            return True
-        here = place.worker.models.get(name)
-        return here is not None and here.state is ModelState.FAILED and here.state_s < FIRST_S
+            return False
+        return here is None or here.state is not ModelState.FAILED or here.state_s >= FIRST_S
 
     def option(self, wanted: Wanted, place: Place, judge: Judge) -> Option | None:
         """The gentlest way to have it there now, None if there is none yet."""
-        need = self.board.need(wanted.view, place.worker)
+        need = self.board.need_at(wanted.view, place)
         if need <= place.room:
             return Option(place, Step.FREE, need)
         if not wanted.may_evict:
@@ -217,6 +216,9 @@ class Reconciler:
         if max(short) <= 0:
             return Option(place, Step.AWAIT_IDLE, need)
         sleepers = self._sleepers(wanted, place)
+        if not sleepers:
+            late = max([missing - gpu.late for missing, gpu in zip(short, place.gpus, strict=True)])
+            return Option(place, Step.AWAIT_BUSY, need) if late <= 0 else None
         idle = [
             instance
             for instance in sleepers
@@ -264,8 +266,6 @@ class Reconciler:
 
     def _enough(self, victims: list[Instance], place: Place, short: list[int]) -> tuple[Instance, ...] | None:
         """As many victims, in their order, as it takes, without those that turn out not to be needed."""
-        if not victims and max(short) > 0:
-            return None
         missing = dict(zip((gpu.id for gpu in place.gpus), short, strict=True))
         chosen: list[Instance] = []
         for victim in victims:
