@@ -437,8 +437,10 @@ class Reconciler:
         """Have workers forget models that are not registered any more."""
         removed = {name for name, view in self.snapshot.models.items() if view.removed and view.facts}
         for worker in (place.worker for place in self.board.places.values() if removed):
-            for name in removed & worker.models.keys():
+            for name in worker.models:
                 key = (worker.id, name)
+                if name not in removed:
+                    continue
                 if worker.models[name].state in _OFF_THE_DEVICE or key in self.board.commanded:
                     continue
                 if key not in self.board.backing_off:
