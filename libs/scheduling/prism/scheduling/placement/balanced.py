@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Plan
 from prism.scheduling.placement.balancing import Balancing
-from prism.scheduling.placement.board import Board, Gpu, Instance
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.gpus import Gpu, Instance
+from prism.scheduling.placement.judging import Option, Step
 from prism.scheduling.placement.pressure import waiting_s
 from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
-from prism.scheduling.placement.reconcile import Manners, Option, Reconciler, Step
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 from prism.scheduling.placement.wants import Wanted, wanted_models
 

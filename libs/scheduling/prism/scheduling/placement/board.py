@@ -1,13 +1,13 @@
-"""The cluster while a plan is being made: each GPU's memory and work, and who is where."""
+"""The cluster while a plan is being made: who is where, what is free, and what comes free."""
 
-from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import CommandKind
-from prism.scheduling.placement.pressure import NO_WORK, Company, Work, pressure_of, work_of
+from prism.scheduling.placement.gpus import Gpu, Instance, Place
+from prism.scheduling.placement.nearest import ALL_PLACES, Front, places_within
+from prism.scheduling.placement.pressure import Work, work_of
 from prism.scheduling.placement.pricing import cost_on, sizes_on
 from prism.scheduling.placement.snapshot import (
     ClusterSnapshot,
@@ -23,134 +23,6 @@ _ASLEEP = frozenset({ModelState.DOZING, ModelState.FROZEN})
 _HAS_ENGINE = frozenset(
     {ModelState.ACTIVE, ModelState.DOZING, ModelState.STARTING, ModelState.WAKING, ModelState.DRAINING}
 )
-ALL_PLACES = 64
-"""Up to so many GPUs are all looked at for a model; of more, those that press least."""
-
-
-class Gpu:
-    """One GPU. Bytes: `free` now, less what activations under way will still take; `soon` and `late` come
-    free when idle and busy models have left; `claimed` is kept for models that wait for it. `unreserved` is
-    the part of `free` for which nobody must give up KV quota, `kv_space` what there is for KV cache beside
-    weights and contexts. On workers of the same `kind` a model takes the same."""
-
-    __slots__ = (
-        "_pressure",
-        "claimed",
-        "company",
-        "compute",
-        "free",
-        "id",
-        "instances",
-        "kind",
-        "kv_space",
-        "kv_wanted",
-        "late",
-        "limit",
-        "soon",
-        "unreserved",
-        "worker",
-    )
-
-    def __init__(self, worker: WorkerView, gpu_id: int, kind: int) -> None:
-        self.worker = worker
-        self.id = gpu_id
-        self.kind = kind
-        self.limit = worker.limit_bytes
-        reserved = worker.reserved_by_gpu.get(gpu_id, worker.reserved_bytes)
-        self.free = self.unreserved = self.kv_space = self.limit - reserved
-        self.soon = self.late = self.claimed = 0
-        self.kv_wanted = self.compute = 0.0
-        self.company = Company()
-        self.instances: list[Instance] = []
-        self._pressure: float | None = None
-
-    @property
-    def pressure(self) -> float:
-        """The worse of its KV and its compute pressure."""
-        known = self._pressure
-        if known is None:
-            known = pressure_of(self.kv_wanted, self.kv_space, self.compute, self.company.strain)
-            self._pressure = known
-        return known
-
-    def with_work(self, work: Work, nbytes: int) -> float:
-        """Its pressure with one more instance, whose weights and context take `nbytes`."""
-        return pressure_of(
-            self.kv_wanted + work.kv_bytes,
-            self.kv_space - nbytes,
-            self.compute + work.compute,
-            self.company.strain_with(work),
-        )
-
-    def without_work(self, work: Work, nbytes: int) -> float:
-        """Its pressure without an instance that it counts, whose weights take `nbytes`."""
-        return pressure_of(
-            self.kv_wanted - work.kv_bytes,
-            self.kv_space + nbytes,
-            self.compute - work.compute,
-            self.company.strain_without(work),
-        )
-
-    def take(self, work: Work, nbytes: int) -> None:
-        """Count an instance whose weights and context take `nbytes`."""
-        self._pressure = None
-        self.kv_wanted += work.kv_bytes
-        self.compute += work.compute
-        self.kv_space -= nbytes
-        self.company.join(work)
-
-    def lose(self, work: Work, nbytes: int) -> None:
-        """The reverse of `take`."""
-        self._pressure = None
-        self.kv_wanted -= work.kv_bytes
-        self.compute -= work.compute
-        self.kv_space += nbytes
-        self.company.leave(work)
-
-
-class Place(NamedTuple):
-    """Where an instance may be: so many GPUs of one worker as it is spread over."""
-
-    worker: WorkerView
-    gpus: tuple[Gpu, ...]
-
-    @property
-    def gpu_ids(self) -> tuple[int, ...]:
-        """As `Activate` names them: none for all GPUs of the worker."""
-        return () if len(self.gpus) == len(self.worker.gpu_ids) else tuple(gpu.id for gpu in self.gpus)
-
-    @property
-    def room(self) -> int:
-        """Bytes that are free and not spoken for, on the GPU that has least of them."""
-        gpus = self.gpus
-        if len(gpus) == 1:
-            return gpus[0].free - gpus[0].claimed
-        return min([gpu.free - gpu.claimed for gpu in gpus])
-
-    @property
-    def pressure(self) -> float:
-        """Of the GPU under most."""
-        gpus = self.gpus
-        return gpus[0].pressure if len(gpus) == 1 else max(gpu.pressure for gpu in gpus)
-
-
-class Instance:
-    """A model that holds, or is about to hold, memory of GPUs. `leaving` ones are being put to sleep."""
-
-    __slots__ = ("leaving", "model", "place", "resident", "view", "work")
-
-    def __init__(self, model: str, view: ModelView | None, place: Place, resident: ResidentModel) -> None:
-        self.model = model
-        self.view = view
-        self.place = place
-        self.resident = resident
-        self.leaving = resident.state is ModelState.DRAINING
-        self.work = NO_WORK
-
-    @property
-    def serves(self) -> bool:
-        """Whether it is active and stays."""
-        return self.resident.state is ModelState.ACTIVE and not self.leaving
 
 
 class Board:
@@ -171,7 +43,7 @@ class Board:
             for failure in snapshot.failures
             if failure.retry_at > now
         }
-        self._fronts: dict[object, _Front] = {}
+        self._fronts: dict[object, Front] = {}
         self._measured = False
         self._kinds: dict[tuple[int | None, bool], WorkerView] = {}
         self._needs: dict[int, int] = {}
@@ -345,35 +217,18 @@ class Board:
         tp_size = view.spec.tp_size
         if len(self.gpus) <= ALL_PLACES:
             for whole in self.places.values():
-                yield from self.places_within(whole, tp_size, rank)
+                yield from places_within(whole, tp_size, rank)
             return
         front = self._fronts.get((rank, tp_size))
         if front is None:
             wholes = (whole for whole in self.places.values() if len(whole.gpus) >= tp_size)
-            places = [place for whole in wholes for place in self.places_within(whole, tp_size, rank)]
-            front = self._fronts[rank, tp_size] = _Front(places, rank)
+            places = [place for whole in wholes for place in places_within(whole, tp_size, rank)]
+            front = self._fronts[rank, tp_size] = Front(places, rank)
         near = front.nearest(fits)
         yield from near
         if asleep := self.asleep.get(view.spec.model_name):
             seen = {place.gpus for place in near}
             yield from (one.place for one in asleep if one.place.gpus not in seen)
-
-    @staticmethod
-    def places_within(whole: Place, tp_size: int, rank: Callable[[Gpu], float]) -> list[Place]:
-        """The groups of `tp_size` GPUs of one worker to look at: aligned ones, which leave no odd GPU over,
-        and the one of least rank."""
-        gpus = whole.gpus
-        if len(gpus) == tp_size:
-            return [whole]
-        if tp_size == 1:
-            return [Place(whole.worker, (gpu,)) for gpu in gpus]
-        if len(gpus) < tp_size:
-            return []
-        groups = [gpus[at : at + tp_size] for at in range(0, len(gpus) - tp_size + 1, tp_size)]
-        best = tuple(sorted(gpus, key=lambda gpu: (rank(gpu), -gpu.free, gpu.id))[:tp_size])
-        if best not in groups:
-            groups.append(best)
-        return [Place(whole.worker, group) for group in groups]
 
     def bound(self, name: str, worker: WorkerView) -> frozenset[int] | None:
         """The GPUs that a model's engine there is bound to, None when it has no engine there."""
@@ -418,48 +273,3 @@ class Board:
             gpu.late += nbytes
         else:
             gpu.soon += nbytes
-
-
-class _Front:
-    """Places in the order of the ranks that they had when they were last looked at; those that come up and
-    have changed are put where they belong now."""
-
-    def __init__(self, places: list[Place], rank: Callable[[Gpu], float]) -> None:
-        self._rank = rank
-        self._order = sorted((self._of(place), number, place) for number, place in enumerate(places))
-
-    def _of(self, place: Place) -> float:
-        gpus = place.gpus
-        return self._rank(gpus[0]) if len(gpus) == 1 else max(self._rank(gpu) for gpu in gpus)
-
-    def nearest(
-        self, fits: Callable[[Place], bool], enough: int = 8, unfit: int = 8, most: int = 24
-    ) -> list[Place]:
-        """Those of least rank: `enough` that fit and `unfit` that don't, looking at no more than `most`."""
-        order, rank = self._order, self._rank
-        renewed: list[tuple[float, int, Place]] = []
-        changed: list[int] = []
-        found: list[Place] = []
-        seen = fitting = 0
-        most = min(most, len(order))
-        while seen < most and fitting < enough:
-            before, number, place = order[seen]
-            after = rank(place.gpus[0]) if len(place.gpus) == 1 else self._of(place)
-            if after > before + 1e-12 and seen + 1 < len(order) and after > order[seen + 1][0]:
-                del order[seen]
-                insort(order, (after, number, place), seen)
-                continue
-            if after != before:
-                changed.append(seen)
-                renewed.append((after, number, place))
-            seen += 1
-            if fits(place):
-                fitting += 1
-                found.append(place)
-            elif len(found) - fitting < unfit:
-                found.append(place)
-        for at in reversed(changed):
-            del order[at]
-        for entry in renewed:
-            insort(order, entry)
-        return found
