@@ -30,7 +30,10 @@ class FadingRate:
 
     def add(self, now: float, amount: float = 1.0) -> None:
         """`amount` at `now`, which never goes back."""
-        self._rate = self.at(now) + amount / self._window_s
+        gone_s = now - self._at
+        if gone_s > 0.0:
+            self._rate *= math.exp(-gone_s / self._window_s)
+        self._rate += amount / self._window_s
         self._at = now
 
     def at(self, now: float) -> float:

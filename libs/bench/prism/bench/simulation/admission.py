@@ -92,7 +92,7 @@ class AdmissionQueue:
             # (tests/bench/simulation/test_admission.py asks all of them).
             self._started(instance, request, now)
             return
-        rid = str(request.index)
+        rid = request.rid
         model = instance.model
         self.entries[rid] = QueuedRequest(
             rid,
@@ -118,15 +118,17 @@ class AdmissionQueue:
         if not self.entries:
             return
         self.decisions += 1
+        entries = self.entries
         capacities = {name: self._capacity(instance) for name, instance in self.instances.items()}
-        admission = self._policy.select(list(self.entries.values()), capacities, self._backlog.work(now), now)
+        admission = self._policy.select(list(entries.values()), capacities, self._backlog.work(now), now)
         for rid in admission.rids:
-            del self.entries[rid]
+            del entries[rid]
             request, instance = self.waiting.pop(rid)
-            self._unqueue(instance, request)
+            instance.queued -= 1
+            instance.queued_tokens -= request.reserved
             instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
-        if not self.entries:
+        if not entries:
             return
         for instance in self.instances.values():
             if instance.queued and instance.reserved + instance.queued_tokens > instance.quota_tokens:
@@ -139,13 +141,12 @@ class AdmissionQueue:
     def _capacity(self, instance: "Instance") -> EngineCapacity:
         engine = instance.engine
         assert engine is not None
-        decoding = len(engine.ends)
+        decoding, alone_s = len(engine.ends), engine.step_s
+        # As measured: engines that decode on its GPUs take turns.
         step_s = 0.0
         if decoding:
-            # As measured: engines that decode on its GPUs take turns.
-            step_s = engine.step_s * max(
-                gpu.shares(sum(1 for each in gpu.computing if each.ends)) for gpu in engine.gpus
-            )
+            gpus = engine.gpus
+            step_s = alone_s * (gpus[0].turns if len(gpus) == 1 else max([gpu.turns for gpu in gpus]))
         return EngineCapacity(
             instance.running,
             self._max_running,
@@ -156,7 +157,7 @@ class AdmissionQueue:
             decoding,
             step_s,
             instance.model.tpot_slo_s,
-            engine.step_s,
+            alone_s,
         )
 
     def _again(self, now: float) -> None:
@@ -176,7 +177,7 @@ class AdmissionQueue:
         overaged = now - request.arrival_s >= BOUNDS.patience * (
             slo if slo < inf else BOUNDS.unpromised_slo_s
         )
-        self._backlog.released(str(request.index), seconds * engine.slowdown, now, overaged=overaged)
+        self._backlog.released(request.rid, seconds * engine.slowdown, now, overaged=overaged)
         self.prefills += 1
         instance.running += 1
         instance.reserved += request.reserved
@@ -187,7 +188,7 @@ class AdmissionQueue:
     def prefilled(self, requests: Sequence[Request], now: float) -> None:
         """The prefill of these is done, or will not be."""
         for request in requests:
-            self._backlog.prefilled(str(request.index), now)
+            self._backlog.prefilled(request.rid, now)
         self.prefills = max(0, self.prefills - len(requests))
         if self.entries:
             self.pump(now)

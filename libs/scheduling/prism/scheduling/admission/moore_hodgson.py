@@ -57,9 +57,8 @@ class MooreHodgsonAdmission:
         now: float,
     ) -> Admission:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
-        full_until = gpu.prefill_until_s - self._budget.lookahead_s
-        if full_until >= now or not queue:
-            return Admission([], full_until if queue else None)
+        if (nothing := self._budget.nothing_yet(queue, gpu, now)) is not None:
+            return nothing
         room = DecodeRoom(engines, gpu)
         release = Release(engines, gpu, now, self._budget, room)
         if len(queue) == 1 and release.offer_alive(queue[0]) is STARTED:

@@ -29,7 +29,8 @@ class PrefillBacklog:
 
     def released(self, rid: str, seconds: float, now: float, *, overaged: bool = False) -> None:
         """A request whose prefill takes so many seconds went to its engine."""
-        self._until_s = max(self._until_s, now) + seconds
+        until_s = self._until_s
+        self._until_s = (until_s if until_s > now else now) + seconds
         self._pending[rid] = seconds
         self._pending_s += seconds
         self._recent.append(_Released(self._until_s, seconds, overaged))
@@ -43,7 +44,9 @@ class PrefillBacklog:
         if seconds is None:
             return
         self._pending_s = self._pending_s - seconds if self._pending else 0.0
-        self._until_s = min(self._until_s, now + self._pending_s)
+        until_s = now + self._pending_s
+        if until_s < self._until_s:
+            self._until_s = until_s
 
     def work(self, now: float) -> GpuWork:
         """As of `now`."""

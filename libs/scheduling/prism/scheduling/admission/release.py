@@ -21,7 +21,7 @@ more is kept free for them; who has waited twice that long goes as the only one 
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import msgspec
@@ -44,6 +44,13 @@ class PrefillBudget(msgspec.Struct, frozen=True):
 
     lookahead_s: float = 0.05
     least_share: float = 0.1
+
+    def nothing_yet(self, queue: Sequence[QueuedRequest], gpu: GpuWork, now: float) -> Admission | None:
+        """The decision where nobody waits, or as much prefill lies ahead as may; else None."""
+        if not queue:
+            return Admission([])
+        full_until_s = gpu.prefill_until_s - self.lookahead_s
+        return Admission([], full_until_s) if full_until_s >= now else None
 
 
 class Offer(enum.Enum):

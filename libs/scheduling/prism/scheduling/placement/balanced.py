@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Plan
 from prism.scheduling.placement.balancing import Balancing
-from prism.scheduling.placement.board import Board, Gpu, Instance
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.gpus import Gpu, Instance
+from prism.scheduling.placement.judging import Option, Step
 from prism.scheduling.placement.pressure import waiting_s
 from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
-from prism.scheduling.placement.reconcile import Manners, Option, Reconciler, Step
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 from prism.scheduling.placement.wants import Wanted, wanted_models
 
@@ -108,12 +111,13 @@ class BalancedJudge:
 
     def gpu_rank(self, gpu: Gpu) -> float:
         """See Judge: least pressure, then most free memory."""
-        return gpu.pressure - 1e-3 * gpu.free / max(1, gpu.limit)
+        return gpu.pressure - 1e-3 * gpu.free / (gpu.limit or 1)
 
     def option_rank(self, wanted: Wanted, option: Option) -> tuple[float, ...]:
         """See Judge: seconds until it serves and while it does, and what others lose."""
         waits = option.step in (Step.AWAIT_BUSY, Step.EVICT_BUSY, Step.AWAIT_RIPE)
-        free = min(gpu.free for gpu in option.place.gpus)
+        gpus = option.place.gpus
+        free = gpus[0].free if len(gpus) == 1 else min([gpu.free for gpu in gpus])
         unready = not option.place.worker.ready
         return (unready, waits, self.seconds(wanted, option), -free)
 
@@ -124,7 +128,9 @@ class BalancedJudge:
         total = ready_s(wanted.view, worker, tier_of(here)) + waiting_s(self.pressure(wanted, option))
         if option.step is not Step.FREE:
             total += _LEAVE_S if option.step <= Step.EVICT_IDLE else _BUSY_LEAVE_S
-        return total + sum(self.loss_s(victim) for victim in option.victims)
+        if option.victims:
+            total += sum([self.loss_s(victim) for victim in option.victims])
+        return total
 
     def pressure(self, wanted: Wanted, option: Option) -> float:
         """The highest pressure among its GPUs once it is there and the victims are gone."""
@@ -133,6 +139,9 @@ class BalancedJudge:
         fixed = board.fixed_bytes(wanted.view, worker)
         highest = 0.0
         for gpu in option.place.gpus:
+            if not option.victims:
+                highest = max(highest, gpu.with_work(work, fixed))
+                continue
             gone = [victim for victim in option.victims if gpu in victim.place.gpus]
             for victim in gone:
                 gpu.lose(victim.work, victim.resident.weights_bytes)

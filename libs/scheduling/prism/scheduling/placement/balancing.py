@@ -6,10 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism.common.messages.models import ModelState
-from prism.scheduling.placement.board import Gpu, Instance, Place
+from prism.scheduling.placement.gpus import Gpu, Instance, Place
+from prism.scheduling.placement.judging import Judge, Option, Step
 from prism.scheduling.placement.pressure import work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
-from prism.scheduling.placement.reconcile import Judge, Option, Reconciler, Step
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
