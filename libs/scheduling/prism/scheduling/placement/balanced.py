@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Plan
+from prism.scheduling.placement.attainment import gain_of
 from prism.scheduling.placement.balancing import Balancing
 from prism.scheduling.placement.board import Board, Gpu, Instance
 from prism.scheduling.placement.pressure import waiting_s
@@ -68,6 +69,9 @@ class BalancedPlacement:
     context_share: float = 0.3
     pause_s: float = 5.0
     pausing: float = 0.2
+    worth: float = -1e9
+    move_worth: float | None = None
+    shed: float = 1e9
 
     def judge(self, reconciler: Reconciler) -> "BalancedJudge":
         """See Judging."""
@@ -93,6 +97,7 @@ class BalancedPlacement:
             balancing.go_home()
             balancing.replicate()
             balancing.move()
+            balancing.shed()
             balancing.make_kv_room()
             balancing.wake_ahead()
             balancing.prepare()
@@ -128,18 +133,10 @@ class BalancedJudge:
 
     def pressure(self, wanted: Wanted, option: Option) -> float:
         """The highest pressure among its GPUs once it is there and the victims are gone."""
-        board, worker = self.reconciler.board, option.place.worker
         work = self.reconciler.expected_work(wanted.view, option.place)
-        fixed = board.fixed_bytes(wanted.view, worker)
-        highest = 0.0
-        for gpu in option.place.gpus:
-            gone = [victim for victim in option.victims if gpu in victim.place.gpus]
-            for victim in gone:
-                gpu.lose(victim.work, victim.resident.weights_bytes)
-            highest = max(highest, gpu.with_work(work, fixed))
-            for victim in gone:
-                gpu.take(victim.work, victim.resident.weights_bytes)
-        return highest
+        return option.pressure_with(
+            work, self.reconciler.board.fixed_bytes(wanted.view, option.place.worker)
+        )
 
     def loss_s(self, instance: Instance) -> float:
         """Seconds that requests will probably wait because it was put one tier lower."""
@@ -157,6 +154,18 @@ class BalancedJudge:
             # The others serve on; what is lost is speed.
             loss *= 0.5
         return max(0.0, loss)
+
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """See Judge: while it would take more from the others than it gets, up to `patience_s`."""
+        if wanted.demand.oldest_parked_s > self.policy.patience_s or not wanted.demand.parked:
+            return None
+        work = self.reconciler.expected_work(wanted.view, option.place)
+        fixed = self.reconciler.board.fixed_bytes(wanted.view, option.place.worker)
+        victims = option.victims
+        gain = gain_of(option.place, work, fixed, victims)
+        if gain >= self.policy.worth * work.requests_per_s * len(option.place.gpus):
+            return None
+        return f"waits: it would cost others {-gain:.2g} requests a second"
 
     def spares(self, instance: Instance) -> bool:
         """See Judge: one that pauses, and will probably be asked for again at once."""

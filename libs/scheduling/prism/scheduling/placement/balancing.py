@@ -6,8 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism.common.messages.models import ModelState
+from prism.scheduling.placement.attainment import gain_of, gain_without, kept_per_s
 from prism.scheduling.placement.board import Gpu, Instance, Place
-from prism.scheduling.placement.pressure import work_of
+from prism.scheduling.placement.pressure import Work, work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
 from prism.scheduling.placement.reconcile import Judge, Option, Reconciler, Step
 from prism.scheduling.placement.snapshot import ModelView
@@ -167,9 +168,16 @@ class Balancing:
             option = reconciler.option(wanted, place, self._judge)
             if option is None or option.step > Step.EVICT_IDLE or not self._cheap(option.victims):
                 continue
-            after = max(left, self._with(place, instance, view))
+            after = max(left, self._with(option, instance, view))
             ready = ready_s(view, place.worker, tier_of(place.worker.models.get(instance.model)))
-            gain = before - after - policy.margin - ready / policy.horizon_s * policy.margin
+            if policy.move_worth is None:
+                gain = before - after - policy.margin - ready / policy.horizon_s * policy.margin
+            else:
+                work = self._work_at(place, instance, view)
+                fixed = self._board.fixed_bytes(view, place.worker)
+                more = gain_of(place, work, fixed, option.victims) + gain_without(instance)
+                here = sum(gpu.requests_per_s for gpu in (*instance.place.gpus, *place.gpus))
+                gain = more - policy.move_worth * here
             found.append(Move(instance, option, after, gain))
         return found
 
@@ -191,16 +199,18 @@ class Balancing:
     def _without(self, gpu: Gpu, instance: Instance) -> float:
         return gpu.without_work(instance.work, instance.resident.weights_bytes)
 
-    def _with(self, place: Place, instance: Instance, view: ModelView) -> float:
+    def _with(self, option: Option, instance: Instance, view: ModelView) -> float:
+        place = option.place
+        work = self._work_at(place, instance, view)
+        return option.pressure_with(work, self._board.fixed_bytes(view, place.worker))
+
+    def _work_at(self, place: Place, instance: Instance, view: ModelView) -> Work:
         share = 1.0 / len(self._board.serving[instance.model])
         work = work_of(view, cost_on(view, place.worker), None, share)
         # What is measured at the source goes along.
-        work = work._replace(
+        return work._replace(
             kv_bytes=max(work.kv_bytes, instance.work.kv_bytes), compute=work.compute or instance.work.compute
         )
-        fixed = self._board.fixed_bytes(view, place.worker)
-        return max(gpu.with_work(work, fixed) for gpu in place.gpus)
-
     def _cheap(self, victims: Iterable[Instance]) -> bool:
         """Whether hardly anyone will miss those that must sleep for a move."""
         return all(self._chance(victim) < self._policy.doubtful for victim in victims)
@@ -221,6 +231,24 @@ class Balancing:
         self._board.commanded.add((source, instance.model))
         for gpu in instance.place.gpus:
             gpu.lose(instance.work, instance.resident.weights_bytes)
+
+    def shed(self) -> None:
+        """Where a GPU has more work than it can do in time, have the model sleep without which most requests
+        are on time."""
+        for gpu in self._board.gpus:
+            if gpu.pressure <= self._policy.comfortable:
+                continue
+            found = [
+                (gain, one.model, one)
+                for one in gpu.instances
+                if self._movable(one)
+                and self._reconciler.may_doze(one)
+                and (gain := gain_without(one)) > self._policy.shed * kept_per_s(gpu)
+            ]
+            if found:
+                gain, _, instance = max(found, key=lambda entry: entry[:2])
+                reason = f"without it {gain:.2g} more requests a second are on time here"
+                self._reconciler.doze(instance, reason)
 
     def make_kv_room(self) -> None:
         """Where busy models lack KV cache, have idle neighbours sleep that will hardly be missed."""

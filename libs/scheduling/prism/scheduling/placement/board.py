@@ -44,6 +44,7 @@ class Gpu:
         "kv_wanted",
         "late",
         "limit",
+        "requests_per_s",
         "soon",
         "unreserved",
         "worker",
@@ -56,7 +57,7 @@ class Gpu:
         reserved = worker.reserved_by_gpu.get(gpu_id, worker.reserved_bytes)
         self.free = self.unreserved = self.kv_space = self.limit - reserved
         self.soon = self.late = self.claimed = 0
-        self.kv_wanted = self.compute = 0.0
+        self.kv_wanted = self.compute = self.requests_per_s = 0.0
         self.company = Company()
         self.instances: list[Instance] = []
 
@@ -87,6 +88,7 @@ class Gpu:
         """Count an instance whose weights and context take `nbytes`."""
         self.kv_wanted += work.kv_bytes
         self.compute += work.compute
+        self.requests_per_s += work.requests_per_s
         self.kv_space -= nbytes
         self.company.join(work)
 
@@ -94,6 +96,7 @@ class Gpu:
         """The reverse of `take`."""
         self.kv_wanted -= work.kv_bytes
         self.compute -= work.compute
+        self.requests_per_s -= work.requests_per_s
         self.kv_space += nbytes
         self.company.leave(work)
 
@@ -190,6 +193,7 @@ class Board:
                 gpu.kv_space += resident.kv_quota_bytes
                 gpu.free += 0 if instance.leaving else spare
                 if instance.leaving:
+                    gpu.kv_space += resident.weights_bytes
                     self._comes_free(gpu, instance)
 
     def _add(self, instance: Instance) -> None:

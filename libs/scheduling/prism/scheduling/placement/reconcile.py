@@ -54,6 +54,19 @@ class Option(NamedTuple):
     need: int
     victims: tuple[Instance, ...] = ()
 
+    def pressure_with(self, work: Work, nbytes: int) -> float:
+        """The highest pressure among its GPUs with one more instance, whose weights and context take `nbytes`,
+        and without the victims."""
+        highest = 0.0
+        for gpu in self.place.gpus:
+            gone = [victim for victim in self.victims if gpu in victim.place.gpus]
+            for victim in gone:
+                gpu.lose(victim.work, victim.resident.weights_bytes)
+            highest = max(highest, gpu.with_work(work, nbytes))
+            for victim in gone:
+                gpu.take(victim.work, victim.resident.weights_bytes)
+        return highest
+
 
 class Judge(Protocol):
     """What policies differ in."""
@@ -68,6 +81,10 @@ class Judge(Protocol):
 
     def victim_rank(self, instance: Instance) -> tuple[float, ...]:
         """Who of the idle sleeps first, least first."""
+        ...
+
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """Why even the best option is not taken now, None if it is."""
         ...
 
     def spares(self, instance: Instance) -> bool:
@@ -114,6 +131,10 @@ class Reconciler:
             self._unbind(wanted, judge)
         if options:
             best = min(options, key=lambda option: judge.option_rank(wanted, option))
+            refusal = judge.refuses(wanted, best)
+            if refusal is not None:
+                self.note(wanted.name, refusal, passing=True)
+                return None
             self.take(wanted, best)
             return best
         if places:
