@@ -22,6 +22,7 @@ from prism.scheduling.placement.actions import Plan
 from prism.scheduling.placement.attainment import gain_of
 from prism.scheduling.placement.balancing import Balancing
 from prism.scheduling.placement.board import Board, Gpu, Instance
+from prism.scheduling.placement.expected_load import with_expected_load
 from prism.scheduling.placement.pressure import waiting_s
 from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
 from prism.scheduling.placement.reconcile import Manners, Option, Reconciler, Step
@@ -72,6 +73,7 @@ class BalancedPlacement:
     worth: float = -1e9
     move_worth: float | None = None
     shed: float = 1e9
+    expect: bool = True
 
     def judge(self, reconciler: Reconciler) -> "BalancedJudge":
         """See Judging."""
@@ -79,6 +81,8 @@ class BalancedPlacement:
 
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
+        if self.expect:
+            snapshot = with_expected_load(snapshot)
         manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
         judge = self.judge(reconciler)
