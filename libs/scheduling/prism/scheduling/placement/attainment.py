@@ -7,23 +7,35 @@ requests of models whose GPU was under a pressure of 0.5, 0.8, 1.0, 1.2 and 1.7 
 is added takes more from the others than it gets.
 """
 
+import math
 from collections.abc import Iterable
 
 from prism.scheduling.placement.board import Gpu, Instance, Place
 from prism.scheduling.placement.pressure import Work
 
-HALF_AT = 1.35
-"""The pressure at which half of the requests keep their promises."""
+CURVE = ((0.0, 1.0), (0.5, 0.99), (0.7, 0.97), (0.8, 0.93), (1.0, 0.8), (1.2, 0.62), (1.5, 0.46), (2.0, 0.28))
+"""Pressure, and the share of requests that kept both objectives under it."""
+
+UNQUEUED = 0.82
+QUEUEING = 0.22
+"""What queues say of pressure, which is foreseen from a minute's traffic: with none of them it weighs less than
+it seems, with many more."""
 
 
-def kept_share(pressure: float) -> float:
-    """The share of requests that keep both objectives on a GPU under `pressure`."""
-    return 1.0 / (1.0 + (pressure / HALF_AT) ** 4)
+def kept_share(pressure: float, queued: int = 0) -> float:
+    """The share of requests that keep both objectives on a GPU under `pressure` where so many are queued."""
+    pressure *= UNQUEUED + QUEUEING * math.log1p(queued)
+    before, high = CURVE[0]
+    for after, low in CURVE[1:]:
+        if pressure <= after:
+            return high + (low - high) * (pressure - before) / (after - before)
+        before, high = after, low
+    return high * before / pressure
 
 
 def kept_per_s(gpu: Gpu) -> float:
     """Requests a second of the models on `gpu` that keep both objectives."""
-    return gpu.requests_per_s * kept_share(gpu.pressure)
+    return gpu.requests_per_s * kept_share(gpu.pressure, gpu.queued)
 
 
 def gain_of(place: Place, work: Work, nbytes: int, victims: Iterable[Instance] = ()) -> float:
@@ -36,7 +48,7 @@ def gain_of(place: Place, work: Work, nbytes: int, victims: Iterable[Instance] =
         gone = [victim for victim in victims if gpu in victim.place.gpus]
         for victim in gone:
             gpu.lose(victim.work, victim.resident.weights_bytes)
-        after = (gpu.requests_per_s + work.requests_per_s) * kept_share(gpu.with_work(work, nbytes))
+        after = (gpu.requests_per_s + work.requests_per_s) * kept_share(gpu.with_work(work, nbytes), gpu.queued)
         gain += after - before
         for victim in gone:
             gpu.take(victim.work, victim.resident.weights_bytes)
@@ -48,6 +60,8 @@ def gain_without(instance: Instance) -> float:
     gain = 0.0
     for gpu in instance.place.gpus:
         rest = gpu.requests_per_s - instance.work.requests_per_s
-        share = kept_share(gpu.without_work(instance.work, instance.resident.weights_bytes))
+        share = kept_share(
+            gpu.without_work(instance.work, instance.resident.weights_bytes), gpu.queued
+        )
         gain += rest * share - kept_per_s(gpu)
     return gain

@@ -73,6 +73,7 @@ class BalancedPlacement:
     worth: float = -1e9
     move_worth: float | None = None
     shed: float = 1e9
+    shed_queue: int = 3
     expect: bool = True
 
     def judge(self, reconciler: Reconciler) -> "BalancedJudge":

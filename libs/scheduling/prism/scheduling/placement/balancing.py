@@ -236,7 +236,8 @@ class Balancing:
         """Where a GPU has more work than it can do in time, have the model sleep without which most requests
         are on time."""
         for gpu in self._board.gpus:
-            if gpu.pressure <= self._policy.comfortable:
+            waiting = sum(one.resident.queued for one in gpu.instances)
+            if gpu.pressure <= self._policy.comfortable or waiting < self._policy.shed_queue:
                 continue
             found = [
                 (gain, one.model, one)

@@ -44,6 +44,7 @@ class Gpu:
         "kv_wanted",
         "late",
         "limit",
+        "queued",
         "requests_per_s",
         "soon",
         "unreserved",
@@ -56,7 +57,7 @@ class Gpu:
         self.limit = worker.limit_bytes
         reserved = worker.reserved_by_gpu.get(gpu_id, worker.reserved_bytes)
         self.free = self.unreserved = self.kv_space = self.limit - reserved
-        self.soon = self.late = self.claimed = 0
+        self.soon = self.late = self.claimed = self.queued = 0
         self.kv_wanted = self.compute = self.requests_per_s = 0.0
         self.company = Company()
         self.instances: list[Instance] = []
@@ -200,6 +201,7 @@ class Board:
         self.instances[instance.place.worker.id, instance.model] = instance
         for gpu in instance.place.gpus:
             gpu.instances.append(instance)
+            gpu.queued += instance.resident.queued
         if instance.serves:
             self.serving[instance.model].append(instance)
         elif instance.resident.state in _RISING and not instance.leaving:

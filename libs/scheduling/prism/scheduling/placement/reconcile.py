@@ -130,11 +130,12 @@ class Reconciler:
         if min((option.step for option in options), default=Step.AWAIT_RIPE) > Step.EVICT_IDLE:
             self._unbind(wanted, judge)
         if options:
-            best = min(options, key=lambda option: judge.option_rank(wanted, option))
-            refusal = judge.refuses(wanted, best)
-            if refusal is not None:
-                self.note(wanted.name, refusal, passing=True)
+            refusals = [judge.refuses(wanted, option) for option in options]
+            willing = [option for option, no in zip(options, refusals, strict=True) if no is None]
+            if not willing:
+                self.note(wanted.name, refusals[0] or "", passing=True)
                 return None
+            best = min(willing, key=lambda option: judge.option_rank(wanted, option))
             self.take(wanted, best)
             return best
         if places:
