@@ -79,7 +79,7 @@ class TrafficWindow:
 
     def at(self, now: float) -> Traffic:
         """All of it as of `now`."""
-        seen_s = max(self.SHORTEST_S, now - self._first)
+        seen_s = max(self.SHORTEST_S, now - self._first) if self._first < math.inf else math.inf
         filled = 1.0 - math.exp(-seen_s / self._window_s)
         return Traffic(
             self._arrivals.at(now) / filled,

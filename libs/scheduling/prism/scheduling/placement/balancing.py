@@ -6,9 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism.common.messages.models import ModelState
-from prism.scheduling.placement.attainment import gain_of, gain_without, kept_per_s
+from prism.scheduling.placement.attainment import gain_without, kept_per_s
 from prism.scheduling.placement.board import Gpu, Instance, Place
-from prism.scheduling.placement.pressure import Work, work_of
+from prism.scheduling.placement.pressure import work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
 from prism.scheduling.placement.reconcile import Judge, Option, Reconciler, Step
 from prism.scheduling.placement.snapshot import ModelView
@@ -170,14 +170,7 @@ class Balancing:
                 continue
             after = max(left, self._with(option, instance, view))
             ready = ready_s(view, place.worker, tier_of(place.worker.models.get(instance.model)))
-            if policy.move_worth is None:
-                gain = before - after - policy.margin - ready / policy.horizon_s * policy.margin
-            else:
-                work = self._work_at(place, instance, view)
-                fixed = self._board.fixed_bytes(view, place.worker)
-                more = gain_of(place, work, fixed, option.victims) + gain_without(instance)
-                here = sum(gpu.requests_per_s for gpu in (*instance.place.gpus, *place.gpus))
-                gain = more - policy.move_worth * here
+            gain = before - after - policy.margin - ready / policy.horizon_s * policy.margin
             found.append(Move(instance, option, after, gain))
         return found
 
@@ -201,16 +194,14 @@ class Balancing:
 
     def _with(self, option: Option, instance: Instance, view: ModelView) -> float:
         place = option.place
-        work = self._work_at(place, instance, view)
-        return option.pressure_with(work, self._board.fixed_bytes(view, place.worker))
-
-    def _work_at(self, place: Place, instance: Instance, view: ModelView) -> Work:
         share = 1.0 / len(self._board.serving[instance.model])
         work = work_of(view, cost_on(view, place.worker), None, share)
         # What is measured at the source goes along.
-        return work._replace(
+        work = work._replace(
             kv_bytes=max(work.kv_bytes, instance.work.kv_bytes), compute=work.compute or instance.work.compute
         )
+        return option.pressure_with(work, self._board.fixed_bytes(view, place.worker))
+
     def _cheap(self, victims: Iterable[Instance]) -> bool:
         """Whether hardly anyone will miss those that must sleep for a move."""
         return all(self._chance(victim) < self._policy.doubtful for victim in victims)
@@ -233,23 +224,19 @@ class Balancing:
             gpu.lose(instance.work, instance.resident.weights_bytes)
 
     def shed(self) -> None:
-        """Where a GPU has more work than it can do in time, have the model sleep without which most requests
-        are on time."""
+        """Where requests wait on a GPU that has more work than it can do in time, have the model sleep
+        without which most requests of the others are on time, of those of the lowest priority."""
+        policy, reconciler = self._policy, self._reconciler
         for gpu in self._board.gpus:
-            waiting = sum(one.resident.queued for one in gpu.instances)
-            if gpu.pressure <= self._policy.comfortable or waiting < self._policy.shed_queue:
+            if gpu.pressure <= policy.comfortable or gpu.queued < policy.shed_queued:
                 continue
-            found = [
-                (gain, one.model, one)
-                for one in gpu.instances
-                if self._movable(one)
-                and self._reconciler.may_doze(one)
-                and (gain := gain_without(one)) > self._policy.shed * kept_per_s(gpu)
-            ]
-            if found:
-                gain, _, instance = max(found, key=lambda entry: entry[:2])
+            serving = [one for one in gpu.instances if self._movable(one) and reconciler.may_doze(one)]
+            lowest = min((_priority(one) for one in gpu.instances if one.serves), default=0)
+            found = [(gain_without(one), one.model, one) for one in serving if _priority(one) <= lowest]
+            gain, _, instance = max(found, key=lambda entry: entry[:2], default=(0.0, "", None))
+            if instance is not None and gain > policy.shed_gain * kept_per_s(gpu):
                 reason = f"without it {gain:.2g} more requests a second are on time here"
-                self._reconciler.doze(instance, reason)
+                reconciler.doze(instance, reason)
 
     def make_kv_room(self) -> None:
         """Where busy models lack KV cache, have idle neighbours sleep that will hardly be missed."""
@@ -380,3 +367,7 @@ class Balancing:
         work = self._reconciler.expected_work(view, option.place)
         fixed = self._board.fixed_bytes(view, option.place.worker)
         return all(gpu.with_work(work, fixed) <= self._policy.kv_short for gpu in option.place.gpus)
+
+
+def _priority(instance: Instance) -> int:
+    return instance.view.spec.priority if instance.view is not None else 0

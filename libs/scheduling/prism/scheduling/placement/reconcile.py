@@ -55,8 +55,8 @@ class Option(NamedTuple):
     victims: tuple[Instance, ...] = ()
 
     def pressure_with(self, work: Work, nbytes: int) -> float:
-        """The highest pressure among its GPUs with one more instance, whose weights and context take `nbytes`,
-        and without the victims."""
+        """The highest pressure among its GPUs with one more instance, whose weights and context take
+        `nbytes`, and without the victims."""
         highest = 0.0
         for gpu in self.place.gpus:
             gone = [victim for victim in self.victims if gpu in victim.place.gpus]
