@@ -23,7 +23,7 @@ works = st.builds(
     Work,
     kv_bytes=st.just(0.0),
     compute=st.floats(0.0, 1.0),
-    activity=st.floats(0.0, 1.0),
+    activity=st.floats(0.01, 1.0),
     tightness=st.floats(0.0, 0.3),
     requests_per_s=st.floats(0.0, 5.0),
 )

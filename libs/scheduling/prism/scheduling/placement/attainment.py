@@ -22,9 +22,14 @@ QUEUEING = 0.22
 than it seems, with many more."""
 
 
+def felt(pressure: float, queued: int) -> float:
+    """Foreseen pressure as it weighs where so many requests are queued."""
+    return pressure * (UNQUEUED + QUEUEING * math.log1p(queued))
+
+
 def kept_share(pressure: float, queued: int = 0) -> float:
     """The share of requests that keep both objectives on a GPU under `pressure` where so many are queued."""
-    pressure *= UNQUEUED + QUEUEING * math.log1p(queued)
+    pressure = felt(pressure, queued)
     before, high = CURVE[0]
     for after, low in CURVE[1:]:
         if pressure <= after:

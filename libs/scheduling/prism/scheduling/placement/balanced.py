@@ -48,7 +48,8 @@ class BalancedPlacement:
     model that came up less than `settle_s` ago counts as busy. `horizon_s` is how far ahead it looks: for a
     sleeping model's return, and for a move to pay.
 
-    A move must lower the higher of two GPUs' pressures by `margin`, starts only above `comfortable`, and not
+    A move must lower the higher of two GPUs' pressures by `margin`, or `free_margin` where nobody must sleep
+    for it, starts only where pressure as it is felt (`attainment.felt`) is above `comfortable`, and not
     before the model has been where it is for `min_stay_s`. A model whose work alone fills more than
     `replicate_above` of each instance's GPU gets one more, up to `most_replicas`; one goes when the others
     would then be below `retire_below`. Where KV cache is short by `kv_short`, idle neighbours sleep for it
@@ -65,7 +66,8 @@ class BalancedPlacement:
     home_patience_s: float = 15.0
     horizon_s: float = 30.0
     margin: float = 0.3
-    comfortable: float = 0.9
+    free_margin: float = 0.1
+    comfortable: float = 0.74
     min_stay_s: float = 15.0
     replicate_above: float = 0.75
     retire_below: float = 0.45

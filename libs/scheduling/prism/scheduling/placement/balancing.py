@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism.common.messages.models import ModelState
-from prism.scheduling.placement.attainment import gain_without, kept_per_s
+from prism.scheduling.placement.attainment import felt, gain_without, kept_per_s
 from prism.scheduling.placement.board import Gpu, Instance, Place
 from prism.scheduling.placement.pressure import work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
@@ -134,8 +134,10 @@ class Balancing:
         """Take models from the GPUs under most pressure to others, the best move of each GPU."""
         most = self._at_a_time()
         moves = sum(1 for instances in self._board.rising.values() if instances)
-        pressed = [gpu for gpu in self._board.gpus if gpu.pressure > self._policy.comfortable]
-        pressed.sort(key=lambda gpu: (-gpu.pressure, gpu.worker.id, gpu.id))
+        pressed = [
+            gpu for gpu in self._board.gpus if felt(gpu.pressure, gpu.queued) > self._policy.comfortable
+        ]
+        pressed.sort(key=lambda gpu: (-felt(gpu.pressure, gpu.queued), gpu.worker.id, gpu.id))
         for gpu in pressed:
             if moves >= most:
                 return
@@ -170,7 +172,8 @@ class Balancing:
                 continue
             after = max(left, self._with(option, instance, view))
             ready = ready_s(view, place.worker, tier_of(place.worker.models.get(instance.model)))
-            gain = before - after - policy.margin - ready / policy.horizon_s * policy.margin
+            margin = policy.margin if option.victims else policy.free_margin
+            gain = before - after - margin - ready / policy.horizon_s * policy.margin
             found.append(Move(instance, option, after, gain))
         return found
 
@@ -228,7 +231,7 @@ class Balancing:
         without which most requests of the others are on time, of those of the lowest priority."""
         policy, reconciler = self._policy, self._reconciler
         for gpu in self._board.gpus:
-            if gpu.pressure <= policy.comfortable or gpu.queued < policy.shed_queued:
+            if felt(gpu.pressure, gpu.queued) <= policy.comfortable or gpu.queued < policy.shed_queued:
                 continue
             serving = [one for one in gpu.instances if self._movable(one) and reconciler.may_doze(one)]
             lowest = min((_priority(one) for one in gpu.instances if one.serves), default=0)
