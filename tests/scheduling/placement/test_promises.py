@@ -83,7 +83,7 @@ def test_memory_is_never_exceeded_and_everything_comes_to_rest(
         it.running &= {name for name in NAMES if it.active(name)}
         it.step()
     it.running.clear()
-    it.settle(steps=400, quiet=100)
+    it.settle(steps=800, quiet=140)
     before = len(it.log)
     for _ in range(10):
         it.step()

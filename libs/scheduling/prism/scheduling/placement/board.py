@@ -85,12 +85,14 @@ class Board:
                 gpu.kv_space += resident.kv_quota_bytes
                 gpu.free += 0 if instance.leaving else spare
                 if instance.leaving:
+                    gpu.kv_space += resident.weights_bytes
                     self._comes_free(gpu, instance)
 
     def _add(self, instance: Instance) -> None:
         self.instances[instance.place.worker.id, instance.model] = instance
         for gpu in instance.place.gpus:
             gpu.instances.append(instance)
+            gpu.queued += instance.resident.queued
         if instance.serves:
             self.serving[instance.model].append(instance)
         elif instance.resident.state in _RISING and not instance.leaving:

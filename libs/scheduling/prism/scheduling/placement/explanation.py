@@ -150,6 +150,8 @@ def _place(
             sleeps = [victim.model for victim in option.victims]
             seconds = round(judge.seconds(wanted, option), 3) if hasattr(judge, "seconds") else None
             why = _STEPS[option.step]
+            if (refusal := judge.refuses(wanted, option)) is not None:
+                why += f"; it {refusal}"
         else:
             why = (
                 f"{need / 1e9:.3f} GB needed, {max(0, free) / 1e9:.3f} GB free" if need > free else "possible"

@@ -26,6 +26,8 @@ class Gpu:
         "kv_wanted",
         "late",
         "limit",
+        "queued",
+        "requests_per_s",
         "soon",
         "unreserved",
         "worker",
@@ -38,8 +40,8 @@ class Gpu:
         self.limit = worker.limit_bytes
         reserved = worker.reserved_by_gpu.get(gpu_id, worker.reserved_bytes)
         self.free = self.unreserved = self.kv_space = self.limit - reserved
-        self.soon = self.late = self.claimed = 0
-        self.kv_wanted = self.compute = 0.0
+        self.soon = self.late = self.claimed = self.queued = 0
+        self.kv_wanted = self.compute = self.requests_per_s = 0.0
         self.company = Company()
         self.instances: list[Instance] = []
         self._pressure: float | None = None
@@ -76,6 +78,7 @@ class Gpu:
         self._pressure = None
         self.kv_wanted += work.kv_bytes
         self.compute += work.compute
+        self.requests_per_s += work.requests_per_s
         self.kv_space -= nbytes
         self.company.join(work)
 
@@ -84,6 +87,7 @@ class Gpu:
         self._pressure = None
         self.kv_wanted -= work.kv_bytes
         self.compute -= work.compute
+        self.requests_per_s -= work.requests_per_s
         self.kv_space += nbytes
         self.company.leave(work)
 

@@ -4,6 +4,7 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
 
 from prism.scheduling.placement.gpus import Gpu, Instance, Place
+from prism.scheduling.placement.pressure import Work
 from prism.scheduling.placement.wants import Wanted
 
 if TYPE_CHECKING:
@@ -29,6 +30,21 @@ class Option(NamedTuple):
     need: int
     victims: tuple[Instance, ...] = ()
 
+    def pressure_with(self, work: Work, nbytes: int) -> float:
+        """The highest pressure among its GPUs with one more instance, whose weights and context take
+        `nbytes`, and without the victims."""
+        if not self.victims:
+            return max(gpu.with_work(work, nbytes) for gpu in self.place.gpus)
+        highest = 0.0
+        for gpu in self.place.gpus:
+            gone = [victim for victim in self.victims if gpu in victim.place.gpus]
+            for victim in gone:
+                gpu.lose(victim.work, victim.resident.weights_bytes)
+            highest = max(highest, gpu.with_work(work, nbytes))
+            for victim in gone:
+                gpu.take(victim.work, victim.resident.weights_bytes)
+        return highest
+
 
 class Judge(Protocol):
     """What policies differ in."""
@@ -43,6 +59,10 @@ class Judge(Protocol):
 
     def victim_rank(self, instance: Instance) -> tuple[float, ...]:
         """Who of the idle sleeps first, least first."""
+        ...
+
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """Why an option is not taken now, None if it may be."""
         ...
 
     def spares(self, instance: Instance) -> bool:

@@ -174,6 +174,10 @@ class KvprJudge:
         ratio = max(self.gpu_rank(gpu) for gpu in option.place.gpus)
         return (not option.place.worker.ready, option.step, ratio, -min(g.free for g in option.place.gpus))
 
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """See Judge: never."""
+        return None
+
     def spares(self, instance: Instance) -> bool:
         """See Judge: nobody."""
         return False

@@ -125,6 +125,10 @@ class MemoryPerRequestJudge:
         least = min(memory_per_request(gpu) for gpu in option.place.gpus)
         return (not option.place.worker.ready, option.step, -least)
 
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """See Judge: never."""
+        return None
+
     def spares(self, instance: Instance) -> bool:
         """See Judge: nobody."""
         return False

@@ -38,9 +38,16 @@ class Reconciler(Prospects):
         if min((option.step for option in options), default=Step.AWAIT_RIPE) > Step.EVICT_IDLE:
             self._unbind(wanted, judge)
         if options:
-            best = min(options, key=lambda option: judge.option_rank(wanted, option))
-            self.take(wanted, best)
-            return best
+            options.sort(key=lambda option: judge.option_rank(wanted, option))
+            refusals: list[str] = []
+            for option in options:
+                refusal = judge.refuses(wanted, option)
+                if refusal is None:
+                    self.take(wanted, option)
+                    return option
+                refusals.append(refusal)
+            self.note(wanted.name, refusals[0], passing=True)
+            return None
         if places:
             evicts = "waits for memory that busy or pinned models hold"
             text = evicts if wanted.may_evict else f"waits for free memory ({wanted.reason})"
