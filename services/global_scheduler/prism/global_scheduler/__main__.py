@@ -18,7 +18,6 @@ from prism.global_scheduler.service import run_global_scheduler
 from prism.scheduling.placement import (
     DEFAULT_POLICY,
     BalancedPlacement,
-    KvprPlacement,
     policies,
     policy_named,
 )
@@ -71,8 +70,7 @@ log = logging.getLogger(__name__)
     type=click.FloatRange(min=0),
     envvar="PRISM_PATIENCE_S",
     show_envvar=True,
-    help="How long a request waits before models that are busy must make room. [default: "
-    f"{BalancedPlacement.patience_s:g} with balanced, {KvprPlacement.patience_s:g} with kvpr]",
+    help="How long a request waits before models that are busy must make room.  [default: the policy's, 2]",
 )
 @click.option(
     "--min-active-s",

@@ -62,7 +62,7 @@ class BalancedPlacement:
     is free, so that they doze; contexts take no more than `context_share` of a GPU by that.
     """
 
-    patience_s: float = 60.0
+    patience_s: float = 2.0
     min_active_s: float = 5.0
     drain_s: float = 60.0
     settle_s: float = 0.5
