@@ -116,8 +116,17 @@ class TestWithholding:
     def test_but_not_for_longer_than_patience(self) -> None:
         it = self.seven()
         it.ask(["tail"])
-        it.now += BalancedPlacement().patience_s + 0.5
+        it.now += BalancedPlacement().promised_patience_s + 0.5
         assert ("Activate", "tail", "w0") in told(it)
+
+    @pytest.mark.parametrize("unpromised", ["tail", "m3"])
+    def test_nor_where_one_of_them_is_promised_nothing(self, unpromised: str) -> None:
+        it = self.seven()
+        view = it.views[unpromised]
+        spec = msgspec.structs.replace(view.spec, ttft_slo_ms=None, tpot_slo_ms=None)
+        it.views[unpromised] = msgspec.structs.replace(view, spec=spec)
+        it.ask(["tail"])
+        assert told(it) == [("Activate", "tail", "w0")]
 
     def test_one_of_a_higher_priority_does_not_wait(self) -> None:
         it = self.seven()
@@ -138,6 +147,13 @@ class TestShedding:
         rates = {f"m{place}": 2.0 for place in range(7)} | {"tail": 0.05}
         it = crowded(rates, shed_queued=0)
         assert ("Doze", "tail", "w0") in told(it)
+
+    def test_not_where_one_of_them_is_promised_nothing(self) -> None:
+        it = crowded({f"m{place}": 2.0 for place in range(7)} | {"tail": 0.05}, shed_queued=0)
+        view = it.views["m3"]
+        spec = msgspec.structs.replace(view.spec, ttft_slo_ms=None)
+        it.views["m3"] = msgspec.structs.replace(view, spec=spec)
+        assert told(it) == []
 
     def test_not_while_nothing_waits(self) -> None:
         it = crowded({f"m{place}": 2.0 for place in range(7)} | {"tail": 0.05})

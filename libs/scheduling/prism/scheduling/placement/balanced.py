@@ -30,7 +30,7 @@ from prism.scheduling.placement.gpus import Gpu, Instance
 from prism.scheduling.placement.judging import Option, Step
 from prism.scheduling.placement.pressure import waiting_s
 from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
-from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.prospects import Manners, is_promised
 from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 from prism.scheduling.placement.wants import Wanted, wanted_models
@@ -45,9 +45,10 @@ class BalancedPlacement:
     replicates hot ones. Seconds, and shares of a GPU.
 
     Busy models make room only when a request has waited for `patience_s`, and after `min_active_s` of being
-    active; requests in flight finish within `drain_s`. Until then a model also waits where, of the requests
-    that it brings, less than the share `least_gain` would be on time beyond those that others lose by it; and
-    one goes from a GPU where `shed_queued` requests wait when without it `shed_gain` more would be on time. A
+    active; requests in flight finish within `drain_s`. Where all concerned are promised a first token in
+    time, it is `promised_patience_s`; until then such a model also waits where, of the requests that it
+    brings, less than the share `least_gain` would be on time beyond those that others lose by it; and one
+    goes from a GPU where `shed_queued` requests wait when without it `shed_gain` more would be on time. A
     model that came up less than `settle_s` ago counts as busy. `horizon_s` is how far ahead it looks: for a
     sleeping model's return, and for a move to pay.
 
@@ -63,6 +64,7 @@ class BalancedPlacement:
     """
 
     patience_s: float = 2.0
+    promised_patience_s: float = 60.0
     min_active_s: float = 5.0
     drain_s: float = 60.0
     settle_s: float = 0.5
@@ -92,7 +94,9 @@ class BalancedPlacement:
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
         snapshot = with_expected_load(snapshot)
-        manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
+        manners = Manners(
+            self.patience_s, self.min_active_s, self.drain_s, self.settle_s, self.promised_patience_s
+        )
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
         judge = self.judge(reconciler)
         wants, notes = wanted_models(snapshot, self.home_patience_s)
@@ -170,23 +174,26 @@ class BalancedJudge:
         return max(0.0, loss)
 
     def refuses(self, wanted: Wanted, option: Option) -> str | None:
-        """See Judge: as long as nobody has waited for `patience_s`, one that would take nearly as much from
-        the others as it gets. Not one of a higher priority than another there."""
+        """See Judge: as long as nobody has waited for `promised_patience_s`, one that would take nearly as
+        much from the others as it gets, all being promised first tokens. Not one of a higher priority than
+        another there."""
         spec, demand = wanted.view.spec, wanted.demand
-        if not demand.parked or demand.oldest_parked_s > self.policy.patience_s:
+        if not demand.parked or demand.oldest_parked_s > self.policy.promised_patience_s:
             return None
         if spec.pin or spec.minimum_tier is Tier.ACTIVE:
             return None
         there = [one.view for gpu in option.place.gpus for one in gpu.instances if one.serves]
+        if not all(map(is_promised, [wanted.view, *there])):
+            return None
         if any(view is not None and view.spec.priority < spec.priority for view in there):
             return None
         work = self.reconciler.expected_work(wanted.view, option.place)
         fixed = self.reconciler.board.fixed_bytes(wanted.view, option.place.worker)
         gain = gain_of(option.place, work, fixed, option.victims)
-        least = self.policy.least_gain * work.requests_per_s * len(option.place.gpus)
-        if gain >= least:
+        brings = work.requests_per_s * len(option.place.gpus)
+        if gain >= self.policy.least_gain * brings:
             return None
-        return f"waits: of {least / self.policy.least_gain:.2g} requests a second that it brings " + (
+        return f"waits: of {brings:.2g} requests a second that it brings " + (
             f"only {gain:.2g} more would be on time" if gain > 0 else "none more would be on time"
         )
 

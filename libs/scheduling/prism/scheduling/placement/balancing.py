@@ -11,6 +11,7 @@ from prism.scheduling.placement.gpus import Gpu, Instance, Place
 from prism.scheduling.placement.judging import Judge, Option, Step
 from prism.scheduling.placement.pressure import work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
+from prism.scheduling.placement.prospects import is_promised
 from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
@@ -229,10 +230,13 @@ class Balancing:
 
     def shed(self) -> None:
         """Where requests wait on a GPU that has more work than it can do in time, have the model sleep
-        without which most requests of the others are on time, of those of the lowest priority."""
+        without which most requests of the others are on time, of those of the lowest priority. Not where
+        somebody is promised nothing: how many are on time says nothing there."""
         policy, reconciler = self._policy, self._reconciler
         for gpu in self._board.gpus:
             if felt(gpu.pressure, gpu.queued) <= policy.comfortable or gpu.queued < policy.shed_queued:
+                continue
+            if not all(is_promised(one.view) for one in gpu.instances if one.serves):
                 continue
             serving = [one for one in gpu.instances if self._movable(one) and reconciler.may_doze(one)]
             lowest = min((_priority(one) for one in gpu.instances if one.serves), default=0)

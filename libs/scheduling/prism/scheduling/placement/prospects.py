@@ -3,6 +3,7 @@
 Which places could hold it, by what means it could come there, and who may sleep for it.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from prism.common.messages.models import ModelState, Tier
@@ -24,13 +25,16 @@ MOVED_S = 15.0
 class Manners(NamedTuple):
     """How gently models are put to sleep. Requests in flight may finish within `drain_s`. A busy model must
     leave only when a request for another has waited for `patience_s`, and after `min_active_s` of being
-    active. One that came up less than `settle_s` ago counts as busy: the requests that it was woken for are
-    still on their way. Seconds."""
+    active. Where that other and all who may have to leave are promised a first token in time, it is
+    `promised_patience_s` instead: a request that is late already keeps no promise by taking them from others.
+    One that came up less than `settle_s` ago counts as busy: the requests that it was woken for are still on
+    their way. Seconds."""
 
     patience_s: float
     min_active_s: float
     drain_s: float
     settle_s: float
+    promised_patience_s: float | None = None
 
 
 class Prospects:
@@ -138,9 +142,9 @@ class Prospects:
         short = [missing - gpu.late for missing, gpu in zip(short, place.gpus, strict=True)]
         if max(short) <= 0:
             return Option(place, Step.AWAIT_BUSY, need)
-        if wanted.demand.oldest_parked_s <= self.manners.patience_s:
-            return None
         busy = [instance for instance in sleepers if instance.serves and instance not in idle]
+        if wanted.demand.oldest_parked_s <= self.patience_s(wanted.view, busy):
+            return None
         busy.sort(key=_longest_active_first)
         ripe = [instance for instance in busy if instance.resident.state_s >= self.manners.min_active_s]
         chosen = self._enough(idle + ripe, place, short)
@@ -150,6 +154,13 @@ class Prospects:
         if self._enough(idle + busy, place, short) is not None:
             return Option(place, Step.AWAIT_RIPE, need)
         return None
+
+    def patience_s(self, view: ModelView, others: Iterable[Instance]) -> float:
+        """How long a request for this model waits before `others` that are busy must leave for it."""
+        promised = self.manners.promised_patience_s
+        if promised is None or not is_promised(view) or not all(is_promised(one.view) for one in others):
+            return self.manners.patience_s
+        return promised
 
     def _sleepers(self, wanted: Wanted, place: Place) -> list[Instance]:
         """Those there that may give memory back for `wanted`: none that requests have waited longer for."""
@@ -247,6 +258,11 @@ class Prospects:
         serving = self.board.serving[instance.model] if instance.serves else []
         asked = view.spec.replicas if view is not None else 1
         return len(serving) > asked and min(one.resident.state_s for one in serving) >= MOVED_S
+
+
+def is_promised(view: ModelView | None) -> bool:
+    """Whether the model's requests are promised a first token within some time."""
+    return view is not None and view.spec.ttft_slo_ms is not None
 
 
 def _longest_active_first(instance: Instance) -> tuple[float, float, str]:
