@@ -51,7 +51,7 @@ class AdmissionQueue:
         self,
         policy: AdmissionPolicy,
         events: EventQueue,
-        release: "Callable[[Instance, Request, float], None]",
+        release: "Callable[[Instance, Sequence[Request], float], None]",
         tight: "Callable[[Instance, float], None]",
         *,
         max_running: int,
@@ -91,6 +91,7 @@ class AdmissionQueue:
             # The GPU has nothing to do and the request has room: no policy could do but start it
             # (tests/bench/simulation/test_admission.py asks all of them).
             self._started(instance, request, now)
+            self._release(instance, (request,), now)
             return
         rid = str(request.index)
         model = instance.model
@@ -120,12 +121,16 @@ class AdmissionQueue:
         self.decisions += 1
         capacities = {name: self._capacity(instance) for name, instance in self.instances.items()}
         admission = self._policy.select(list(self.entries.values()), capacities, self._backlog.work(now), now)
+        together: dict[str, list[Request]] = {}
         for rid in admission.rids:
             del self.entries[rid]
             request, instance = self.waiting.pop(rid)
             self._unqueue(instance, request)
             instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
+            together.setdefault(instance.model.name, []).append(request)
+        for name, requests in together.items():
+            self._release(self.instances[name], requests, now)
         if not self.entries:
             return
         for instance in self.instances.values():
@@ -182,7 +187,6 @@ class AdmissionQueue:
         instance.reserved += request.reserved
         if instance.reserved > NEAR * instance.quota_tokens:
             self._tight(instance, now)
-        self._release(instance, request, now)
 
     def prefilled(self, requests: Sequence[Request], now: float) -> None:
         """The prefill of these is done, or will not be."""
