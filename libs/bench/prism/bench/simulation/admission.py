@@ -14,6 +14,7 @@ from prism.scheduling.admission import (
     Bounds,
     EngineCapacity,
     PrefillBacklog,
+    PrefillCost,
     QueuedRequest,
 )
 
@@ -119,7 +120,7 @@ class AdmissionQueue:
         if not self.entries:
             return
         self.decisions += 1
-        capacities = {name: self._capacity(instance) for name, instance in self.instances.items()}
+        capacities = {name: self._capacity(instance, now) for name, instance in self.instances.items()}
         admission = self._policy.select(list(self.entries.values()), capacities, self._backlog.work(now), now)
         together: dict[str, list[Request]] = {}
         for rid in admission.rids:
@@ -141,7 +142,7 @@ class AdmissionQueue:
             self._again_at = max(again, now + SHORTEST_WAIT_S)
             self._events.at(self._again_at, self._again)
 
-    def _capacity(self, instance: "Instance") -> EngineCapacity:
+    def _capacity(self, instance: "Instance", now: float) -> EngineCapacity:
         engine = instance.engine
         assert engine is not None
         decoding = len(engine.ends)
@@ -151,6 +152,7 @@ class AdmissionQueue:
             step_s = engine.step_s * max(
                 gpu.shares(sum(1 for each in gpu.computing if each.ends)) for gpu in engine.gpus
             )
+        waiting = self._backlog.open_pass(instance.model.name, now)
         return EngineCapacity(
             instance.running,
             self._max_running,
@@ -162,6 +164,9 @@ class AdmissionQueue:
             step_s,
             instance.model.tpot_slo_s,
             engine.step_s,
+            engine.chunk_tokens,
+            waiting.tokens,
+            waiting.due_s,
         )
 
     def _again(self, now: float) -> None:
@@ -173,15 +178,23 @@ class AdmissionQueue:
     def _started(self, instance: "Instance", request: Request, now: float) -> None:
         engine = instance.engine
         assert engine is not None
-        # Prompts that wait for the same engine are prefilled together, at one fixed cost.
-        seconds = (0.0 if engine.waiting else engine.prefill_fixed_s) + (
-            request.prompt + request.got
-        ) * engine.prefill_token_s
+        slowdown = engine.slowdown
+        cost = PrefillCost(
+            engine.prefill_fixed_s * slowdown, engine.prefill_token_s * slowdown, engine.chunk_tokens
+        )
         slo = instance.model.ttft_slo_s
         overaged = now - request.arrival_s >= BOUNDS.patience * (
             slo if slo < inf else BOUNDS.unpromised_slo_s
         )
-        self._backlog.released(str(request.index), seconds * engine.slowdown, now, overaged=overaged)
+        self._backlog.released(
+            str(request.index),
+            instance.model.name,
+            request.prompt + request.got,
+            cost,
+            now,
+            due_s=(now if request.got else request.arrival_s) + slo,
+            overaged=overaged,
+        )
         self.prefills += 1
         instance.running += 1
         instance.reserved += request.reserved

@@ -23,9 +23,11 @@ class EdfAdmission:
         now: float,
     ) -> Admission:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
-        full_until = gpu.prefill_until_s - self._budget.lookahead_s
-        if full_until >= now or not queue:
-            return Admission([], full_until if queue else None)
+        if not queue:
+            return Admission([])
+        full_until = self._budget.full_until_s(engines, gpu)
+        if full_until >= now:
+            return Admission([], full_until)
         release = Release(engines, gpu, now, self._budget)
         ordered = [
             (request.arrival_s + request.ttft_slo_s, request.arrival_s, request.rid, request)
