@@ -98,9 +98,10 @@ SEEDS ?= 10
 bench-scheduling: setup
 	@$(BIN)/python -m prism.bench.scheduling --seeds $(SEEDS)
 
-# The simulator against a real worker on this machine's CPU.
+# The simulator against a real worker on this machine's CPU, or its GPU (DEVICE=cuda).
+DEVICE ?= cpu
 bench-calibration: setup
-	@$(BIN)/python -m prism.bench.calibration
+	@$(BIN)/python -m prism.bench.calibration --device $(DEVICE)
 
 format: setup
 	@$(BIN)/ruff check --fix .

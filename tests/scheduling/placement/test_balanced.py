@@ -185,7 +185,7 @@ class TestMoves:
 
     def test_none_where_pressure_is_comfortable_or_hardly_lower_elsewhere(self) -> None:
         assert self.overloaded(comfortable=0.95).step() == []
-        assert self.overloaded(margin=0.6).step() == []
+        assert self.overloaded(margin=0.6, free_margin=0.6).step() == []
 
     def test_a_pinned_model_stays(self) -> None:
         it = cluster([view("a", 8, 6.0, pin=True), view("b", 8, 6.0, pin=True)])

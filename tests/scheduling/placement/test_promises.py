@@ -4,12 +4,13 @@ commands in flight: memory is never exceeded, the same snapshot gives the same p
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.scheduling.placement.carrying_out import GB, Cluster, traffic
+from tests.scheduling.placement.carrying_out import GB, Cluster, Held, traffic
 
-from prism.common.messages.models import InitialPlacement, ModelFacts, ModelSpec, Tier
+from prism.common.messages.models import InitialPlacement, ModelFacts, ModelSpec, ModelState, Tier
 from prism.scheduling.placement import policies
 from prism.scheduling.placement.actions import Doze
 from prism.scheduling.placement.snapshot import ModelView
@@ -82,7 +83,7 @@ def test_memory_is_never_exceeded_and_everything_comes_to_rest(
         it.running &= {name for name in NAMES if it.active(name)}
         it.step()
     it.running.clear()
-    it.settle(steps=400, quiet=100)
+    it.settle(steps=800, quiet=140)
     before = len(it.log)
     for _ in range(10):
         it.step()
@@ -125,3 +126,27 @@ def test_with_steady_traffic_plans_are_stable(policy: str, drawn: Drawn) -> None
     it.parked.clear()
     it.running = {name for name in NAMES if it.active(name)}
     it.settle(steps=300, quiet=100)
+
+
+@pytest.mark.parametrize("policy", sorted(policies))
+def test_a_model_that_serves_while_its_facts_are_not_known_is_left_where_it_is(policy: str) -> None:
+    it = Cluster(policies[policy](), {name: view(name, 8, 5.0) for name in "ab"}, {"v": (0,), "w": (1,)})
+    it.ask("ab")
+    it.settle()
+    it.now += 60.0
+    it.running = {"a", "b"}
+    snapshot = it.snapshot()
+    models = {**snapshot.models, "a": msgspec.structs.replace(snapshot.models["a"], facts=None)}
+    plan = it.policy.plan(msgspec.structs.replace(snapshot, models=models), it.now)
+    assert not [action for action in plan.actions if action.model == "a"]
+
+
+@pytest.mark.parametrize("policy", sorted(policies))
+def test_removed_models_are_released_in_the_order_in_which_the_worker_names_them(policy: str) -> None:
+    views = {f"m{number}": view(f"m{number}", 1) for number in range(12)}
+    it = Cluster(policies[policy](), views, {"w": (0,)})
+    it.held = {("w", name): Held(ModelState.DOZING, (0,)) for name in views}
+    snapshot = it.snapshot()
+    removed = {name: msgspec.structs.replace(known, removed=True) for name, known in snapshot.models.items()}
+    plan = it.policy.plan(msgspec.structs.replace(snapshot, models=removed), it.now)
+    assert [action.model for action in plan.actions] == list(views)

@@ -1,6 +1,7 @@
 """Errors as they cross the bus and reach a user: a code, a message that says what to do, a retry hint."""
 
 import enum
+from collections.abc import Callable
 
 import msgspec
 
@@ -46,6 +47,10 @@ class PrismError(Exception):
         self.message = message
         self.retry = retry
         self.param = param
+
+    def __reduce__(self) -> tuple[Callable[[ErrorBody], "PrismError"], tuple[ErrorBody]]:
+        # An exception is else made anew from its message alone, which this one can't be.
+        return type(self).from_body, (self.body,)
 
     @property
     def body(self) -> ErrorBody:

@@ -9,13 +9,15 @@ WINDOW_S = 60.0
 
 class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
     """Rates per second over about the last WINDOW_S seconds, and how long ago the last request came
-    (infinite: none was seen). `gap_s` is the usual time between two requests, None before there were two."""
+    (infinite: none was seen). `gap_s` is the usual time between two requests, None before there were two. A
+    rate times `window_s` is the number of events that it stands for."""
 
     arrivals_per_s: float = 0.0
     prompt_tokens_per_s: float = 0.0
     output_tokens_per_s: float = 0.0
     last_arrival_s: float = math.inf
     gap_s: float | None = None
+    window_s: float = WINDOW_S
 
 
 class FadingRate:
@@ -30,7 +32,10 @@ class FadingRate:
 
     def add(self, now: float, amount: float = 1.0) -> None:
         """`amount` at `now`, which never goes back."""
-        self._rate = self.at(now) + amount / self._window_s
+        gone_s = now - self._at
+        if gone_s > 0.0:
+            self._rate *= math.exp(-gone_s / self._window_s)
+        self._rate += amount / self._window_s
         self._at = now
 
     def at(self, now: float) -> float:
@@ -77,7 +82,7 @@ class TrafficWindow:
 
     def at(self, now: float) -> Traffic:
         """All of it as of `now`."""
-        seen_s = max(self.SHORTEST_S, now - self._first)
+        seen_s = max(self.SHORTEST_S, now - self._first) if self._first < math.inf else math.inf
         filled = 1.0 - math.exp(-seen_s / self._window_s)
         return Traffic(
             self._arrivals.at(now) / filled,
@@ -85,4 +90,5 @@ class TrafficWindow:
             self._output.at(now) / filled,
             now - self._last,
             self._gap_s,
+            filled * self._window_s,
         )

@@ -15,7 +15,13 @@ from prism.common.process import run_service
 from prism.common.telemetry import LOG_FORMATS, configure_logging
 from prism.global_scheduler.scheduler import Deadlines
 from prism.global_scheduler.service import run_global_scheduler
-from prism.scheduling.placement import DEFAULT_POLICY, BalancedPlacement, policies, policy_named
+from prism.scheduling.placement import (
+    DEFAULT_POLICY,
+    BalancedPlacement,
+    KvprPlacement,
+    policies,
+    policy_named,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +71,8 @@ log = logging.getLogger(__name__)
     type=click.FloatRange(min=0),
     envvar="PRISM_PATIENCE_S",
     show_envvar=True,
-    default=BalancedPlacement.patience_s,
-    show_default=True,
-    help="How long a request waits before models that are busy must make room.",
+    help="How long a request waits before models that are busy must make room. [default: "
+    f"{BalancedPlacement.patience_s:g} with balanced, {KvprPlacement.patience_s:g} with kvpr]",
 )
 @click.option(
     "--min-active-s",
@@ -112,7 +117,7 @@ def main(
     prune: bool,
     policy: str,
     mode: str,
-    patience_s: float,
+    patience_s: float | None,
     min_active_s: float,
     drain_s: float,
     activate_deadline_s: float,
@@ -131,12 +136,13 @@ def main(
         specs = read_placement_file(placement) if placement is not None else []
         if prune and placement is None:
             raise PrismError(ErrorCode.INVALID_REQUEST, "--prune needs a --placement file")
+        patience = {} if patience_s is None else {"patience_s": patience_s}
         async with (
             connect_bus(nats_url, name=instance) as bus,
             run_global_scheduler(
                 bus,
                 instance,
-                policy_named(policy, patience_s=patience_s, min_active_s=min_active_s, drain_s=drain_s),
+                policy_named(policy, min_active_s=min_active_s, drain_s=drain_s, **patience),
                 policy_name=policy,
                 specs=specs,
                 prune=prune,

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 GB = 1_000_000_000
 AUTO = "auto"
+CPU_LIMITS = EngineLimits(max_running_requests=16, chunked_prefill_tokens=512)
+# As many as there are CUDA graphs for; chunks that let an 8B model decode on every 80 ms.
+USUAL_LIMITS = {"cuda": EngineLimits(max_running_requests=64, chunked_prefill_tokens=2048)}
 
 
 def _gpu_id_option(_context: click.Context, _option: click.Parameter, text: str) -> int | None:
@@ -163,19 +166,17 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
 )
 @click.option(
     "--max-running-requests",
-    type=int,
+    type=click.IntRange(min=1),
     envvar="PRISM_MAX_RUNNING_REQUESTS",
     show_envvar=True,
-    default=16,
-    help="Requests that one engine runs at once.",
+    help="Requests that one engine runs at once.  [default: 64 on cuda, else 16]",
 )
 @click.option(
     "--chunked-prefill-tokens",
-    type=int,
+    type=click.IntRange(min=1),
     envvar="PRISM_CHUNKED_PREFILL_TOKENS",
     show_envvar=True,
-    default=512,
-    help="Prompt tokens that one engine step takes at most.",
+    help="Prompt tokens that one engine step takes at most.  [default: 2048 on cuda, else 512]",
 )
 @click.option(
     "--engine-stall-s",
@@ -226,8 +227,8 @@ def main(
     store_socket: str,
     admission: str,
     patience: float,
-    max_running_requests: int,
-    chunked_prefill_tokens: int,
+    max_running_requests: int | None,
+    chunked_prefill_tokens: int | None,
     engine_stall_s: float,
     coalesce_ms: float,
     drain_s: float,
@@ -245,6 +246,12 @@ def main(
         identity.gpu_ids = gpu_ids
 
     owned = len(gpus) if device == "cuda" else 1
+    usual = USUAL_LIMITS.get(device, CPU_LIMITS)
+    limits = EngineLimits(
+        max_running_requests or usual.max_running_requests,
+        chunked_prefill_tokens or usual.chunked_prefill_tokens,
+        engine_stall_s,
+    )
 
     async def serve(stop: asyncio.Event) -> None:
         if worker_memory_gb is not None and worker_memory_gb <= 0:
@@ -267,7 +274,7 @@ def main(
                 bounds=Bounds(patience),
                 memory_limit_bytes=_memory_limit(engines, worker_memory_gb),
                 store_socket=store_socket,
-                limits=EngineLimits(max_running_requests, chunked_prefill_tokens, engine_stall_s),
+                limits=limits,
             ),
             micro_service(
                 bus,

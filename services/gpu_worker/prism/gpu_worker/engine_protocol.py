@@ -30,12 +30,14 @@ class EngineDevice(enum.StrEnum):
 class EngineOptions(msgspec.Struct, frozen=True):
     """What all engines of a device are told. CUDA graphs are kept for decode batches of
     `decode_graph_sizes`, ascending; none without any. With `defer_graphs` they are captured when the engine
-    is idle first, not before it serves."""
+    is idle first, not before it serves. With `prime` an engine answers a request of its own before it serves:
+    kernels are compiled and loaded then."""
 
     device: EngineDevice = EngineDevice.CPU
     attention_backend: str = ""
     decode_graph_sizes: list[int] = []
     defer_graphs: bool = False
+    prime: bool = False
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):

@@ -227,7 +227,7 @@ class GenerationRequests:
         return EngineCapacity(
             running=len(mine),
             max_running=self._max_running_requests,
-            kv_free_tokens=instance.kv_tokens - sum(running.kv_tokens for running in mine),
+            kv_free_tokens=instance.memory.kv_tokens - sum(running.kv_tokens for running in mine),
             accepting=instance.state is ModelState.ACTIVE,
             prefill_tokens_per_s=record.prefill.tokens_per_s,
             prefill_fixed_s=record.prefill.fixed_s,
@@ -421,8 +421,8 @@ def _beyond_memory(request: GenerateRequest, instance: ModelInstance) -> ErrorBo
     return ErrorBody(
         ErrorCode.CONTEXT_LENGTH_EXCEEDED,
         f"{prompt} prompt tokens and room for {planned} more are {prompt + planned}; there is KV memory for "
-        f"{most} tokens of {instance.name} at most ({instance.most_kv_bytes / 1e6:.1f} MB here). Shorten the "
-        "prompt, or have the model's max_memory_pool_size or the worker's memory raised",
+        f"{most} tokens of {instance.name} at most ({instance.memory.most_kv_bytes / 1e6:.1f} MB here). "
+        "Shorten the prompt, or have the model's max_memory_pool_size or the worker's memory raised",
     )
 
 

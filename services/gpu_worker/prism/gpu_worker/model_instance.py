@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from prism.common.errors import ErrorCode, PrismError
@@ -19,9 +18,9 @@ from prism.common.telemetry import about
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
 from prism.gpu_worker.engine_protocol import Imaged, Outputs, Progress, Ready, StartEngine
+from prism.gpu_worker.instance_memory import InstanceMemory, Room, kv_bytes_of
 from prism.gpu_worker.serving_record import ServingRecord
 from prism.scheduling.ledger import MemoryLedger
-from prism.scheduling.memory import kv_floor, kv_reservation, weights_bytes
 from prism.scheduling.quotas import QuotaHolder
 
 log = logging.getLogger(__name__)
@@ -33,14 +32,7 @@ ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
 LOST = (ErrorCode.ENGINE_LOST, ErrorCode.DEADLINE_EXCEEDED)
 FREED_DEADLINE_S = 2.0
 FREED_POLL_S = 0.002
-SPARE_TOKENS = 8
-"""SGLang starts a request only where a few more tokens are free than it takes."""
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
-
-
-Room = Callable[[str, int, int], AbstractAsyncContextManager[None]]
-"""Keeps free, within its context, what others can give away of so many bytes more for a model: (model, bytes
-without which nothing is gained, bytes wanted)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class ModelInstance:
         on_engine_lost: Callable[["ModelInstance", str], None],
         on_discarded: Callable[["ModelInstance"], None],
         on_progress: Callable[["ModelInstance", Progress], None],
-        room: "Room",
+        room: Room,
         kv_tokens: Callable[[str], tuple[int, int]],
     ) -> None:
         self.spec = spec
@@ -86,11 +78,8 @@ class ModelInstance:
         self.generated_tokens = 0
         self.record = ServingRecord()
         self.lock = asyncio.Lock()
-        self._weights_bytes = 0
-        self._kv_bytes = 0
-        self._first_kv_bytes = 0
+        self.memory = InstanceMemory(spec, facts, device, ledger, room)
         self._device = device
-        self._ledger = ledger
         self._store_socket = store_socket
         self._limits = limits
         self._on_state = on_state
@@ -98,43 +87,15 @@ class ModelInstance:
         self._on_engine_lost = on_engine_lost
         self._on_discarded = on_discarded
         self._on_progress = on_progress
-        self._room = room
         self._requests_kv_tokens = kv_tokens
-        self._kv_tokens = 0
         self._watch: asyncio.Task[None] | None = None
         self._image_settled = asyncio.Event()
         self._image_error: str | None = None
 
     @property
-    def kv_tokens(self) -> int:
-        """Tokens that its KV quota has room for now."""
-        return self._kv_tokens
-
-    @property
-    def most_kv_bytes(self) -> int:
-        """The largest quota that there may ever be here."""
-        return max(self.kv_cap_bytes, self._ledger.held(self.name).kv)
-
-    @property
     def most_kv_tokens(self) -> int | None:
         """Tokens that one request can have at most, with the largest quota; None while there is no engine."""
-        if self.ready is None or not self.ready.kv_bytes_per_token:
-            return None
-        quota = self.most_kv_bytes - self.ready.kv_overhead_bytes
-        return max(self._kv_tokens, quota // self.ready.kv_bytes_per_token) - SPARE_TOKENS
-
-    @property
-    def kv_cap_bytes(self) -> int:
-        """The largest quota that it may get: what its operator allows, else all that its worker has beside
-        its weights. The first one stays where an engine has several ranks: their pools can't be resized
-        together yet."""
-        if self.spec.tp_size > 1:
-            return self._first_kv_bytes
-        pool = self.spec.init_placements[0].max_memory_pool_size if self.spec.init_placements else None
-        if pool is not None:
-            return kv_reservation(self.spec, self.facts, self._device.element_bytes)
-        held = self._ledger.held(self.name)
-        return self._ledger.limit_bytes - held.weights - held.fixed
+        return None if self.ready is None else self.memory.most_kv_tokens(self.ready)
 
     @property
     def name(self) -> str:
@@ -162,7 +123,6 @@ class ModelInstance:
         if self.state in (ModelState.DOZING, ModelState.FROZEN):
             seconds = await self._wake(kv_bytes, deadline_s)
         elif self.state in STARTABLE:
-            self._first_kv_bytes = kv_bytes
             seconds = await self._start(kv_bytes, deadline_s)
         else:
             raise PrismError(ErrorCode.INTERNAL, f"{self.name} is {self.state} already", retry=True)
@@ -171,10 +131,9 @@ class ModelInstance:
         return {**seconds, "total": time.perf_counter() - began}
 
     async def _wake(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
-        """With the quota that it had, or less where less is given to it now and quotas can change."""
         assert self.engine is not None
-        kept = min(self._kv_bytes, kv_bytes) if self.spec.tp_size == 1 else self._kv_bytes
-        kv_bytes = await self._reserve(self._weights_bytes, kept)
+        kept = self.memory.kept_kv_bytes(kv_bytes)
+        kv_bytes = await self.memory.reserve(self.memory.weights_bytes, kept)
         frozen = self.state is ModelState.FROZEN
         self.set_state(ModelState.WAKING)
         thawed: dict[str, float] = {}
@@ -182,72 +141,28 @@ class ModelInstance:
             async with self._device.copying:
                 if frozen:
                     thawed = await self._device.freezer.thaw(self.engine.pid, deadline_s)
-                if kv_bytes != self._kv_bytes:
+                if kv_bytes != self.memory.kv_bytes:
                     await self._have_quota(kv_bytes)
                 done = await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
         except BaseException as error:
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
             rolled_back = isinstance(error, PrismError) and error.code in ROLLED_BACK
             if rolled_back and not self._left_bytes():
-                self._hold_fixed()
+                self.memory.hold_fixed()
                 self.set_state(ModelState.DOZING)
             else:
                 await self.discard_engine(*_after(error, "wake failed"))
             raise
         return {**thawed, **done.seconds}
 
-    async def _reserve(self, weights: int, kv_bytes: int) -> int:
-        """Reserve what serving takes, for which others make room. Returns the KV quota: as much of `kv_bytes`
-        as there is, its floor at least. Raises PrismError(out_of_memory)."""
-        fixed = self._device.fixed_bytes
-        floor = self._kv_at_least(weights, kv_bytes)
-        held = self._ledger.held(self.name).total
-        least = weights + fixed + floor - held
-        async with self._room(self.name, least, weights + fixed + kv_bytes - held):
-            beside = self._ledger.free_bytes + held - weights - fixed
-            kv_bytes = min(kv_bytes, max(floor, beside))
-            self._ledger.resize(self.name, weights=weights, kv=kv_bytes, fixed=fixed)
-        return kv_bytes
-
-    def _kv_at_least(self, weights: int, kv_bytes: int) -> int:
-        """The quota without which it does not start: the floor that placement counts with, less what weights
-        take beyond the estimate that placement counts with, up to half of it."""
-        if self.spec.tp_size > 1:
-            return kv_bytes
-        floor = min(kv_bytes, self._kv_floor)
-        beyond = weights - weights_bytes(self.facts, self._device.element_bytes)
-        return floor - min(floor // 2, max(0, beyond))
-
-    @property
-    def _kv_floor(self) -> int:
-        return kv_floor(self.spec, self.facts, self._device.element_bytes)
-
     def quota_holder(self) -> QuotaHolder | None:
         """What the arbiter needs to know of it; None while its quota can't be changed."""
         return None if self.lock.locked() else self._holder()
 
     def _holder(self) -> QuotaHolder | None:
-        if self.state is not ModelState.ACTIVE or self.ready is None or self.spec.tp_size > 1:
+        if self.state is not ModelState.ACTIVE or self.ready is None:
             return None
-        running, wanted = self._requests_kv_tokens(self.name)
-        quota = self._ledger.held(self.name).kv
-        return QuotaHolder(
-            self.name,
-            quota,
-            used_bytes=self._kv_bytes_for(self.engine_load.kv_used_tokens),
-            cached_bytes=self.engine_load.kv_cached_tokens * self.ready.kv_bytes_per_token,
-            committed_bytes=self._kv_bytes_for(running),
-            wanted_bytes=self._kv_bytes_for(wanted),
-            floor_bytes=min(quota, self._kv_floor),
-            cap_bytes=max(self.kv_cap_bytes, 0),
-            granularity=self.ready.kv_page_bytes,
-            priority=self.spec.priority,
-        )
-
-    def _kv_bytes_for(self, tokens: int) -> int:
-        if self.ready is None or not tokens:
-            return 0
-        return self.ready.kv_overhead_bytes + (tokens + SPARE_TOKENS) * self.ready.kv_bytes_per_token
+        return self.memory.holder(self.ready, self.engine_load, *self._requests_kv_tokens(self.name))
 
     async def set_quota(self, kv_bytes: int) -> bool:
         """Have this KV quota, or what comes nearest to it. More is reserved before the engine has it, less is
@@ -255,15 +170,13 @@ class ModelInstance:
         async with self.lock:
             if self.state is not ModelState.ACTIVE:
                 return False
-            held = self._ledger.held(self.name)
-            if kv_bytes > held.kv:
-                self._ledger.resize(self.name, weights=held.weights, kv=kv_bytes, fixed=held.fixed)
+            self.memory.raise_quota(kv_bytes)
             await self._have_quota(kv_bytes)
             return True
 
     async def _have_first_quota(self) -> None:
         try:
-            await self._have_quota(self._kv_bytes)
+            await self._have_quota(self.memory.kv_bytes)
         except BaseException as error:
             await self.discard_engine(*_after(error))
             raise
@@ -272,23 +185,11 @@ class ModelInstance:
         assert self.engine is not None
         engine = self.engine
         answer = await engine.set_quota(kv_bytes, self._limits.stall_s)
-        if self.engine is not engine:
-            return
-        if answer.retracted:
-            log.info(
-                "%d requests wait for memory: its KV quota is %.1f MB now",
-                answer.retracted,
-                answer.kv_bytes / 1e6,
-                extra=about(model=self.name),
-            )
-        held = self._ledger.held(self.name)
-        self._ledger.resize(
-            self.name, weights=held.weights, kv=min(held.kv, answer.kv_bytes), fixed=held.fixed
-        )
-        self._kv_bytes, self._kv_tokens = answer.kv_bytes, answer.kv_tokens
+        if self.engine is engine:
+            self.memory.confirmed(answer)
 
     def _copy_deadline_s(self) -> float:
-        return self._limits.stall_s + self._weights_bytes / SLOWEST_COPY_BYTES_PER_S
+        return self._limits.stall_s + self.memory.weights_bytes / SLOWEST_COPY_BYTES_PER_S
 
     async def _start(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
         began = time.perf_counter()
@@ -301,8 +202,8 @@ class ModelInstance:
             )
         self._image_settled.clear()
         self._image_error = None
-        weights = weights_bytes(self.facts, self._device.element_bytes, self.spec.tp_size)
-        kv_bytes = await self._reserve(weights, kv_bytes)
+        weights = self.memory.begin(kv_bytes)
+        kv_bytes = await self.memory.reserve(weights, kv_bytes)
         self.set_state(ModelState.STAGING)
         try:
             async with asyncio.timeout(deadline_s):
@@ -323,10 +224,10 @@ class ModelInstance:
         except BaseException as error:
             await self.discard_engine(*_after(error))
             raise
-        self._kv_tokens = self.ready.kv_tokens
+        self.memory.kv_tokens = self.ready.kv_tokens
         if self.ready.imaged:
             self._image_settled.set()
-        if self._kv_bytes < kv_bytes:
+        if self.memory.kv_bytes < kv_bytes:
             # Its weights turned out to be larger; the engine was told its quota before it knew.
             await self._have_first_quota()
         return {**self.ready.seconds, "shell": shelled - began}
@@ -344,23 +245,16 @@ class ModelInstance:
             max_running_requests=self._limits.max_running_requests,
             chunked_prefill_tokens=self._limits.chunked_prefill_tokens,
             copy_threads=self._device.copy_threads,
-            weights_bytes=self._ledger.held(self.name).weights,
+            weights_bytes=self.memory.reserved_weights_bytes,
             options=self._device.options,
-            kv_cap_bytes=max(kv_bytes, self.kv_cap_bytes) if self.spec.tp_size == 1 else 0,
+            kv_cap_bytes=max(kv_bytes, self.memory.kv_cap_bytes) if self.spec.tp_size == 1 else 0,
             store_deadline_s=STORE_DEADLINE_S,
         )
 
     def _events(self, kv_bytes: int) -> EngineEvents:
         def sized(nbytes: int) -> bool:
-            fixed = self._device.fixed_bytes
-            beside = self._ledger.free_bytes + self._ledger.held(self.name).total - nbytes - fixed
-            kept = min(kv_bytes, max(beside, self._kv_at_least(nbytes, kv_bytes)))
-            try:
-                self._ledger.resize(self.name, weights=nbytes, kv=kept, fixed=fixed)
-            except PrismError as error:
-                log.info("its weights do not fit: %s", error.message, extra=about(model=self.name))
+            if not self.memory.grant_weights(nbytes, kv_bytes):
                 return False
-            self._weights_bytes, self._kv_bytes = nbytes, kept
             self.set_state(ModelState.STARTING)
             return True
 
@@ -441,7 +335,7 @@ class ModelInstance:
         except BaseException as error:
             await self.discard_engine(*_after(error, "freeze failed"))
             raise
-        self._ledger.resize(self.name)
+        self.memory.hold_nothing()
         self.set_state(ModelState.FROZEN)
         return {**prepared.seconds, **frozen, "total": time.perf_counter() - began}
 
@@ -452,7 +346,7 @@ class ModelInstance:
         """
         assert self.engine is not None
         began = time.perf_counter()
-        self._hold_fixed()
+        self.memory.hold_fixed()
         try:
             thawed = await self._device.freezer.thaw(self.engine.pid, deadline_s)
         except BaseException as error:
@@ -463,7 +357,7 @@ class ModelInstance:
 
     async def _confirm_freed(self) -> None:
         await self._confirm_gone(self._left_bytes)
-        self._hold_fixed()
+        self.memory.hold_fixed()
 
     async def _confirm_gone(self, held: Callable[[], int]) -> None:
         # A driver may take a moment to count.
@@ -474,10 +368,6 @@ class ModelInstance:
             raise PrismError(
                 ErrorCode.INTERNAL, f"{self.name}: {left} bytes are still mapped after the engine freed them"
             )
-
-    def _hold_fixed(self) -> None:
-        """A dozing engine keeps what its process costs, and nothing else."""
-        self._ledger.resize(self.name, fixed=self._device.fixed_bytes)
 
     def _held_bytes(self) -> int:
         if self.engine is None or self.ready is None or self.engine.ended.done():
@@ -502,7 +392,7 @@ class ModelInstance:
             if engine is not None:
                 await engine.close()
         finally:
-            self._ledger.release(self.name)
+            self.memory.release()
             self._on_discarded(self)
         self.set_state(state, failure)
 
@@ -537,10 +427,12 @@ class ModelInstance:
             queued=queued,
             running=running,
             weights_bytes=weights,
-            kv_quota_bytes=self._ledger.held(self.name).kv,
+            kv_quota_bytes=self.memory.quota_bytes,
             kv_used_bytes=kv,
             kv_spare_bytes=holder.spare_bytes if holder is not None else 0,
-            kv_wanted_bytes=self._kv_bytes_for(self._requests_kv_tokens(self.name)[1]),
+            kv_wanted_bytes=kv_bytes_of(self.ready, self._requests_kv_tokens(self.name)[1])
+            if self.ready
+            else 0,
             idle_s=0.0 if busy else now - self.idle_since,
             state_s=now - self.state_since,
             prompt_tokens=self.prompt_tokens,

@@ -13,15 +13,14 @@ from prism.common.messages.placement import CommandKind
 
 VARIANTS: dict[str, dict[str, str]] = {
     "as_it_is": {},
-    # 8 MiB a stream and handle, in place of Hopper's 32.
-    "small_workspaces": {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"},
+    # Hopper's default: 32 MiB a stream and handle, in place of our 8.
+    "large_workspaces": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
     "few_graphs": {"PRISM_DECODE_GRAPH_SIZES": "1,8,64"},
     "no_graphs": {"PRISM_DECODE_GRAPH_SIZES": "none"},
     # kvcached keeps a page of zeroes: of all layers together in its default layout, 2 MiB in this one.
     "kv_by_layer": {"KVCACHED_CONTIGUOUS_LAYOUT": "false"},
     # For a kvcached built with deploy/kvcached/optional-zero-page.patch; any other passes it over.
     "no_zero_page": {"KVCACHED_ZERO_PAGE": "false"},
-    "all_cuts": {"KVCACHED_ZERO_PAGE": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"},
     "eager_modules": {"CUDA_MODULE_LOADING": "EAGER"},
 }
 

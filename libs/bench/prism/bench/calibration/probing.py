@@ -12,7 +12,8 @@ import msgspec
 from prism.common.errors import ErrorCode, PrismError
 
 REPEATS = 5
-PROMPTS = (8, 64, 128, 256, 512)
+# As far as the model's context goes.
+PROMPTS = (8, 64, 128, 256, 512, 2048, 4096)
 BATCHES = (1, 2, 4, 8)
 BURST = 6
 SHORT_PROMPT, LONG_PROMPT = 16, 256

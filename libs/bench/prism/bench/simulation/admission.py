@@ -94,7 +94,7 @@ class AdmissionQueue:
             self._started(instance, request, now)
             self._release(instance, (request,), now)
             return
-        rid = str(request.index)
+        rid = request.rid
         model = instance.model
         self.entries[rid] = QueuedRequest(
             rid,
@@ -120,19 +120,21 @@ class AdmissionQueue:
         if not self.entries:
             return
         self.decisions += 1
+        entries = self.entries
         capacities = {name: self._capacity(instance, now) for name, instance in self.instances.items()}
-        admission = self._policy.select(list(self.entries.values()), capacities, self._backlog.work(now), now)
+        admission = self._policy.select(list(entries.values()), capacities, self._backlog.work(now), now)
         together: dict[str, list[Request]] = {}
         for rid in admission.rids:
-            del self.entries[rid]
+            del entries[rid]
             request, instance = self.waiting.pop(rid)
-            self._unqueue(instance, request)
+            instance.queued -= 1
+            instance.queued_tokens -= request.reserved
             instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
             together.setdefault(instance.model.name, []).append(request)
         for name, requests in together.items():
             self._release(self.instances[name], requests, now)
-        if not self.entries:
+        if not entries:
             return
         for instance in self.instances.values():
             if instance.queued and instance.reserved + instance.queued_tokens > instance.quota_tokens:
@@ -145,13 +147,12 @@ class AdmissionQueue:
     def _capacity(self, instance: "Instance", now: float) -> EngineCapacity:
         engine = instance.engine
         assert engine is not None
-        decoding = len(engine.ends)
+        decoding, alone_s = len(engine.ends), engine.step_s
+        # As measured: engines that decode on its GPUs take turns.
         step_s = 0.0
         if decoding:
-            # As measured: engines that decode on its GPUs take turns.
-            step_s = engine.step_s * max(
-                gpu.shares(sum(1 for each in gpu.computing if each.ends)) for gpu in engine.gpus
-            )
+            gpus = engine.gpus
+            step_s = alone_s * (gpus[0].turns if len(gpus) == 1 else max([gpu.turns for gpu in gpus]))
         waiting = self._backlog.open_pass(instance.model.name, now)
         return EngineCapacity(
             instance.running,
@@ -163,7 +164,7 @@ class AdmissionQueue:
             decoding,
             step_s,
             instance.model.tpot_slo_s,
-            engine.step_s,
+            alone_s,
             engine.chunk_tokens,
             waiting.tokens,
             waiting.due_s,
@@ -187,7 +188,7 @@ class AdmissionQueue:
             slo if slo < inf else BOUNDS.unpromised_slo_s
         )
         self._backlog.released(
-            str(request.index),
+            request.rid,
             instance.model.name,
             request.prompt + request.got,
             cost,
@@ -204,7 +205,7 @@ class AdmissionQueue:
     def prefilled(self, requests: Sequence[Request], now: float) -> None:
         """The prefill of these is done, or will not be."""
         for request in requests:
-            self._backlog.prefilled(str(request.index), now)
+            self._backlog.prefilled(request.rid, now)
         self.prefills = max(0, self.prefills - len(requests))
         if self.entries:
             self.pump(now)

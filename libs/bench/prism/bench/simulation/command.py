@@ -2,21 +2,25 @@
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from prism.bench.simulation.initial_placement import searched_placements
-from prism.bench.simulation.options import clean_end, read_scenario, scenario_options, warn
+from prism.bench.simulation.options import (
+    Asked,
+    clean_end,
+    initial_placement_option,
+    read_scenario,
+    scenario_options,
+    warn,
+)
 from prism.bench.simulation.report import report
 from prism.bench.simulation.scenario import simulate, within
 from prism.cli.table import aligned
-from prism.scheduling import admission as admission_policies
 from prism.scheduling import placement as placement_policies
 
 DEFAULT_PLACEMENT = placement_policies.DEFAULT_POLICY
-DEFAULT_ADMISSION = admission_policies.DEFAULT_POLICY
 
 
 def summary_lines(result: dict[str, Any]) -> list[str]:
@@ -77,57 +81,17 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     show_default=True,
     help=f"Who is where: {', '.join(sorted(placement_policies.policies))}.",
 )
-@click.option(
-    "--admission",
-    default=DEFAULT_ADMISSION,
-    show_default=True,
-    help=f"Who goes first: {', '.join(sorted(admission_policies.policies))}.",
-)
-@click.option(
-    "--initial-placement",
-    type=click.Choice(["file", "search"]),
-    default="file",
-    show_default=True,
-    help="Where models start: as the file says, or the best that a search finds that knows the trace.",
-)
-@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object.")
-def simulate_command(
-    traces: tuple[Path, ...],
-    models: Path,
-    gpus: int,
-    gpu_memory_gb: float | None,
-    profile: str,
-    policy: str,
-    admission: str,
-    initial_placement: str,
-    ttft_scale: float,
-    tpot_scale: float,
-    rate_scale: float,
-    replicate: int,
-    seconds: float | None,
-    mapping: tuple[str, ...],
-    context_length: int | None,
-    seed: int,
-    as_json: bool,
-) -> None:
+@initial_placement_option("file")
+def simulate_command(asked: Asked, gpus: int, policy: str, initial_placement: str) -> None:
     """Simulate a trace on GPUs with the real schedulers, and say how many requests met their objectives."""
     with clean_end():
         began = time.perf_counter()
-        scenario = read_scenario(
-            traces, models, gpu_memory_gb, profile, replicate, seconds, mapping, context_length
-        )
-        settings: dict[str, Any] = {
-            "gpus": gpus,
-            "policy": policy,
-            "admission": admission,
-            "ttft_scale": ttft_scale,
-            "tpot_scale": tpot_scale,
-            "rate_scale": rate_scale,
-        }
+        scenario = read_scenario(asked)
+        settings: dict[str, Any] = {"gpus": gpus, "policy": policy, **asked.settings}
         _, warnings = within([model.spec for model in scenario.models], gpus)
         placements = None
         if initial_placement == "search":
-            placements, warnings = searched_placements(scenario, seed=seed, **settings), []
+            placements, warnings = searched_placements(scenario, seed=asked.seed, **settings), []
         warn(warnings)
         outcome = simulate(scenario, placements=placements, **settings)
         result = {
@@ -135,11 +99,11 @@ def simulate_command(
             "gpu_memory_gb": scenario.gpu_memory_bytes / 1e9,
             "profile": scenario.profile.name,
             "initial_placement": initial_placement,
-            "seed": seed,
+            "seed": asked.seed,
             **report(outcome),
             "warnings": warnings,
         }
-        if as_json:
+        if asked.as_json:
             click.echo(json.dumps(result))
             return
         took = time.perf_counter() - began

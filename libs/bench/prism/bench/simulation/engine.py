@@ -24,10 +24,22 @@ class Request:
     """A request on its way. `first_s` is when its first token came (below 0: not yet), `got` how many tokens
     it had when its present engine took it, `reserved` the KV tokens that admission counts on."""
 
-    __slots__ = ("arrival_s", "first_s", "got", "index", "model", "output", "prompt", "queued_s", "reserved")
+    __slots__ = (
+        "arrival_s",
+        "first_s",
+        "got",
+        "index",
+        "model",
+        "output",
+        "prompt",
+        "queued_s",
+        "reserved",
+        "rid",
+    )
 
     def __init__(self, index: int, model: int, arrival_s: float, prompt: int, output: int) -> None:
         self.index = index
+        self.rid = str(index)
         self.model = model
         self.arrival_s = arrival_s
         self.prompt = prompt
@@ -121,8 +133,11 @@ class Engine:
     @property
     def step_s(self) -> float:
         """Seconds of a decode step of its present batch, alone on its GPUs."""
-        sequences = max(1, len(self.ends))
-        held = max(0.0, self.kv_base + len(self.ends) * self.v)
+        decoding = len(self.ends)
+        held = self.kv_base + decoding * self.v
+        sequences = decoding or 1
+        if held < 0.0:
+            held = 0.0
         return self.decode_fixed_s + sequences * self.decode_sequence_s + held * self.decode_kv_s
 
     def take(self, requests: Sequence[Request], now: float) -> None:
@@ -167,17 +182,19 @@ class Engine:
 
     def schedule(self, now: float) -> None:
         """Put the next change of the batch into the queue of events."""
-        self.version += 1
+        version = self.version = self.version + 1
         if self.mode == PREFILL:
             self.rate = 1.0 / self.share
-            time = now + max(0.0, self.work) * self.share
+            work = self.work
+            time = now + (work if work > 0.0 else 0.0) * self.share
         else:
             ends, v = self.ends, self.v
             sequences = len(ends)
             left = ends[0][0] - v
             if self.waiting and not self.blocked:
                 boundary = ceil(v - ROUNDING) - v
-                left = min(left, boundary)
+                if boundary < left:
+                    left = boundary
             held = self.kv_base + sequences * v
             if sequences > 1 and held + sequences * left > self.quota_tokens:
                 left = max(0.0, floor(v + max(0.0, self.quota_tokens - held) / sequences + ROUNDING) - v)
@@ -192,7 +209,7 @@ class Engine:
             self.target = v + left
             time = now + left * step
         events = self.events
-        heappush(events.heap, (time, events.number(), None, self, self.version))
+        heappush(events.heap, (time, events.number(), None, self, version))
 
     def ended(self, now: float) -> list[Request]:
         """What it did is done: the requests that are complete by that. It has begun with the next."""

@@ -50,6 +50,15 @@ class Gpu:
         """How many times longer each of so many engines that compute at once takes."""
         return max(1.0, engines / self.parallel)
 
+    @property
+    def turns(self) -> float:
+        """How many times longer a decode step takes than alone, of each engine that decodes now."""
+        decoding = 0
+        for engine in self.computing:
+            if engine.ends:
+                decoding += 1
+        return max(1.0, decoding / self.parallel)
+
     def join(self, engine: "Engine", now: float) -> None:
         """`engine` begins to compute."""
         computing = self.computing

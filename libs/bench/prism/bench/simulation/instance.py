@@ -6,10 +6,13 @@ from prism.bench.simulation.gpu import Gpu
 from prism.bench.simulation.model import SimulatedModel
 from prism.common.messages.models import ModelState
 
+NO_LIMIT = 1 << 60
+
 
 class Instance:
     """Bytes are held on each of its `gpus`; `reserved` are KV tokens that its running requests may come to
-    take. `queue` is the admission queue that its requests go through."""
+    take, `quota_tokens` those that its quota holds. `queue` is the admission queue that its requests go
+    through."""
 
     __slots__ = (
         "active_bytes",
@@ -23,6 +26,7 @@ class Instance:
         "queued",
         "queued_tokens",
         "quota_bytes",
+        "quota_tokens",
         "reserved",
         "running",
         "state",
@@ -41,6 +45,7 @@ class Instance:
         self.queue: AdmissionQueue | None = None
         self.weights_bytes = 0
         self.quota_bytes = 0
+        self.quota_tokens = 0 if model.cost.kv_bytes_per_token else NO_LIMIT
         self.context_bytes = 0
         self.active_bytes = 0
         self.running = 0
@@ -54,12 +59,6 @@ class Instance:
     def load(self) -> int:
         """Requests queued and running."""
         return self.running + self.queued
-
-    @property
-    def quota_tokens(self) -> int:
-        """KV tokens that its quota holds."""
-        per_token = self.model.cost.kv_bytes_per_token
-        return self.quota_bytes // per_token if per_token else 1 << 60
 
     @property
     def wanted_bytes(self) -> int:
@@ -88,3 +87,5 @@ class Instance:
             else:
                 gpu.residents.pop(self.model.name, None)
         self.weights_bytes, self.quota_bytes, self.context_bytes = weights, quota, context
+        per_token = self.model.cost.kv_bytes_per_token
+        self.quota_tokens = quota // per_token if per_token else NO_LIMIT

@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from prism.bench.simulation.profiles import (
     DEFAULT,
@@ -17,6 +19,7 @@ from prism.bench.simulation.scenario import Scenario, make_scenario, read_models
 from prism.bench.traces.reading import read_trace
 from prism.bench.traces.trace import head, replicated
 from prism.common.errors import ErrorCode, PrismError
+from prism.scheduling import admission as admission_policies
 from prism.scheduling.memory import GB
 from prism.scheduling.profiles import profile_names
 
@@ -84,43 +87,90 @@ _SCENARIO: tuple[Decorator, ...] = (
         type=click.IntRange(min=1),
         help="Serve contexts of at most so many tokens.  [default: each model's own]",
     ),
+    click.option(
+        "--admission",
+        default=admission_policies.DEFAULT_POLICY,
+        show_default=True,
+        help=f"Who goes first on a GPU: {', '.join(sorted(admission_policies.policies))}.",
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the search for placements."),
+    click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object."),
 )
 
 
-def scenario_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say what is simulated."""
+class Asked(msgspec.Struct, frozen=True):
+    """What the common options say, by their names."""
+
+    traces: tuple[Path, ...]
+    models: Path
+    gpu_memory_gb: float | None
+    profile: str
+    ttft_scale: float
+    tpot_scale: float
+    rate_scale: float
+    replicate: int
+    seconds: float | None
+    mapping: tuple[str, ...]
+    context_length: int | None
+    admission: str
+    seed: int
+    as_json: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that `simulate` takes as they are."""
+        return {
+            "admission": self.admission,
+            "ttft_scale": self.ttft_scale,
+            "tpot_scale": self.tpot_scale,
+            "rate_scale": self.rate_scale,
+        }
+
+
+def scenario_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what is simulated; `command` gets them first and together, as `Asked`."""
+
+    @wraps(command)
+    def gathered(**given: Any) -> None:
+        asked = Asked(**{name: given.pop(name) for name in Asked.__struct_fields__})
+        command(asked, **given)
+
+    decorated: Callable[..., None] = gathered
     for option in reversed(_SCENARIO):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
 
 
-def read_scenario(
-    traces: tuple[Path, ...],
-    models: Path,
-    gpu_memory_gb: float | None,
-    profile: str,
-    replicate: int,
-    seconds: float | None,
-    mapping: tuple[str, ...],
-    context_length: int | None,
-) -> Scenario:
+def initial_placement_option(default: str) -> Decorator:
+    """Where models start."""
+    return click.option(
+        "--initial-placement",
+        type=click.Choice(["file", "search"]),
+        default=default,
+        show_default=True,
+        help="Where models start: as the file says, or the best that a search finds that knows the trace.",
+    )
+
+
+def read_scenario(asked: Asked) -> Scenario:
     """The scenario that the options ask for. Raises PrismError(invalid_request)."""
-    gpu = read_profile(profile)
-    memory = round(gpu_memory_gb * GB) if gpu_memory_gb is not None else gpu.memory_bytes
-    trace = read_trace(traces)
-    if seconds is not None:
-        trace = head(trace, seconds)
+    gpu = read_profile(asked.profile)
+    memory = round(asked.gpu_memory_gb * GB) if asked.gpu_memory_gb is not None else gpu.memory_bytes
+    trace = read_trace(asked.traces)
+    if asked.seconds is not None:
+        trace = head(trace, asked.seconds)
         if not len(trace):
-            raise PrismError(ErrorCode.INVALID_REQUEST, f"no requests in the trace's first {seconds:g} s")
+            raise PrismError(
+                ErrorCode.INVALID_REQUEST, f"no requests in the trace's first {asked.seconds:g} s"
+            )
     targets = {}
-    for pair in mapping:
+    for pair in asked.mapping:
         source, equals, target = pair.partition("=")
         if not equals:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"--map {pair!r}: it has to be TRACE_MODEL=MODEL")
         targets[source] = target
-    served = read_models(models, gpu, context_length, read_measured_costs(profile))
-    return make_scenario(replicated(trace, replicate), served, gpu, memory, targets)
+    served = read_models(asked.models, gpu, asked.context_length, read_measured_costs(asked.profile))
+    return make_scenario(replicated(trace, asked.replicate), served, gpu, memory, targets)
 
 
 @contextmanager

@@ -7,8 +7,13 @@ from typing import Any
 import click
 
 from prism.bench.simulation.capacity import Needed, needed_by_policy
-from prism.bench.simulation.command import DEFAULT_ADMISSION
-from prism.bench.simulation.options import clean_end, read_scenario, scenario_options
+from prism.bench.simulation.options import (
+    Asked,
+    clean_end,
+    initial_placement_option,
+    read_scenario,
+    scenario_options,
+)
 from prism.bench.simulation.plots import plot_lines
 from prism.cli.table import aligned
 from prism.common.errors import ErrorCode, PrismError
@@ -76,15 +81,8 @@ def plan_lines(found: dict[str, dict[str, Any]], target: float, most: int) -> li
     multiple=True,
     help="Only these policies; may be given several times.  [default: all]",
 )
-@click.option("--admission", default=DEFAULT_ADMISSION, show_default=True, help="Who goes first on a GPU.")
 @click.option("--max-gpus", type=click.IntRange(min=1), default=64, show_default=True, help="Give up beyond.")
-@click.option(
-    "--initial-placement",
-    type=click.Choice(["file", "search"]),
-    default="search",
-    show_default=True,
-    help="Where models start: as the file says, or the best that a search finds that knows the trace.",
-)
+@initial_placement_option("search")
 @click.option("--price", type=click.FloatRange(min=0), help="Of a GPU for an hour, in any currency.")
 @click.option(
     "--plot",
@@ -93,35 +91,19 @@ def plan_lines(found: dict[str, dict[str, Any]], target: float, most: int) -> li
     show_default=True,
     help="Where to draw attainment over GPUs.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object.")
 def plan_command(
-    traces: tuple[Path, ...],
-    models: Path,
-    gpu_memory_gb: float | None,
-    profile: str,
+    asked: Asked,
     target: float,
     which: str,
     policies: tuple[str, ...],
-    admission: str,
     max_gpus: int,
     initial_placement: str,
     price: float | None,
     plot: Path,
-    ttft_scale: float,
-    tpot_scale: float,
-    rate_scale: float,
-    replicate: int,
-    seconds: float | None,
-    mapping: tuple[str, ...],
-    context_length: int | None,
-    seed: int,
-    as_json: bool,
 ) -> None:
     """Find the least number of GPUs that a trace needs under each policy."""
     with clean_end():
-        scenario = read_scenario(
-            traces, models, gpu_memory_gb, profile, replicate, seconds, mapping, context_length
-        )
+        scenario = read_scenario(asked)
         needed = needed_by_policy(
             scenario,
             policies or tuple(placement_policies.policies),
@@ -129,14 +111,11 @@ def plan_command(
             most=max_gpus,
             which=f"{which}_attainment",
             search=initial_placement == "search",
-            seed=seed,
+            seed=asked.seed,
             on_run=lambda policy, gpus, reached: click.echo(
                 f"{policy} on {gpus} GPUs: {reached:.2%}", err=True
             ),
-            admission=admission,
-            ttft_scale=ttft_scale,
-            tpot_scale=tpot_scale,
-            rate_scale=rate_scale,
+            **asked.settings,
         )
         found = savings(needed, price)
         try:
@@ -150,7 +129,7 @@ def plan_command(
             )
         except (OSError, ValueError) as error:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"plot {plot} cannot be written: {error}") from error
-        if as_json:
+        if asked.as_json:
             result = {"target": target, "attainment": which, "baseline": BASELINE, "policies": found}
             click.echo(json.dumps({**result, "plot": str(plot)}))
             return

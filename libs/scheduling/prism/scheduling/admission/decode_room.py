@@ -8,7 +8,6 @@ those that may have to wait, for an engine to run dry.
 """
 
 from collections.abc import Mapping
-from math import inf
 
 from prism.scheduling.admission.policy import PREFILL_WINDOW_S, EngineCapacity, GpuWork
 
@@ -23,25 +22,27 @@ class DecodeRoom:
 
     def __init__(self, engines: Mapping[str, EngineCapacity], gpu: GpuWork) -> None:
         self._share = 1.0 - min(MOST_PREFILL_SHARE, gpu.recent_prefill_s / PREFILL_WINDOW_S)
-        self.working = 0
-        self.tightest = 0.0
+        working = 0
+        tightest = 0.0
         for engine in engines.values():
             if engine.running:
-                self.begins(engine)
+                working += 1
+                share = engine.decode_alone_s / engine.tpot_slo_s
+                if share > tightest:
+                    tightest = share
+        self.working = working
+        self.tightest = tightest
 
     def begins(self, engine: EngineCapacity) -> None:
         """It has work from now on."""
         self.working += 1
-        if engine.tpot_slo_s < inf:
-            self.tightest = max(self.tightest, engine.decode_alone_s / engine.tpot_slo_s)
+        self.tightest = max(self.tightest, engine.decode_alone_s / engine.tpot_slo_s)
 
     def has_room(self, engine: EngineCapacity, kept_free: int = 0) -> bool:
         """Whether `engine`, which runs nothing, may begin, and `kept_free` others after it. The first may."""
         if not self.working:
             return True
-        tightest = self.tightest
-        if engine.tpot_slo_s < inf:
-            tightest = max(tightest, engine.decode_alone_s / engine.tpot_slo_s)
+        tightest = max(self.tightest, engine.decode_alone_s / engine.tpot_slo_s)
         return (self.working + 1 + kept_free) * tightest <= self._share
 
     @property

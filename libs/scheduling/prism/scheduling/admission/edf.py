@@ -23,11 +23,8 @@ class EdfAdmission:
         now: float,
     ) -> Admission:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
-        if not queue:
-            return Admission([])
-        full_until = self._budget.full_until_s(engines, gpu)
-        if full_until >= now:
-            return Admission([], full_until)
+        if (nothing := self._budget.nothing_yet(queue, engines, gpu, now)) is not None:
+            return nothing
         release = Release(engines, gpu, now, self._budget)
         ordered = [
             (request.arrival_s + request.ttft_slo_s, request.arrival_s, request.rid, request)

@@ -64,11 +64,8 @@ class MooreHodgsonAdmission:
         now: float,
     ) -> Admission:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
-        if not queue:
-            return Admission([])
-        full_until = self._budget.full_until_s(engines, gpu)
-        if full_until >= now:
-            return Admission([], full_until)
+        if (nothing := self._budget.nothing_yet(queue, engines, gpu, now)) is not None:
+            return nothing
         room = DecodeRoom(engines, gpu)
         release = Release(engines, gpu, now, self._budget, room)
         if len(queue) == 1 and release.offer_alive(queue[0]) is STARTED:

@@ -135,7 +135,8 @@ class PrefillBacklog:
         if of_model is None:
             of_model = self._passes[model] = _Passes()
         seconds = cost.joining_s(tokens, of_model.open_tokens(now))
-        self._until_s = until_s = max(self._until_s, now) + seconds
+        until_s = self._until_s
+        self._until_s = until_s = (until_s if until_s > now else now) + seconds
         of_model.add(rid, tokens, due_s if until_s <= due_s else inf, cost.pass_tokens, now)
         self._pending[rid] = _Pending(model, seconds)
         self._pending_s += seconds
@@ -150,7 +151,9 @@ class PrefillBacklog:
         if pending is None:
             return
         self._pending_s = self._pending_s - pending.seconds if self._pending else 0.0
-        self._until_s = min(self._until_s, now + self._pending_s)
+        until_s = now + self._pending_s
+        if until_s < self._until_s:
+            self._until_s = until_s
         self._passes[pending.model].done(rid)
 
     def open_pass(self, model: str, now: float) -> OpenPass:

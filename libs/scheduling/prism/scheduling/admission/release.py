@@ -27,7 +27,7 @@ more is kept free for them; who has waited twice that long goes as the only one 
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import msgspec
@@ -58,14 +58,24 @@ class PrefillBudget(msgspec.Struct, frozen=True):
         """Seconds of prefill that may lie ahead when a prompt joins a pass with this fixed part."""
         return max(self.lookahead_s, self.fixed_parts * fixed_s)
 
-    def full_until_s(self, engines: Mapping[str, EngineCapacity], gpu: GpuWork) -> float:
-        """Before that nothing can be released. An open pass is looked at when half of what it may have lies
-        ahead: prompts then join it together, not one by one as time passes."""
+    def nothing_yet(
+        self, queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], gpu: GpuWork, now: float
+    ) -> Admission | None:
+        """The decision where nobody waits, or as much prefill lies ahead as may; else None.
+
+        An open pass is looked at when half of what it may have lies ahead: prompts then join it together, not
+        one by one as time passes.
+        """
+        if not queue:
+            return Admission([])
         ahead_s = self.lookahead_s
+        if gpu.prefill_until_s - ahead_s < now:
+            return None
         for engine in engines.values():
             if engine.open_tokens:
                 ahead_s = max(ahead_s, self.filled_s(engine.prefill_fixed_s) / 2)
-        return gpu.prefill_until_s - ahead_s
+        full_until_s = gpu.prefill_until_s - ahead_s
+        return Admission([], full_until_s) if full_until_s >= now else None
 
 
 class Offer(enum.Enum):

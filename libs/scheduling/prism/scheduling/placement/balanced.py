@@ -11,6 +11,9 @@ Everything is weighed in seconds that requests probably wait:
   those go first that lose least per byte (as in GreedyDual-Size caching; Cao and Irani, USITS 1997);
 - a move: the pressure that it takes off the fuller of the two GPUs.
 
+Where there is not enough for all, it goes by the requests that keep their objectives instead (`attainment`):
+a model that takes more of those from others than it brings waits, or sleeps, for `patience_s` at most.
+
 Placing is greedy, most pressing first; balancing is a local search over single moves, each of which lowers
 the higher of two pressures by a margin, so that the search ends and nothing flaps.
 """
@@ -19,11 +22,16 @@ from dataclasses import dataclass
 
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Plan
+from prism.scheduling.placement.attainment import gain_of
 from prism.scheduling.placement.balancing import Balancing
-from prism.scheduling.placement.board import Board, Gpu, Instance
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.expected_load import with_expected_load
+from prism.scheduling.placement.gpus import Gpu, Instance
+from prism.scheduling.placement.judging import Option, Step
 from prism.scheduling.placement.pressure import waiting_s
 from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
-from prism.scheduling.placement.reconcile import Manners, Option, Reconciler, Step
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 from prism.scheduling.placement.wants import Wanted, wanted_models
 
@@ -37,10 +45,14 @@ class BalancedPlacement:
     replicates hot ones. Seconds, and shares of a GPU.
 
     Busy models make room only when a request has waited for `patience_s`, and after `min_active_s` of being
-    active; requests in flight finish within `drain_s`. A model that came up less than `settle_s` ago counts
-    as busy. `horizon_s` is how far ahead it looks: for a sleeping model's return, and for a move to pay.
+    active; requests in flight finish within `drain_s`. Until then a model also waits where, of the requests
+    that it brings, less than the share `least_gain` would be on time beyond those that others lose by it; and
+    one goes from a GPU where `shed_queued` requests wait when without it `shed_gain` more would be on time. A
+    model that came up less than `settle_s` ago counts as busy. `horizon_s` is how far ahead it looks: for a
+    sleeping model's return, and for a move to pay.
 
-    A move must lower the higher of two GPUs' pressures by `margin`, starts only above `comfortable`, and not
+    A move must lower the higher of two GPUs' pressures by `margin`, or `free_margin` where nobody must sleep
+    for it, starts only where pressure as it is felt (`attainment.felt`) is above `comfortable`, and not
     before the model has been where it is for `min_stay_s`. A model whose work alone fills more than
     `replicate_above` of each instance's GPU gets one more, up to `most_replicas`; one goes when the others
     would then be below `retire_below`. Where KV cache is short by `kv_short`, idle neighbours sleep for it
@@ -50,14 +62,15 @@ class BalancedPlacement:
     is free, so that they doze; contexts take no more than `context_share` of a GPU by that.
     """
 
-    patience_s: float = 2.0
+    patience_s: float = 60.0
     min_active_s: float = 5.0
     drain_s: float = 60.0
     settle_s: float = 0.5
     home_patience_s: float = 15.0
     horizon_s: float = 30.0
     margin: float = 0.3
-    comfortable: float = 0.9
+    free_margin: float = 0.1
+    comfortable: float = 0.74
     min_stay_s: float = 15.0
     replicate_above: float = 0.75
     retire_below: float = 0.45
@@ -68,6 +81,9 @@ class BalancedPlacement:
     context_share: float = 0.3
     pause_s: float = 5.0
     pausing: float = 0.2
+    least_gain: float = 0.3
+    shed_gain: float = 0.06
+    shed_queued: int = 3
 
     def judge(self, reconciler: Reconciler) -> "BalancedJudge":
         """See Judging."""
@@ -75,6 +91,7 @@ class BalancedPlacement:
 
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
+        snapshot = with_expected_load(snapshot)
         manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
         judge = self.judge(reconciler)
@@ -93,6 +110,7 @@ class BalancedPlacement:
             balancing.go_home()
             balancing.replicate()
             balancing.move()
+            balancing.shed()
             balancing.make_kv_room()
             balancing.wake_ahead()
             balancing.prepare()
@@ -108,12 +126,13 @@ class BalancedJudge:
 
     def gpu_rank(self, gpu: Gpu) -> float:
         """See Judge: least pressure, then most free memory."""
-        return gpu.pressure - 1e-3 * gpu.free / max(1, gpu.limit)
+        return gpu.pressure - 1e-3 * gpu.free / (gpu.limit or 1)
 
     def option_rank(self, wanted: Wanted, option: Option) -> tuple[float, ...]:
         """See Judge: seconds until it serves and while it does, and what others lose."""
         waits = option.step in (Step.AWAIT_BUSY, Step.EVICT_BUSY, Step.AWAIT_RIPE)
-        free = min(gpu.free for gpu in option.place.gpus)
+        gpus = option.place.gpus
+        free = gpus[0].free if len(gpus) == 1 else min([gpu.free for gpu in gpus])
         unready = not option.place.worker.ready
         return (unready, waits, self.seconds(wanted, option), -free)
 
@@ -124,22 +143,14 @@ class BalancedJudge:
         total = ready_s(wanted.view, worker, tier_of(here)) + waiting_s(self.pressure(wanted, option))
         if option.step is not Step.FREE:
             total += _LEAVE_S if option.step <= Step.EVICT_IDLE else _BUSY_LEAVE_S
-        return total + sum(self.loss_s(victim) for victim in option.victims)
+        if option.victims:
+            total += sum([self.loss_s(victim) for victim in option.victims])
+        return total
 
     def pressure(self, wanted: Wanted, option: Option) -> float:
         """The highest pressure among its GPUs once it is there and the victims are gone."""
-        board, worker = self.reconciler.board, option.place.worker
         work = self.reconciler.expected_work(wanted.view, option.place)
-        fixed = board.fixed_bytes(wanted.view, worker)
-        highest = 0.0
-        for gpu in option.place.gpus:
-            gone = [victim for victim in option.victims if gpu in victim.place.gpus]
-            for victim in gone:
-                gpu.lose(victim.work, victim.resident.weights_bytes)
-            highest = max(highest, gpu.with_work(work, fixed))
-            for victim in gone:
-                gpu.take(victim.work, victim.resident.weights_bytes)
-        return highest
+        return option.pressure_with(work, self.reconciler.board.fixed_bytes(wanted.view, option.place.worker))
 
     def loss_s(self, instance: Instance) -> float:
         """Seconds that requests will probably wait because it was put one tier lower."""
@@ -157,6 +168,27 @@ class BalancedJudge:
             # The others serve on; what is lost is speed.
             loss *= 0.5
         return max(0.0, loss)
+
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """See Judge: as long as nobody has waited for `patience_s`, one that would take nearly as much from
+        the others as it gets. Not one of a higher priority than another there."""
+        spec, demand = wanted.view.spec, wanted.demand
+        if not demand.parked or demand.oldest_parked_s > self.policy.patience_s:
+            return None
+        if spec.pin or spec.minimum_tier is Tier.ACTIVE:
+            return None
+        there = [one.view for gpu in option.place.gpus for one in gpu.instances if one.serves]
+        if any(view is not None and view.spec.priority < spec.priority for view in there):
+            return None
+        work = self.reconciler.expected_work(wanted.view, option.place)
+        fixed = self.reconciler.board.fixed_bytes(wanted.view, option.place.worker)
+        gain = gain_of(option.place, work, fixed, option.victims)
+        least = self.policy.least_gain * work.requests_per_s * len(option.place.gpus)
+        if gain >= least:
+            return None
+        return f"waits: of {least / self.policy.least_gain:.2g} requests a second that it brings " + (
+            f"only {gain:.2g} more would be on time" if gain > 0 else "none more would be on time"
+        )
 
     def spares(self, instance: Instance) -> bool:
         """See Judge: one that pauses, and will probably be asked for again at once."""

@@ -6,10 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism.common.messages.models import ModelState
-from prism.scheduling.placement.board import Gpu, Instance, Place
+from prism.scheduling.placement.attainment import felt, gain_without, kept_per_s
+from prism.scheduling.placement.gpus import Gpu, Instance, Place
+from prism.scheduling.placement.judging import Judge, Option, Step
 from prism.scheduling.placement.pressure import work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
-from prism.scheduling.placement.reconcile import Judge, Option, Reconciler, Step
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
@@ -133,8 +135,10 @@ class Balancing:
         """Take models from the GPUs under most pressure to others, the best move of each GPU."""
         most = self._at_a_time()
         moves = sum(1 for instances in self._board.rising.values() if instances)
-        pressed = [gpu for gpu in self._board.gpus if gpu.pressure > self._policy.comfortable]
-        pressed.sort(key=lambda gpu: (-gpu.pressure, gpu.worker.id, gpu.id))
+        pressed = [
+            gpu for gpu in self._board.gpus if felt(gpu.pressure, gpu.queued) > self._policy.comfortable
+        ]
+        pressed.sort(key=lambda gpu: (-felt(gpu.pressure, gpu.queued), gpu.worker.id, gpu.id))
         for gpu in pressed:
             if moves >= most:
                 return
@@ -167,9 +171,10 @@ class Balancing:
             option = reconciler.option(wanted, place, self._judge)
             if option is None or option.step > Step.EVICT_IDLE or not self._cheap(option.victims):
                 continue
-            after = max(left, self._with(place, instance, view))
+            after = max(left, self._with(option, instance, view))
             ready = ready_s(view, place.worker, tier_of(place.worker.models.get(instance.model)))
-            gain = before - after - policy.margin - ready / policy.horizon_s * policy.margin
+            margin = policy.margin if option.victims else policy.free_margin
+            gain = before - after - margin - ready / policy.horizon_s * policy.margin
             found.append(Move(instance, option, after, gain))
         return found
 
@@ -191,15 +196,15 @@ class Balancing:
     def _without(self, gpu: Gpu, instance: Instance) -> float:
         return gpu.without_work(instance.work, instance.resident.weights_bytes)
 
-    def _with(self, place: Place, instance: Instance, view: ModelView) -> float:
+    def _with(self, option: Option, instance: Instance, view: ModelView) -> float:
+        place = option.place
         share = 1.0 / len(self._board.serving[instance.model])
         work = work_of(view, cost_on(view, place.worker), None, share)
         # What is measured at the source goes along.
         work = work._replace(
             kv_bytes=max(work.kv_bytes, instance.work.kv_bytes), compute=work.compute or instance.work.compute
         )
-        fixed = self._board.fixed_bytes(view, place.worker)
-        return max(gpu.with_work(work, fixed) for gpu in place.gpus)
+        return option.pressure_with(work, self._board.fixed_bytes(view, place.worker))
 
     def _cheap(self, victims: Iterable[Instance]) -> bool:
         """Whether hardly anyone will miss those that must sleep for a move."""
@@ -221,6 +226,21 @@ class Balancing:
         self._board.commanded.add((source, instance.model))
         for gpu in instance.place.gpus:
             gpu.lose(instance.work, instance.resident.weights_bytes)
+
+    def shed(self) -> None:
+        """Where requests wait on a GPU that has more work than it can do in time, have the model sleep
+        without which most requests of the others are on time, of those of the lowest priority."""
+        policy, reconciler = self._policy, self._reconciler
+        for gpu in self._board.gpus:
+            if felt(gpu.pressure, gpu.queued) <= policy.comfortable or gpu.queued < policy.shed_queued:
+                continue
+            serving = [one for one in gpu.instances if self._movable(one) and reconciler.may_doze(one)]
+            lowest = min((_priority(one) for one in gpu.instances if one.serves), default=0)
+            found = [(gain_without(one), one.model, one) for one in serving if _priority(one) <= lowest]
+            gain, _, instance = max(found, key=lambda entry: entry[:2], default=(0.0, "", None))
+            if instance is not None and gain > policy.shed_gain * kept_per_s(gpu):
+                reason = f"without it {gain:.2g} more requests a second are on time here"
+                reconciler.doze(instance, reason)
 
     def make_kv_room(self) -> None:
         """Where busy models lack KV cache, have idle neighbours sleep that will hardly be missed."""
@@ -351,3 +371,7 @@ class Balancing:
         work = self._reconciler.expected_work(view, option.place)
         fixed = self._board.fixed_bytes(view, option.place.worker)
         return all(gpu.with_work(work, fixed) <= self._policy.kv_short for gpu in option.place.gpus)
+
+
+def _priority(instance: Instance) -> int:
+    return instance.view.spec.priority if instance.view is not None else 0

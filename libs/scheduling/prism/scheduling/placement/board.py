@@ -1,13 +1,13 @@
-"""The cluster while a plan is being made: each GPU's memory and work, and who is where."""
+"""The cluster while a plan is being made: who is where, what is free, and what comes free."""
 
-import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import CommandKind
-from prism.scheduling.placement.pressure import NO_WORK, Company, Work, pressure_of, work_of
+from prism.scheduling.placement.gpus import Gpu, Instance, Place
+from prism.scheduling.placement.nearest import ALL_PLACES, Front, places_within
+from prism.scheduling.placement.pressure import Work, work_of
 from prism.scheduling.placement.pricing import cost_on, sizes_on
 from prism.scheduling.placement.snapshot import (
     ClusterSnapshot,
@@ -23,116 +23,6 @@ _ASLEEP = frozenset({ModelState.DOZING, ModelState.FROZEN})
 _HAS_ENGINE = frozenset(
     {ModelState.ACTIVE, ModelState.DOZING, ModelState.STARTING, ModelState.WAKING, ModelState.DRAINING}
 )
-ALL_PLACES = 64
-"""Up to so many GPUs are all looked at for a model; of more, those that press least."""
-
-
-class Gpu:
-    """One GPU. Bytes: `free` now, less what activations under way will still take; `soon` and `late` come
-    free when idle and busy models have left; `claimed` is kept for models that wait for it. `unreserved` is
-    the part of `free` for which nobody must give up KV quota, `kv_space` what there is for KV cache beside
-    weights and contexts."""
-
-    __slots__ = (
-        "claimed",
-        "company",
-        "compute",
-        "free",
-        "id",
-        "instances",
-        "kv_space",
-        "kv_wanted",
-        "late",
-        "limit",
-        "soon",
-        "unreserved",
-        "worker",
-    )
-
-    def __init__(self, worker: WorkerView, gpu_id: int) -> None:
-        self.worker = worker
-        self.id = gpu_id
-        self.limit = worker.limit_bytes
-        reserved = worker.reserved_by_gpu.get(gpu_id, worker.reserved_bytes)
-        self.free = self.unreserved = self.kv_space = self.limit - reserved
-        self.soon = self.late = self.claimed = 0
-        self.kv_wanted = self.compute = 0.0
-        self.company = Company()
-        self.instances: list[Instance] = []
-
-    @property
-    def pressure(self) -> float:
-        """The worse of its KV and its compute pressure."""
-        return pressure_of(self.kv_wanted, self.kv_space, self.compute, self.company.strain)
-
-    def with_work(self, work: Work, nbytes: int) -> float:
-        """Its pressure with one more instance, whose weights and context take `nbytes`."""
-        return pressure_of(
-            self.kv_wanted + work.kv_bytes,
-            self.kv_space - nbytes,
-            self.compute + work.compute,
-            self.company.strain_with(work),
-        )
-
-    def without_work(self, work: Work, nbytes: int) -> float:
-        """Its pressure without an instance that it counts, whose weights take `nbytes`."""
-        return pressure_of(
-            self.kv_wanted - work.kv_bytes,
-            self.kv_space + nbytes,
-            self.compute - work.compute,
-            self.company.strain_without(work),
-        )
-
-    def take(self, work: Work, nbytes: int) -> None:
-        """Count an instance whose weights and context take `nbytes`."""
-        self.kv_wanted += work.kv_bytes
-        self.compute += work.compute
-        self.kv_space -= nbytes
-        self.company.join(work)
-
-    def lose(self, work: Work, nbytes: int) -> None:
-        """The reverse of `take`."""
-        self.kv_wanted -= work.kv_bytes
-        self.compute -= work.compute
-        self.kv_space += nbytes
-        self.company.leave(work)
-
-
-class Place(NamedTuple):
-    """Where an instance may be: so many GPUs of one worker as it is spread over."""
-
-    worker: WorkerView
-    gpus: tuple[Gpu, ...]
-
-    @property
-    def gpu_ids(self) -> tuple[int, ...]:
-        """As `Activate` names them: none for all GPUs of the worker."""
-        return () if len(self.gpus) == len(self.worker.gpu_ids) else tuple(gpu.id for gpu in self.gpus)
-
-    @property
-    def pressure(self) -> float:
-        """Of the GPU under most."""
-        gpus = self.gpus
-        return gpus[0].pressure if len(gpus) == 1 else max(gpu.pressure for gpu in gpus)
-
-
-class Instance:
-    """A model that holds, or is about to hold, memory of GPUs. `leaving` ones are being put to sleep."""
-
-    __slots__ = ("leaving", "model", "place", "resident", "view", "work")
-
-    def __init__(self, model: str, view: ModelView | None, place: Place, resident: ResidentModel) -> None:
-        self.model = model
-        self.view = view
-        self.place = place
-        self.resident = resident
-        self.leaving = resident.state is ModelState.DRAINING
-        self.work = NO_WORK
-
-    @property
-    def serves(self) -> bool:
-        """Whether it is active and stays."""
-        return self.resident.state is ModelState.ACTIVE and not self.leaving
 
 
 class Board:
@@ -153,12 +43,17 @@ class Board:
             for failure in snapshot.failures
             if failure.retry_at > now
         }
-        self._fronts: dict[object, _Front] = {}
+        self._fronts: dict[object, Front] = {}
         self._measured = False
         self._kinds: dict[tuple[int | None, bool], WorkerView] = {}
+        self._needs: dict[int, int] = {}
+        self._needs_of: ModelView | None = None
+        numbers: dict[tuple[int | None, bool, int], int] = {}
         for worker in snapshot.workers:
             if not worker.draining:
-                gpus = tuple([Gpu(worker, gpu_id) for gpu_id in worker.gpu_ids])
+                alike = (worker.element_bytes, worker.elastic, worker.context_bytes)
+                kind = numbers.setdefault(alike, len(numbers))
+                gpus = tuple([Gpu(worker, gpu_id, kind) for gpu_id in worker.gpu_ids])
                 self.places[worker.id] = Place(worker, gpus)
                 self.gpus += gpus
                 self._kinds[worker.element_bytes, worker.elastic] = worker
@@ -190,12 +85,14 @@ class Board:
                 gpu.kv_space += resident.kv_quota_bytes
                 gpu.free += 0 if instance.leaving else spare
                 if instance.leaving:
+                    gpu.kv_space += resident.weights_bytes
                     self._comes_free(gpu, instance)
 
     def _add(self, instance: Instance) -> None:
         self.instances[instance.place.worker.id, instance.model] = instance
         for gpu in instance.place.gpus:
             gpu.instances.append(instance)
+            gpu.queued += instance.resident.queued
         if instance.serves:
             self.serving[instance.model].append(instance)
         elif instance.resident.state in _RISING and not instance.leaving:
@@ -275,6 +172,20 @@ class Board:
             takes = max(takes, here.active_bytes)
         return max(0, takes - here.held_bytes)
 
+    def need_at(self, view: ModelView, place: Place) -> int:
+        """The same for one of many places of a model: of workers of a kind that hold nothing of it only the
+        first is asked."""
+        worker = place.worker
+        if view.spec.model_name in worker.models:
+            return self.need(view, worker)
+        if view is not self._needs_of:
+            self._needs_of, self._needs = view, {}
+        kind = place.gpus[0].kind
+        need = self._needs.get(kind)
+        if need is None:
+            need = self._needs[kind] = self.need(view, worker)
+        return need
+
     def least_need(self, view: ModelView) -> int:
         """A lower bound of what an activation takes of each GPU, wherever it goes."""
         kinds = self._kinds.values()
@@ -288,11 +199,14 @@ class Board:
         sizes = sizes_on(view, worker)
         return sizes.kv_floor if worker.elastic else sizes.kv_reservation
 
-    def could_ever_fit(self, view: ModelView, worker: WorkerView) -> bool:
+    def could_ever_fit(self, view: ModelView, place: Place) -> bool:
         """Whether it fits into GPUs of that worker that hold nothing else."""
+        worker = place.worker
         here = worker.models.get(view.spec.model_name)
+        if here is None:
+            return self.need_at(view, place) <= worker.limit_bytes
         takes = sizes_on(view, worker).weights + self.kv_at_least(view, worker)
-        if not worker.elastic and here is not None:
+        if not worker.elastic:
             takes = max(takes, here.active_bytes)
         return takes + worker.context_bytes <= worker.limit_bytes
 
@@ -305,35 +219,18 @@ class Board:
         tp_size = view.spec.tp_size
         if len(self.gpus) <= ALL_PLACES:
             for whole in self.places.values():
-                yield from self.places_within(whole, tp_size, rank)
+                yield from places_within(whole, tp_size, rank)
             return
         front = self._fronts.get((rank, tp_size))
         if front is None:
             wholes = (whole for whole in self.places.values() if len(whole.gpus) >= tp_size)
-            places = [place for whole in wholes for place in self.places_within(whole, tp_size, rank)]
-            front = self._fronts[rank, tp_size] = _Front(places, rank)
+            places = [place for whole in wholes for place in places_within(whole, tp_size, rank)]
+            front = self._fronts[rank, tp_size] = Front(places, rank)
         near = front.nearest(fits)
         yield from near
         if asleep := self.asleep.get(view.spec.model_name):
             seen = {place.gpus for place in near}
             yield from (one.place for one in asleep if one.place.gpus not in seen)
-
-    @staticmethod
-    def places_within(whole: Place, tp_size: int, rank: Callable[[Gpu], float]) -> list[Place]:
-        """The groups of `tp_size` GPUs of one worker to look at: aligned ones, which leave no odd GPU over,
-        and the one of least rank."""
-        gpus = whole.gpus
-        if len(gpus) == tp_size:
-            return [whole]
-        if tp_size == 1:
-            return [Place(whole.worker, (gpu,)) for gpu in gpus]
-        if len(gpus) < tp_size:
-            return []
-        groups = [gpus[at : at + tp_size] for at in range(0, len(gpus) - tp_size + 1, tp_size)]
-        best = tuple(sorted(gpus, key=lambda gpu: (rank(gpu), -gpu.free, gpu.id))[:tp_size])
-        if best not in groups:
-            groups.append(best)
-        return [Place(whole.worker, group) for group in groups]
 
     def bound(self, name: str, worker: WorkerView) -> frozenset[int] | None:
         """The GPUs that a model's engine there is bound to, None when it has no engine there."""
@@ -378,39 +275,3 @@ class Board:
             gpu.late += nbytes
         else:
             gpu.soon += nbytes
-
-
-class _Front:
-    """Places by rank, kept as a heap whose entries are renewed when they come up and have changed."""
-
-    def __init__(self, places: list[Place], rank: Callable[[Gpu], float]) -> None:
-        self._rank = rank
-        self._heap = [(self._of(place), number, place) for number, place in enumerate(places)]
-        heapq.heapify(self._heap)
-
-    def _of(self, place: Place) -> float:
-        gpus = place.gpus
-        return self._rank(gpus[0]) if len(gpus) == 1 else max(self._rank(gpu) for gpu in gpus)
-
-    def nearest(
-        self, fits: Callable[[Place], bool], enough: int = 8, unfit: int = 8, most: int = 24
-    ) -> list[Place]:
-        """Those of least rank: `enough` that fit and `unfit` that don't, looking at no more than `most`."""
-        seen: list[tuple[float, int, Place]] = []
-        found: list[Place] = []
-        fitting = 0
-        while self._heap and len(seen) < most and fitting < enough:
-            before, number, place = heapq.heappop(self._heap)
-            after = self._of(place)
-            if after > before + 1e-12 and self._heap and after > self._heap[0][0]:
-                heapq.heappush(self._heap, (after, number, place))
-                continue
-            seen.append((after, number, place))
-            if fits(place):
-                fitting += 1
-                found.append(place)
-            elif len(found) - fitting < unfit:
-                found.append(place)
-        for entry in seen:
-            heapq.heappush(self._heap, entry)
-        return found

@@ -5,10 +5,13 @@ import math
 from prism.common.messages.explain import ExplainedPlace, ModelExplanation
 from prism.common.messages.models import ModelState
 from prism.scheduling.placement.actions import Action, Activate
-from prism.scheduling.placement.board import Board, Gpu, Place
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.gpus import Gpu, Place
+from prism.scheduling.placement.judging import Judge, Step, has_judge
 from prism.scheduling.placement.policy import PlacementPolicy
 from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
-from prism.scheduling.placement.reconcile import Judge, Manners, Reconciler, Step, has_judge
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
@@ -139,7 +142,7 @@ def _place(
             why = f"it failed here {failure.count} in a row: {failure.reason}"
         elif (worker.id, name) in board.commanded:
             why = "a command for it is in flight here"
-        elif not board.could_ever_fit(view, worker):
+        elif not board.could_ever_fit(view, place):
             why = f"too large: it takes {need / 1e9:.3f} GB, the GPU has {worker.limit_bytes / 1e9:.3f} GB"
         elif reconciler.is_bound_elsewhere(place, name):
             why = "its engine on this worker is bound to other GPUs"
@@ -147,6 +150,8 @@ def _place(
             sleeps = [victim.model for victim in option.victims]
             seconds = round(judge.seconds(wanted, option), 3) if hasattr(judge, "seconds") else None
             why = _STEPS[option.step]
+            if (refusal := judge.refuses(wanted, option)) is not None:
+                why += f"; it {refusal}"
         else:
             why = (
                 f"{need / 1e9:.3f} GB needed, {max(0, free) / 1e9:.3f} GB free" if need > free else "possible"

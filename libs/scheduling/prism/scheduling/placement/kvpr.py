@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 from prism.scheduling.memory import kv_bytes_per_token
 from prism.scheduling.placement.actions import Plan
-from prism.scheduling.placement.board import Board, Gpu, Instance, Place
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.gpus import Gpu, Instance, Place
+from prism.scheduling.placement.judging import Option, Step
 from prism.scheduling.placement.pressure import DEFAULT_TPOT_S
-from prism.scheduling.placement.reconcile import Manners, Option, Reconciler, Step
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView, WorkerView
 from prism.scheduling.placement.wants import Wanted, wanted_models
 
@@ -70,23 +73,30 @@ class KvprPlacement:
         for instance in models:
             view, rate = instance.view, rates[id(instance)]
             assert view is not None
-            best = self._best(board, plan, instance, view)
-            here = plan.ratio(instance.place)
-            if best is not None and here - plan.ratio(best) > self.tau * here and rate > 0:
+            best = self._best(board, plan, instance, view) if rate > 0 else None
+            if best is not None:
                 plan.add(best, rate, board.fixed_bytes(view, best.worker))
                 if best.worker is not instance.place.worker:
                     yield instance, best
             else:
                 plan.add(instance.place, rate, instance.resident.weights_bytes)
 
-    @staticmethod
-    def _best(board: Board, plan: "_PartialPlan", instance: Instance, view: ModelView) -> Place | None:
+    def _best(self, board: Board, plan: "_PartialPlan", instance: Instance, view: ModelView) -> Place | None:
+        """Where the ratio is lower by enough, and lowest."""
+        here = plan.ratio(instance.place)
+        if here <= 0:
+            return None
+
         def fits(place: Place) -> bool:
             need = board.fixed_bytes(view, place.worker) + board.kv_at_least(view, place.worker)
             return all(need <= plan.space[id(gpu)] for gpu in place.gpus)
 
-        places = [place for place in board.places_for(view, plan.gpu_ratio, fits) if fits(place)]
-        return min(places, key=lambda place: (plan.ratio(place), place.worker.id), default=None)
+        places = [
+            (ratio, place.worker.id, place)
+            for place in board.places_for(view, plan.gpu_ratio, fits)
+            if here - (ratio := plan.ratio(place)) > self.tau * here and fits(place)
+        ]
+        return min(places, key=lambda each: each[:2], default=(0.0, "", None))[2]
 
     def _move(self, reconciler: Reconciler, judge: "KvprJudge", instance: Instance, place: Place) -> None:
         view = instance.view
@@ -127,7 +137,8 @@ class _PartialPlan:
         return self._rates[id(gpu)] / max(1, self.space[id(gpu)])
 
     def ratio(self, place: Place) -> float:
-        return max(self.gpu_ratio(gpu) for gpu in place.gpus)
+        gpus = place.gpus
+        return self.gpu_ratio(gpus[0]) if len(gpus) == 1 else max(self.gpu_ratio(gpu) for gpu in gpus)
 
     def add(self, place: Place, rate: float, nbytes: int) -> None:
         for gpu in place.gpus:
@@ -162,6 +173,10 @@ class KvprJudge:
         """See Judge: the gentlest way first, then least KVPR, then most free memory."""
         ratio = max(self.gpu_rank(gpu) for gpu in option.place.gpus)
         return (not option.place.worker.ready, option.step, ratio, -min(g.free for g in option.place.gpus))
+
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """See Judge: never."""
+        return None
 
     def spares(self, instance: Instance) -> bool:
         """See Judge: nobody."""

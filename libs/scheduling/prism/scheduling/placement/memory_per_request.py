@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 from prism.scheduling.placement.actions import Plan
-from prism.scheduling.placement.board import Board, Gpu, Instance, Place
-from prism.scheduling.placement.reconcile import Manners, Option, Reconciler, Step
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.gpus import Gpu, Instance, Place
+from prism.scheduling.placement.judging import Option, Step
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 from prism.scheduling.placement.wants import Wanted, wanted_models
 
@@ -121,6 +124,10 @@ class MemoryPerRequestJudge:
         """See Judge: the gentlest way first, then most memory per request."""
         least = min(memory_per_request(gpu) for gpu in option.place.gpus)
         return (not option.place.worker.ready, option.step, -least)
+
+    def refuses(self, wanted: Wanted, option: Option) -> str | None:
+        """See Judge: never."""
+        return None
 
     def spares(self, instance: Instance) -> bool:
         """See Judge: nobody."""

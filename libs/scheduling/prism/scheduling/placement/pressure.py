@@ -18,12 +18,14 @@ _KNEE = 0.9
 class Work(NamedTuple):
     """What one instance asks of each of its GPUs: bytes of KV cache, and seconds of work a second when it is
     batched as much as its objectives allow. `activity` is the share of time in which it computes at all,
-    alone and at full speed; `tightness` how much of what its objectives allow it takes then."""
+    alone and at full speed; `tightness` how much of what its objectives allow it takes then. Of its
+    `requests_per_s` each of its GPUs counts its part."""
 
     kv_bytes: float = 0.0
     compute: float = 0.0
     activity: float = 0.0
     tightness: float = 0.0
+    requests_per_s: float = 0.0
 
 
 NO_WORK = Work()
@@ -69,6 +71,7 @@ def work_of(view: ModelView, cost: ModelCost | None, resident: ResidentModel | N
         compute,
         alone / (1.0 + alone),
         _tightness(spec, one_s, prefill_s / arrivals if arrivals >= 1e-6 else 0.0, tpot_s),
+        arrivals / spec.tp_size,
     )
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from prism.common.messages.models import InitialPlacement
 from prism.scheduling.placement.actions import Activate, Plan
-from prism.scheduling.placement.board import Board, Gpu, Place
+from prism.scheduling.placement.board import Board
+from prism.scheduling.placement.gpus import Gpu, Place
 from prism.scheduling.placement.pressure import NO_WORK
 from prism.scheduling.placement.pricing import sizes_on
-from prism.scheduling.placement.reconcile import Manners, Reconciler
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
 from prism.scheduling.placement.wants import AT_WORK
 

@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from prism.common.messages.models import InitialPlacement, ModelState
 from prism.scheduling.placement.actions import Note
@@ -14,8 +15,7 @@ AT_WORK = frozenset(
 NO_DEMAND = Demand()
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """A model that should be active. `home` names the only workers that it may go to, None for any; a replica
     goes to none of those `beside` which it is placed. Of a `home`, `gpu_ids` are the
     ones named. `moves_from` is the worker that it is to leave. Without
@@ -95,10 +95,10 @@ def _at_home(
     named = set(placement.gpu_ids)
     home = frozenset(worker.id for worker in workers if named <= set(worker.gpu_ids))
     if home:
-        return [replace(wanted, home=home, gpu_ids=tuple(placement.gpu_ids))]
+        return [msgspec.structs.replace(wanted, home=home, gpu_ids=tuple(placement.gpu_ids))]
     if named & gone and named - gone <= {gpu for worker in workers for gpu in worker.gpu_ids}:
         reason = f"{wanted.reason}, its GPU ids {placement.gpu_ids} are gone"
-        return [replace(wanted, reason=reason, may_evict=False)]
+        return [msgspec.structs.replace(wanted, reason=reason, may_evict=False)]
     notes.append(Note(wanted.name, f"waits for a worker with GPU ids {placement.gpu_ids}; none has them now"))
     return []
 

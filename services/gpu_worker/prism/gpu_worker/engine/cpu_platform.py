@@ -21,7 +21,6 @@ class CpuPlatform:
     weights_class: Callable[..., ModelWeights] = ModelWeights
     gpu = 0
     one_memory = True
-    primed = False
     graphs: DeferredGraphs | None = None
 
     def __init__(self, start: StartEngine, ranks: Ranks) -> None:

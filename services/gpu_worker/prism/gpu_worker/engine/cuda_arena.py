@@ -26,10 +26,12 @@ COMPARED_WORDS = 1 << 26
 
 
 class CudaArena:
-    """`capacity` bytes of GPU address space, of which the first `mapped_bytes` have memory behind them."""
+    """`capacity` bytes of GPU address space, of which the first `mapped_bytes` have memory behind them. It
+    grows with memory full of the 32-bit `filler`."""
 
-    def __init__(self, device: int, capacity: int) -> None:
+    def __init__(self, device: int, capacity: int, filler: int = UNTOUCHED) -> None:
         self._device = device
+        self._filler = filler
         self._granularity = cuda_driver.granularity(device)
         self.capacity = align(max(capacity, 1), self._granularity)
         self.address = cuda_driver.reserve_addresses(self.capacity)
@@ -44,7 +46,7 @@ class CudaArena:
         return self.mapped_bytes > 0
 
     def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor over the next free bytes, which are filled with UNTOUCHED.
+        """A tensor over the next free bytes, which hold the filler.
 
         Raises PrismError(out_of_memory) when the device, MemoryError when the address range is full.
         """
@@ -63,7 +65,7 @@ class CudaArena:
         wanted = min(max(nbytes - self.mapped_bytes, GROWTH_BYTES), self.capacity - self.mapped_bytes)
         self._map_piece(align(wanted, self._granularity))
         offset, size, _ = self._pieces[-1]
-        cuda_driver.fill_words(self.address + offset, UNTOUCHED, size)
+        cuda_driver.fill_words(self.address + offset, self._filler, size)
 
     def _map_piece(self, nbytes: int) -> None:
         offset = self.mapped_bytes

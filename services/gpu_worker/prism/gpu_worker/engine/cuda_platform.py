@@ -18,7 +18,6 @@ ADDRESSED_SHARE = 0.9
 class CudaPlatform:
     """SGLang on one of the GPUs that this process sees: a rank's own."""
 
-    primed = True
     one_memory = False
 
     def __init__(self, start: StartEngine, ranks: Ranks) -> None:
@@ -35,6 +34,8 @@ class CudaPlatform:
 
         if self._defers:
             self.graphs = DeferredGraphs(ModelRunner)
+        if self._ranks.size > 1:
+            _map_own_pages()
 
     def server_args(self, start: StartEngine) -> dict[str, Any]:
         """Decode graphs for the chosen batch sizes, none for prefill, batches prepared while one runs."""
@@ -59,3 +60,16 @@ class CudaPlatform:
     def arenas(self, weights: ModelWeights) -> tuple[int, int]:
         """The driver counts this memory, no file does."""
         return -1, -1
+
+
+def _map_own_pages() -> None:
+    """Have each rank map the pages of its own pool. kvcached would have every rank map those of all others,
+    over sockets; but SGLang's ranks each run the same scheduler, and come to the same pages by themselves."""
+    from kvcached.integration.sglang import interfaces
+
+    init = interfaces.init_kvcached
+
+    def init_alone(*, async_sched: bool = False, **_: Any) -> None:
+        init(async_sched=async_sched)
+
+    interfaces.init_kvcached = init_alone

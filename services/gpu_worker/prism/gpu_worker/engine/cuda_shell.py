@@ -40,8 +40,8 @@ def prepare_environment() -> None:
     )
     # 8 MiB for each stream and handle, in place of Hopper's 32: as many as a dozing engine keeps.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
-    # Ranks of one engine share it.
-    os.environ.setdefault("KVCACHED_IPC_NAME", f"prism-{os.getpid()}")
+    # A rank's own too, and not the one that it inherits: each maps its pages itself.
+    os.environ["KVCACHED_IPC_NAME"] = f"prism-{os.getpid()}"
 
 
 class StartedRanks:

@@ -8,8 +8,10 @@ the same with no content in them, so that it comes to the same layout, and then 
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.store import ImageKind, TensorEntry
-from prism.gpu_worker.engine.cuda_arena import CudaArena
+from prism.gpu_worker.engine import cuda_driver
+from prism.gpu_worker.engine.cuda_arena import UNTOUCHED, CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 from prism.gpu_worker.engine.tensor_factories import asked_for
 from prism.gpu_worker.engine.weights import ModelWeights, end_of, named_tensors
@@ -38,17 +41,23 @@ class CudaModelWeights(ModelWeights):
         super().__init__(*args, **kwargs)
         self._gpu = gpu
         self._registered: RegisteredImage | None = None
+        self._filling: Future[None] | None = None
 
     @contextlib.contextmanager
     def initializing(self) -> Iterator[None]:
         """Construct the model in the arena."""
+        assert self._lease is not None
         capacity = max(self._start.weights_bytes * ADDRESS_SLACK, LEAST_ADDRESSES)
-        self.arena = CudaArena(self._gpu, capacity)
+        # A model primed before its content is there must not compute with NaN: a router of experts would
+        # take that for any of them.
+        filler = 0 if self._lease.kind is ImageKind.ENGINE else UNTOUCHED
+        self.arena = CudaArena(self._gpu, capacity, filler)
         with _PlaceIn(self.arena):
             yield
 
     def fill(self, model: nn.Module, target: torch.device) -> None:
-        """Give the constructed model its content, from the leased image if that fits, else the checkpoint."""
+        """Give the constructed model its content: from the checkpoint before this returns, or from the leased
+        image, by a thread, while SGLang goes on building; `finish` waits for that."""
         assert self._lease is not None
         began = time.perf_counter()
         if self._lease.kind is ImageKind.ENGINE:
@@ -56,7 +65,7 @@ class CudaModelWeights(ModelWeights):
             DefaultModelLoader.load_weights_and_postprocess(_Unloaded(model), iter(()), target)
             self._settle(model)
             if self._image_fits():
-                self._copy_from_image(end_of(self._layout))
+                self._fill_behind(end_of(self._layout))
             else:
                 raise PrismError(
                     ErrorCode.MODEL_FAILED,
@@ -68,6 +77,32 @@ class CudaModelWeights(ModelWeights):
             self._settle(model)
             self._check_filled()
         self.seconds["load"] = time.perf_counter() - began
+
+    def _fill_behind(self, nbytes: int) -> None:
+        # What construction has enqueued on other streams must not land on top of the content.
+        torch.cuda.synchronize(self._gpu)
+        context = cuda_driver.current_context()
+        filling: Future[None] = Future()
+
+        def fill() -> None:
+            try:
+                cuda_driver.use_context(context)
+                self._copy_from_image(nbytes)
+            except BaseException as error:
+                filling.set_exception(error)
+            else:
+                filling.set_result(None)
+
+        self._filling = filling
+        threading.Thread(target=fill, name="fill weights", daemon=True).start()
+
+    def finish(self) -> None:
+        """See ModelWeights. The copy's own deadline is that of the start, which ends this process."""
+        filling, self._filling = self._filling, None
+        if filling is not None:
+            began = time.perf_counter()
+            filling.result()
+            self.seconds["awaited"] = time.perf_counter() - began
 
     def _settle(self, model: nn.Module) -> None:
         """Have every tensor in the arena, and know where."""

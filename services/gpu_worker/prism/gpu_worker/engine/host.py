@@ -23,7 +23,7 @@ from prism.gpu_worker.engine import build_steps, footprint, seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.platform import Platform, platform_for
 from prism.gpu_worker.engine.ranks import Link, Ranks, SilentLink, fork_ranks
-from prism.gpu_worker.engine.scheduler import PRIMING_RID, EngineScheduler
+from prism.gpu_worker.engine.scheduler import EngineScheduler
 from prism.gpu_worker.engine.weights import ModelWeights, loader_for
 from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.engine_protocol import (
@@ -41,6 +41,7 @@ from prism.gpu_worker.engine_protocol import (
 log = logging.getLogger(__name__)
 
 EXIT_FAILED = 3
+PRIMING_RID = "priming"
 PRIMING_PROMPT_TOKENS = 128
 PRIMING_NEW_TOKENS = 3
 
@@ -154,6 +155,7 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
     assert kv is not None
 
     def ready() -> None:
+        weights.finish()
         primed = time.perf_counter()
         footprint.note("primed")
         weights_fd, kv_fd = platform.arenas(weights)
@@ -181,7 +183,7 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
             link.send(Imaged(0.0))
         weights.export_behind(lambda seconds, error: link.send(Imaged(seconds, error)))
 
-    if platform.primed:
+    if start.options.prime:
         scheduler.on_primed = ready
         scheduler.handle_generate(_priming_request(scheduler))
     else:

@@ -7,7 +7,7 @@ import torch
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.gpu_worker.engine import retraction
-from prism.gpu_worker.engine.device_copies import on_device
+from prism.gpu_worker.engine.kv_slots import KvSlots
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,7 @@ class KvcachedMemory:
             )
         self._pool = pool
         self._scheduler = scheduler
-        # kvcached's own copies the slots' numbers from pageable memory, and waits for the stream: that is, as
-        # SGLang orders its streams, for the step before, which is then no longer overlapped with.
-        self._device = allocator.device
-        allocator.alloc = self._allocate_slots
+        self._slots = KvSlots(allocator, pool)
         self._revision = 0
         self.overhead_bytes = 0
         self.page_bytes = int(pool.page_size) * int(pool.num_layers) * int(pool.num_kv_buffers)
@@ -45,12 +42,6 @@ class KvcachedMemory:
                 f"the KV quota of {limit_bytes} bytes was {outcome['status']}: {outcome['reason']}",
                 retry=True,
             )
-
-    def _allocate_slots(self, count: int) -> torch.Tensor | None:
-        """The numbers of so many free KV slots, on the device once the stream gets there; None if there are
-        fewer."""
-        slots = self._pool.alloc(count)
-        return None if slots is None else on_device(slots, self._device)
 
     @property
     def mapped_bytes(self) -> int:
@@ -86,6 +77,7 @@ class KvcachedMemory:
         asks for may have to be evicted: kvcached moves no tokens."""
         cache = self._scheduler.tree_cache
         before = self._limit_bytes
+        self._slots.give_back()
         outcome = self._apply(limit_bytes)
         while outcome["status"] == "deferred" and cache.evictable_size():
             retraction.evict(self._scheduler, max(self._tokens_per_page, self._tokens_of(outcome)))
@@ -117,11 +109,14 @@ class KvcachedMemory:
 
     def held_tokens(self) -> int:
         """Tokens of requests, without cached prefixes that could be evicted."""
-        in_use = int(self._pool._get_num_alloced_blocks()) - len(self._pool.null_block or [])
+        in_use = (
+            int(self._pool._get_num_alloced_blocks()) - len(self._pool.null_block or []) - self._slots.ahead
+        )
         return max(0, in_use - int(self._scheduler.tree_cache.evictable_size()))
 
     def unmap(self) -> None:
         """Give every page back, that of the padding slot too. The pool is empty of requests and prefixes."""
+        self._slots.forget()
         self._pool.reserve_null_block = False
         self._pool.clear()
         self._pool.null_block = None

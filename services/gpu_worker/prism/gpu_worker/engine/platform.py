@@ -43,9 +43,6 @@ class KvMemory(Protocol):
 class Platform(Protocol):
     """One kind of device, for one engine's life."""
 
-    primed: bool
-    """Whether a request runs through the engine before it counts as ready: to compile and load kernels."""
-
     gpu: int
     """Which of the devices that this process sees is its own."""
 

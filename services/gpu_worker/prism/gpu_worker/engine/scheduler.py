@@ -11,11 +11,13 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, TokenizedGenerateReqInput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
@@ -47,7 +49,6 @@ MEMORY_TOLD_S = 0.5
 
 # The worker plans with what requests usually generate; SGLang would keep room for all that they may.
 schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_NEW_TOKENS
-PRIMING_RID = "priming"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ class StopTokens:
 class EngineScheduler(Scheduler):  # type: ignore[misc]
     """One model's scheduler. `kv` and `weights` are what it gives back while dozing.
 
-    `on_primed` is called once the request with PRIMING_RID has run, if there is one.
+    While there is an `on_primed`, what requests say is kept from the worker: it is called when the engine is
+    idle, and nothing of them is left in the cache.
     """
 
     def __init__(
@@ -122,6 +124,15 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         built: Any = self.request_receiver
         fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
         self.request_receiver = _LinkReceiver(**fields)
+
+    output_streamer: Any
+
+    def init_output_streamer(self) -> None:
+        """Say tokens to the worker."""
+        super().init_output_streamer()
+        built: Any = self.output_streamer
+        fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
+        self.output_streamer = _TokenStreamer(**fields)
 
     def init_request_dispatcher(self) -> None:
         """Our messages beside SGLang's own."""
@@ -187,6 +198,11 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         if not self.is_fully_idle():
             self._wait_for_memory()
             return
+        if self.on_primed is not None:
+            # Its answer may come from weights that were not all there yet.
+            self.flush_cache(empty_cache=False)
+            primed, self.on_primed = self.on_primed, None
+            primed()
         if self.current_load() != self._told_load:
             self.tell([])
         if self._doze_when_idle is not None:
@@ -217,9 +233,6 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
     def tell(self, outputs: list[TokenOutput]) -> None:
         """Send outputs with the engine's load."""
         if self.on_primed is not None:
-            if any(output.rid == PRIMING_RID and output.finish for output in outputs):
-                primed, self.on_primed = self.on_primed, None
-                primed()
             return
         self._told_load = self.current_load()
         self._told_at = time.monotonic()
@@ -324,6 +337,10 @@ class _OutputSender:
         self._scheduler = scheduler
         self.socket = None
 
+    def send_tokens(self, outputs: list[TokenOutput]) -> None:
+        """Pass on what requests generated."""
+        self._scheduler.tell(outputs)
+
     def send_output(self, output: object, recv_obj: object = None) -> None:
         """Pass on token outputs and aborts; nothing else has a receiver here."""
         if isinstance(output, BatchTokenIDOutput):
@@ -332,19 +349,69 @@ class _OutputSender:
             self._scheduler.tell([TokenOutput(output.rid, [], "abort")])
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _TokenStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
+    """Says new tokens to our sender, without the thirty lists that SGLang's detokenizer would need at each
+    step. With log-probabilities it goes SGLang's way."""
+
+    def _stream_output_generation(
+        self, reqs: list[Any], return_logprob: bool, skip_req: Any = None, is_idle_batch: bool = False
+    ) -> None:
+        if return_logprob or is_idle_batch:
+            # A dataclass with slots is another class than the one that a bare super() would mean.
+            SchedulerOutputStreamer._stream_output_generation(
+                self, reqs, return_logprob, skip_req, is_idle_batch
+            )
+            return
+        outputs = [
+            _new_tokens(req)
+            for req in reqs
+            # With overlap a finished request comes here once more.
+            if req is not skip_req and not (req.finished() and req.finished_output)
+        ]
+        if outputs:
+            self.send_to_detokenizer.send_tokens(outputs)
+
+
+def _new_tokens(req: Any) -> TokenOutput:
+    reason: dict[str, Any] = {}
+    if req.finished():
+        req.finished_output = True
+        if req.finished_len is None:
+            req.finished_len = len(req.output_ids)
+        reason = req.finished_reason.to_json()
+    said = req.output_ids_through_stop
+    tokens = list(said[req.send_token_offset :])
+    req.send_token_offset = len(said)
+    return _said(req.rid, tokens, reason, len(req.origin_input_ids), len(said), req.cached_tokens)
+
+
 def _token_output(batch: BatchTokenIDOutput, index: int) -> TokenOutput:
-    reason = batch.finished_reasons[index] or {}
+    said = _said(
+        batch.rids[index],
+        list(batch.output_ids[index]),
+        batch.finished_reasons[index] or {},
+        batch.prompt_tokens[index],
+        batch.completion_tokens[index],
+        batch.cached_tokens[index],
+    )
+    logprobs = _logprobs(batch, index)
+    return said if logprobs is None else msgspec.structs.replace(said, logprobs=logprobs)
+
+
+def _said(
+    rid: str, tokens: list[int], reason: dict[str, Any], prompt: int, completion: int, cached: int
+) -> TokenOutput:
     finish = str(reason.get("type", ""))
     matched = reason.get("matched")
     return TokenOutput(
-        rid=batch.rids[index],
-        tokens=list(batch.output_ids[index]),
+        rid=rid,
+        tokens=tokens,
         finish=finish,
         matched_token=matched if isinstance(matched, int) else None,
-        prompt_tokens=batch.prompt_tokens[index],
-        completion_tokens=batch.completion_tokens[index],
-        cached_tokens=batch.cached_tokens[index],
-        logprobs=_logprobs(batch, index),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cached_tokens=cached,
         error=_abort_error(reason) if finish == "abort" else None,
     )
 

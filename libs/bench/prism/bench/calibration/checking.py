@@ -1,0 +1,168 @@
+"""The simulator against a real system: fitted on probes, checked on a Poisson trace of two models at once."""
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import httpx
+import msgspec
+import numpy as np
+
+from prism.bench.calibration.command import calibrate
+from prism.bench.calibration.probing import DEADLINE_S, Timed, generate
+from prism.bench.calibration.setups import Setup
+from prism.bench.results import Row, row
+from prism.bench.simulation.model import SimulatedModel
+from prism.bench.simulation.model_config import read_model_facts
+from prism.bench.simulation.objectives import measure_alone, with_objectives
+from prism.bench.simulation.profiles import read_profile
+from prism.bench.simulation.scenario import admission_policy
+from prism.bench.simulation.simulation import Outcome, Simulation
+from prism.bench.traces.synthetic import Synthetic, synthetic_trace
+from prism.bench.traces.trace import Trace
+from prism.cli.system import SystemSettings, running_system
+from prism.common.messages.models import InitialPlacement, ModelSpec
+from prism.scheduling.cost import GpuProfile, ModelCost
+from prism.scheduling.placement import LruPlacement
+
+SCALE = 3.0
+TRACE_SEED, PROMPT_SEED = 11, 12
+
+
+def check_trace(costs: dict[str, ModelCost], setup: Setup, load: float, seed: int) -> Trace:
+    """A Poisson trace that keeps the device busy for `load` of its time."""
+    prompt, output = sum(setup.prompts) / 2, sum(setup.outputs) / 2
+    mean_s = float(
+        np.mean(
+            [
+                cost.prefill_s(round(prompt)) + output * cost.decode_step_s(1, prompt)
+                for cost in costs.values()
+            ]
+        )
+    )
+    shape = Synthetic(
+        rate=load / mean_s,
+        duration_s=setup.check_s,
+        alpha=1.0,
+        prompt_tokens=setup.prompts,
+        output_tokens=setup.outputs,
+    )
+    return synthetic_trace(tuple(costs), shape, seed)
+
+
+async def replay(client: httpx.AsyncClient, trace: Trace, seed: int) -> list[Timed]:
+    """The trace against the running system, each request sent when it is due."""
+    random_ = random.Random(seed)
+    began = time.perf_counter()
+
+    async def one(index: int) -> Timed:
+        await asyncio.sleep(max(0.0, began + trace.arrival_s[index] - time.perf_counter()))
+        model = trace.models[trace.model[index]]
+        return await generate(client, model, trace.prompt_tokens[index], trace.output_tokens[index], random_)
+
+    return list(await asyncio.gather(*(one(index) for index in range(len(trace)))))
+
+
+def simulated(
+    trace: Trace, models: list[SimulatedModel], profile: GpuProfile, admission: str, setup: Setup
+) -> Outcome:
+    """The same in the simulator."""
+    return Simulation(
+        trace,
+        models,
+        gpus=1,
+        gpu_memory_bytes=round(setup.worker_gb * 1e9),
+        profile=profile,
+        placement=LruPlacement(),
+        admission=admission_policy(admission),
+        limits=setup.limits,
+    ).run()
+
+
+def compared(name: str, seen: list[Timed], outcome: Outcome, models: Sequence[SimulatedModel]) -> list[Row]:
+    """How far the simulator is from what was measured."""
+    trace = outcome.trace
+    slo = [(models[m].ttft_slo_s, models[m].tpot_slo_s) for m in trace.model]
+    real_ttft = np.array([each.ttft_s for each in seen])
+    real_tpot = np.array([each.tpot_s if each.output_tokens > 1 else 0.0 for each in seen])
+    ttft, tpot = np.array(outcome.ttft_s), np.array(outcome.tpot_s)
+    ttft_slo, tpot_slo = np.array([a for a, _ in slo]), np.array([b for _, b in slo])
+    real = float(np.mean((real_ttft <= ttft_slo) & (real_tpot <= tpot_slo)))
+    said = float(np.mean((ttft <= ttft_slo) & (tpot <= tpot_slo)))
+    ratio = float(ttft.mean() / real_ttft.mean())
+    return [
+        row(f"attainment_{name}_off_points", round(100 * abs(real - said), 2), "points", target=5.0,
+            note=f"measured {real:.3f}, simulated {said:.3f} of {len(seen)} requests"),
+        row(f"mean_ttft_{name}_off_ratio", round(abs(ratio - 1), 4), "ratio", target=0.2,
+            note=f"measured {1e3 * real_ttft.mean():.1f} ms, simulated {1e3 * ttft.mean():.1f} ms"),
+        row(f"mean_tpot_{name}_off_ratio", round(abs(tpot.mean() / real_tpot.mean() - 1), 4), "ratio",
+            note=f"measured {1e3 * real_tpot.mean():.2f} ms, simulated {1e3 * tpot.mean():.2f} ms"),
+        row(f"p95_ttft_{name}_off_ratio",
+            round(abs(np.percentile(ttft, 95) / np.percentile(real_ttft, 95) - 1), 4), "ratio",
+            note=f"measured {1e3 * np.percentile(real_ttft, 95):.1f} ms, "
+            f"simulated {1e3 * np.percentile(ttft, 95):.1f} ms"),
+    ]  # fmt: skip
+
+
+async def check(
+    setup: Setup, folder: Path, admission: str, log: Path
+) -> tuple[list[Row], GpuProfile, dict[str, ModelCost]]:
+    """Calibrate and check on one system, in one go: the machine may be another one tomorrow. `log` gets what
+    the services say."""
+    paths = await asyncio.to_thread(setup.models, folder)
+    placements = [InitialPlacement([0], on=True, max_memory_pool_size=setup.pool_gb)]
+    specs = [ModelSpec(name, str(path), init_placements=placements) for name, path in paths.items()]
+    base = msgspec.structs.replace(
+        read_profile("h200"), memory_bytes=round(setup.worker_gb * 1e9), context_bytes=setup.context_bytes
+    )
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="prism-calibration-") as temporary:
+        placement = Path(temporary) / "placement.json"
+        placement.write_bytes(msgspec.json.encode(specs))
+        settings = SystemSettings(
+            placement=placement,
+            device=setup.device,
+            worker_memory_gb=setup.worker_gb,
+            image_dir=Path(temporary) / "images",
+            environment={"PRISM_ADMISSION": admission},
+        )
+        with log.open("w", buffering=1) as lines:
+            async with running_system(settings, lambda name, line: print(name, line, file=lines)) as system:
+                profile, costs = await calibrate(
+                    system.gateway_url,
+                    specs,
+                    base,
+                    name=setup.device,
+                    element_bytes=setup.element_bytes,
+                    tell=lambda line: click.echo(line, err=True),
+                )
+                models = [
+                    SimulatedModel(
+                        index,
+                        spec,
+                        msgspec.structs.replace(
+                            read_model_facts(spec.model_name, spec.model_path), checkpoint_dtype=setup.dtype
+                        ),
+                        costs[spec.model_name],
+                        max_new_tokens=setup.outputs[1],
+                    )
+                    for index, spec in enumerate(specs)
+                ]
+                limits = httpx.Limits(max_connections=None)
+                async with httpx.AsyncClient(
+                    base_url=system.gateway_url, timeout=DEADLINE_S, limits=limits
+                ) as client:
+                    for load in setup.loads:
+                        click.echo(f"checking at a load of {load:g}", err=True)
+                        trace = check_trace(costs, setup, load, TRACE_SEED)
+                        seen = await replay(client, trace, PROMPT_SEED)
+                        memory = round(setup.worker_gb * 1e9)
+                        alone = [measure_alone(trace, model, profile, memory) for model in models]
+                        promised = with_objectives(models, alone, SCALE, SCALE)
+                        outcome = simulated(trace, promised, profile, admission, setup)
+                        rows += compared(f"load_{round(100 * load)}", seen, outcome, promised)
+    return rows, profile, costs
