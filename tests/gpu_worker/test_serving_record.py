@@ -26,7 +26,17 @@ def test_a_prompt_s_time_counts_from_its_turn() -> None:
     for number in range(3):
         # All released at 0: each is prefilled after the one before.
         record.stepped(1.0 + number, number, (100, 0.0), decoded=False)
-    assert record.prefill.tokens_per_s == pytest.approx(100.0)
+    assert record.prefill.reached_tokens_per_s == pytest.approx(100.0)
+
+
+def test_prompts_of_one_step_tell_what_a_pass_takes() -> None:
+    record = ServingRecord()
+    now = 0.0
+    for number, tokens in enumerate((100, 800, 100, 800, 1600)):
+        before, now = now, now + 0.02 * (1 + (tokens > 1000)) + tokens / 10_000
+        record.stepped(now, number, (tokens, before), decoded=False, pass_tokens=1000)
+    assert record.prefill.fixed_s == pytest.approx(0.02)
+    assert record.prefill.tokens_per_s == pytest.approx(10_000)
 
 
 def test_only_one_step_after_another_tells_how_long_a_step_takes() -> None:

@@ -12,7 +12,7 @@ def share_on_time(load: str) -> float:
     """How many of 200 could be on time if each were alone."""
     able = engines()
     met = [
-        NOW_S + able[request.model].prefill_s(request.prompt_tokens) <= request.first_token_due_s
+        NOW_S + able[request.model].prefill_cost.joining_s(request.prompt_tokens) <= request.first_token_due_s
         for request in queue_of(200, load)
     ]
     return sum(met) / len(met)

@@ -77,6 +77,17 @@ def test_prompts_are_prefilled_in_chunks_before_anything_is_decoded() -> None:
     assert engine.steps == 5
 
 
+def test_prompts_that_wait_are_prefilled_together_up_to_a_chunk() -> None:
+    engine = batch(chunk=8)
+    for rid in ("a", "b", "c"):
+        engine.add(request(rid, prompt=3))
+    assert engine.prefill_tokens == 8
+    assert [output.rid for output in engine.step(0)] == ["a", "b"]
+    assert engine.prefill_tokens == 1
+    assert [output.rid for output in engine.step(0)] == ["c"]
+    assert SimulatedCosts(prefill_tokens_per_s=1000, prefill_fixed_ms=10).prefill_s(5) == pytest.approx(0.015)
+
+
 def test_no_more_run_at_once_than_may() -> None:
     engine = batch(max_running=2)
     for rid in ("a", "b", "c"):

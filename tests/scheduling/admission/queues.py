@@ -50,9 +50,25 @@ def engine(
     step: float = 0.0,
     tpot: float = inf,
     fixed: float = 0.0,
+    chunk: int = 10**9,
+    waiting: int = 0,
+    due: float = inf,
 ) -> EngineCapacity:
-    """An engine that prefills RATE tokens a second."""
-    return EngineCapacity(running, max_running, free, accepting, RATE, fixed, decoding, step, tpot)
+    """An engine that prefills RATE tokens a second; so many wait for its next pass, the first due then."""
+    return EngineCapacity(
+        running,
+        max_running,
+        free,
+        accepting,
+        RATE,
+        fixed,
+        decoding,
+        step,
+        tpot,
+        pass_tokens=chunk,
+        open_tokens=waiting,
+        open_due_s=due,
+    )
 
 
 def queues(most: int, least: int = 0) -> st.SearchStrategy[list[QueuedRequest]]:

@@ -205,7 +205,8 @@ class TestWaiting:
             for rid in admission.rids:
                 request = by_rid[rid]
                 aged = now - request.arrival_s >= bounds.patience * request.ttft_slo_s
-                backlog.released(rid, request.prompt_tokens / RATE, now, overaged=aged)
+                cost = ENGINES[request.model].prefill_cost
+                backlog.released(rid, request.model, request.prompt_tokens, cost, now, overaged=aged)
             waiting = [request for request in waiting if request.rid not in admission.rids]
             now = max(now + 0.01, backlog.work(now).prefill_until_s - 0.05)
 
@@ -271,13 +272,86 @@ class TestPrefillBudget:
         queue = [queued(f"{i:02}", prompt=1, slo=5.0) for i in range(20)]
         assert len(select(queue).rids) == 5
 
-    def test_prompts_of_one_model_share_the_fixed_cost(self) -> None:
-        queue = [queued(f"{i:02}", prompt=1, slo=5.0) for i in range(20)]
-        assert len(select(queue, {"a": engine(fixed=0.02)}).rids) == 3
-
     def test_what_has_not_been_measured_holds_nobody_up(self) -> None:
         unmeasured = {"a": EngineCapacity(0, 100, 10**9)}
         assert len(select([queued(f"{i}") for i in range(20)], unmeasured).rids) == 20
+
+
+FIXED = {"a": engine(fixed=0.02), "b": engine(fixed=0.02)}
+
+
+class TestPasses:
+    """Prompts of one model that are prefilled together share the fixed part of a pass. Here a pass takes 0.02
+    s and a prompt of 1 token another 0.01 s."""
+
+    def test_who_joins_a_pass_may_go_beyond_the_lookahead(self) -> None:
+        queue = [queued(f"{i:02}", "a", prompt=1, slo=5.0) for i in range(30)]
+        other = [queued("b", "b", prompt=1, slo=6.0)]
+        assert len(select(queue + other, FIXED).rids) in (21, 22), "12 times the fixed part lie ahead"
+        assert len(select(queue + other, ENGINES).rids) == 5, "without a fixed part nothing is gained"
+
+    def test_the_fixed_part_is_paid_by_who_opens_a_pass(self) -> None:
+        queue = [queued("x", prompt=1, slo=5.0), queued("y", "b", prompt=1, slo=5.0)]
+        ahead = GpuWork(prefill_until_s=0.07)
+        waiting = {"a": engine(1, fixed=0.02, waiting=1), "b": engine(fixed=0.02)}
+        assert held(queue, FIXED, now=0.0, gpu=ahead) == pytest.approx(0.02)
+        assert select(queue, waiting, gpu=ahead).rids == ["x"], "it joins the pass, y would open one"
+
+    def test_a_pass_takes_no_more_than_a_chunk(self) -> None:
+        queue = [queued(f"{i}", prompt=1, slo=5.0) for i in range(9)]
+        assert len(select(queue, {"a": engine(fixed=0.04, chunk=4)}).rids) == 4
+
+    def test_later_ones_of_the_model_join_before_others_open_a_pass(self) -> None:
+        queue = [
+            queued(f"{model}{i}", model, prompt=1, slo=5.0 + i / 10) for i in (1, 2, 3) for model in "ab"
+        ]
+        assert order(queue, FIXED) == ["a1", "a2", "a3", "b1", "b2", "b3"]
+
+    def test_nobody_is_overtaken_who_would_be_late_for_it(self) -> None:
+        queue = [queued("a1", prompt=1, slo=0.1), queued("a2", prompt=50, slo=5.0), queued("b", "b", slo=1.2)]
+        assert order(queue, FIXED) == ["a1", "b", "a2"]
+
+    def test_nobody_joins_whose_tokens_would_make_the_pass_late_for_another(self) -> None:
+        queue = [queued("due", prompt=1, slo=0.035), queued("long", prompt=50, slo=5.0)]
+        assert select(queue, FIXED).rids == ["due"]
+        assert select(queue[1:], {"a": engine(1, fixed=0.02)}, gpu=GpuWork(0.03), now=0.001).rids == ["long"]
+        promised = {"a": engine(1, fixed=0.02, waiting=1, due=0.1)}
+        assert select(queue[1:], promised, gpu=GpuWork(0.03)).rids == []
+        assert select(queue[1:], promised, now=0.2).rids == ["long"], "it is late already"
+
+    def test_fixed_parts_count_once_in_what_can_be_on_time(self) -> None:
+        queue = [queued(f"{i:02}", prompt=1, slo=0.25) for i in range(20)]
+        tight = queued("b", "b", prompt=1, slo=0.245, priority=1)
+        assert select([*queue[:18], tight], FIXED).rids == [f"{i:02}" for i in range(18)]
+        assert len(select([*queue, tight], FIXED).rids) == 19, "b would be late"
+
+    def test_late_ones_fill_passes_too(self) -> None:
+        queue = [queued(f"{m}{i}", m, arrival=i / 10 - 5, prompt=1, slo=0.1) for i in range(3) for m in "ab"]
+        assert order(queue, FIXED) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+    @given(queues(VECTORISED_FROM - 1), st.sampled_from([0.0, 0.25, 2.0]), st.integers(0, 3))
+    @settings(deadline=None)
+    def test_a_long_queue_is_decided_as_a_short_one_is(
+        self, queue: list[QueuedRequest], fixed: float, waiting: int
+    ) -> None:
+        engines = {"a": engine(fixed=fixed, waiting=waiting), "b": engine(fixed=fixed)}
+        elsewhere = [queued(f"x{index}", "elsewhere") for index in range(VECTORISED_FROM)]
+        others = [queued("another", "b", slo=1e6), *queue, queued("one", "a", slo=1e6)]
+        assert order(others + elsewhere, engines) == order(others, engines)
+
+    @given(queues(30), st.sampled_from([0.25, 2.0]))
+    @settings(deadline=None)
+    def test_nobody_is_started_twice_and_everybody_in_the_end(
+        self, queue: list[QueuedRequest], fixed: float
+    ) -> None:
+        engines = {"a": engine(fixed=fixed), "b": engine(fixed=fixed)}
+        left, now, rids = list(queue), 0.0, []
+        for _ in range(3 * len(queue) + 3):
+            admission = select(left, engines, now=now)
+            rids += admission.rids
+            left = [request for request in left if request.rid not in admission.rids]
+            now = max(now + 20, admission.again_at_s or 0.0)
+        assert sorted(rids) == [request.rid for request in queue]
 
 
 DECODING = {"a": engine(), "b": engine(4, decoding=4, step=0.03, tpot=0.05)}

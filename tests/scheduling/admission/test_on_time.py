@@ -44,3 +44,36 @@ def test_nobody_makes_room_for_a_job_that_is_late_anyway() -> None:
 
 def test_as_many_are_given_up_as_one_that_stays_needs() -> None:
     assert sorted(late_positions(0.0, [1.0, 1.0, 3.0], [3.0, 3.0, 3.0], [0, 1, 2])) == [0, 1]
+
+
+families = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9), st.integers(0, 2)), max_size=14).map(
+    sorted
+)
+
+
+@given(families, st.integers(0, 10), st.lists(st.integers(0, 6), min_size=3, max_size=3))
+def test_what_is_kept_is_on_time_with_a_setup_for_each_family(
+    drawn: list[tuple[int, int, int]], start: int, setups: list[int]
+) -> None:
+    """The first of a family pays; without setups as many are kept as without families."""
+    seconds = [float(job_s) for _, job_s, _ in drawn]
+    dues, of = [float(due) for due, _, _ in drawn], [family for _, _, family in drawn]
+    order = longest_first(seconds)
+    late = late_positions(start, seconds, dues, order, of, [float(setup_s) for setup_s in setups])
+    assert len(set(late)) == len(late)
+    paid: set[int] = set()
+    jobs = []
+    for position, (due, job_s, family) in enumerate(drawn):
+        if position not in late:
+            jobs.append((due, job_s + (0 if family in paid else setups[family])))
+            paid.add(family)
+    assert on_time(start, jobs)
+    assert late_positions(start, seconds, dues, order, of, [0.0] * 3) == late_positions(
+        start, seconds, dues, order
+    )
+
+
+def test_a_family_pays_once() -> None:
+    dues, seconds = [6.0, 6.0, 6.0], [1.0, 1.0, 1.0]
+    assert late_positions(0.0, seconds, dues, [0, 1, 2], [0, 0, 0], [3.0]) == []
+    assert len(late_positions(0.0, seconds, dues, [0, 1, 2], [0, 1, 0], [3.0, 1.0])) == 1

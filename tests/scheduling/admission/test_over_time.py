@@ -6,13 +6,21 @@ from dataclasses import dataclass
 
 import pytest
 
-from prism.scheduling.admission import Bounds, EngineCapacity, PrefillBacklog, QueuedRequest, make_policy
+from prism.scheduling.admission import (
+    Bounds,
+    EngineCapacity,
+    PrefillBacklog,
+    PrefillCost,
+    QueuedRequest,
+    make_policy,
+)
 
 pytestmark = pytest.mark.core
 
 RATE = 10_000.0
 MEAN_PREFILL_S = (1100 + 7000) / 2 / RATE
 SECONDS = 120.0
+COST = PrefillCost(0.0, 1 / RATE)
 ENGINES = {model: EngineCapacity(0, 10**6, 10**12, prefill_tokens_per_s=RATE) for model in ("tight", "loose")}
 
 
@@ -57,9 +65,9 @@ def serve(policy_name: str, load: float, seed: int) -> dict[str, Served]:
         admission = policy.select(list(queue.values()), ENGINES, backlog.work(now), now)
         for rid in admission.rids:
             request = queue.pop(rid)
-            seconds = request.prompt_tokens / RATE
-            backlog.released(rid, seconds, now, overaged=bounds.exceeded(request, now))
-            free_at = max(free_at, now) + seconds
+            overaged = bounds.exceeded(request, now)
+            backlog.released(rid, request.model, request.prompt_tokens, COST, now, overaged=overaged)
+            free_at = max(free_at, now) + request.prompt_tokens / RATE
             waited = (free_at - request.arrival_s) / request.ttft_slo_s
             of = served[request.model]
             of.count += 1

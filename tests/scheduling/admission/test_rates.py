@@ -18,25 +18,58 @@ def learned(seen: list[tuple[int, float]]) -> PrefillRate:
     return rate
 
 
-def test_nothing_is_known_before_a_few_prompts() -> None:
+def seconds(rate: PrefillRate, tokens: int) -> float:
+    return rate.fixed_s + tokens / rate.tokens_per_s
+
+
+def test_nothing_is_known_before_a_few_passes() -> None:
     rate = learned([(100, 1.0), (100, 1.0)])
-    assert (rate.known, rate.tokens_per_s, rate.fixed_s) == (False, inf, 0.0)
+    assert (rate.known, rate.tokens_per_s, rate.fixed_s, rate.reached_tokens_per_s) == (False, inf, 0.0, inf)
     rate.observe(100, 1.0)
     assert rate.known
-    assert rate.fixed_s == 0.0
-    assert rate.tokens_per_s == pytest.approx(100.0)
+    assert seconds(rate, 100) == pytest.approx(1.0)
+    assert rate.reached_tokens_per_s == pytest.approx(100.0)
 
 
-def test_short_and_long_prompts_tell_the_fixed_cost_from_the_rate() -> None:
+def test_small_and_large_passes_tell_the_fixed_cost_from_the_rate() -> None:
     rate = learned([(n, 0.02 + n / 1000) for n in (10, 50, 200, 800, 3000)])
     assert rate.tokens_per_s == pytest.approx(1000)
     assert rate.fixed_s == pytest.approx(0.02)
 
 
-def test_prompts_of_one_length_tell_only_the_rate() -> None:
+def test_passes_of_one_size_are_taken_to_be_fixed_for_the_most_part() -> None:
+    """Until larger ones are tried: no prompts would ever go together, were each thought to cost as much."""
     rate = learned([(100, 0.12), (110, 0.13), (120, 0.14)])
-    assert rate.fixed_s == 0.0
-    assert rate.tokens_per_s == pytest.approx(110 / 0.13)
+    assert seconds(rate, 110) == pytest.approx(0.13)
+    assert rate.tokens_per_s == pytest.approx(4 * 110 / 0.13, rel=0.1)
+
+
+def test_one_burst_tells_what_a_token_costs_however_many_single_prompts_follow() -> None:
+    rate = learned([(128, 0.0128)] * 40 + [(4096, 0.0525)] + [(128, 0.0128)] * 1000)
+    assert rate.tokens_per_s == pytest.approx(100_000, rel=0.05)
+    assert rate.fixed_s == pytest.approx(0.0115, rel=0.05)
+
+
+def test_one_pass_corrects_what_was_wrongly_taken_to_be_fixed() -> None:
+    rate = learned([(100, 0.1)] * 31)
+    assert rate.fixed_s > 0.05
+    rate.observe(1000, 1.0)
+    assert rate.fixed_s == pytest.approx(0.0, abs=1e-9)
+    assert rate.tokens_per_s == pytest.approx(1000)
+
+
+def test_what_takes_the_same_whatever_the_size_is_fixed() -> None:
+    rate = learned([(n, 0.012 - n * 1e-7) for n in (100, 200, 300, 500)])
+    assert rate.fixed_s == pytest.approx(0.0105, abs=0.002)
+    assert rate.tokens_per_s >= 100_000
+
+
+def test_prompts_of_several_passes_count_as_passes() -> None:
+    rate = PrefillRate()
+    for tokens, passes in ((100, 1), (1000, 1), (4000, 4)):
+        rate.observe(tokens, passes * 0.02 + tokens / 1000, passes)
+    assert rate.fixed_s == pytest.approx(0.02)
+    assert rate.tokens_per_s == pytest.approx(1000)
 
 
 @given(st.lists(st.floats(2, 1000), max_size=4), st.floats(0, 0.5), st.integers(100, 20_000))
@@ -45,12 +78,12 @@ def test_single_outliers_change_little(outliers: list[float], fixed: float, toke
     rate = learned(seen + [(100 * (i + 1), late) for i, late in enumerate(outliers)])
     for n in (100, 1000):
         usual = fixed + n / tokens_per_s
-        assert rate.fixed_s + n / rate.tokens_per_s == pytest.approx(usual, rel=0.35, abs=0.02)
+        assert seconds(rate, n) == pytest.approx(usual, rel=0.35, abs=0.02)
 
 
 def test_a_model_that_became_slower_is_seen_to_be() -> None:
     rate = learned([(100, 0.1)] * 100 + [(100, 0.2)] * 31)
-    assert rate.tokens_per_s == pytest.approx(500)
+    assert seconds(rate, 100) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("seen", [(0, 1.0), (10, 0.0), (10, -1.0), (10, nan), (10, inf)])

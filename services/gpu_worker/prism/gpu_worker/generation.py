@@ -67,6 +67,7 @@ class GenerationRequests:
         find: Callable[[str], ModelInstance | None],
         spawn: Callable[..., asyncio.Task[None]],
         max_running_requests: int,
+        pass_tokens: int,
         bounds: Bounds,
         on_demand: Callable[[], None],
     ) -> None:
@@ -75,6 +76,7 @@ class GenerationRequests:
         self._find = find
         self._spawn = spawn
         self._max_running_requests = max_running_requests
+        self._pass_tokens = pass_tokens
         self._queued: dict[str, RunningRequest] = {}
         self._entries: dict[str, QueuedRequest] = {}
         self._running: dict[str, RunningRequest] = {}
@@ -82,7 +84,7 @@ class GenerationRequests:
         self._bounds = bounds
         self._on_demand = on_demand
         self._backlog = PrefillBacklog()
-        self._again: asyncio.TimerHandle | None = None
+        self._again: asyncio.Handle | None = None
         self._aborting: set[str] = set()
         self._changed = asyncio.Event()
 
@@ -104,7 +106,7 @@ class GenerationRequests:
         # The gateway waits for tokens with patience only once it knows that the request is here.
         frames.alive()
         self._on_demand()
-        self.pump()
+        self._pump_soon()
 
     def cancel(self, rid: str) -> None:
         """Forget a queued request, abort a running one; unknown ones are done already."""
@@ -144,6 +146,12 @@ class GenerationRequests:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    def _pump_soon(self) -> None:
+        """Once all that has arrived is in the queue: what is released together is prefilled together."""
+        if self._again is not None:
+            self._again.cancel()
+        self._again = asyncio.get_running_loop().call_soon(self.pump)
+
     def pump(self) -> None:
         """Release every queued request that admission lets start now, and look again when it says."""
         if self._again is not None:
@@ -152,14 +160,20 @@ class GenerationRequests:
         if not self._entries:
             return
         now = time.monotonic()
-        engines = self._capacities()
+        engines = self._capacities(now)
         admitted = self._admission.select(list(self._entries.values()), engines, self._backlog.work(now), now)
         for rid in admitted.rids:
             queued = self._entries.pop(rid)
-            seconds = engines[queued.model].prefill_s(queued.prompt_tokens)
-            overaged = self._bounds.exceeded(queued, now)
             if self._release(self._queued.pop(rid), now):
-                self._backlog.released(rid, seconds, now, overaged=overaged)
+                self._backlog.released(
+                    rid,
+                    queued.model,
+                    queued.prompt_tokens,
+                    engines[queued.model].prefill_cost,
+                    now,
+                    due_s=queued.first_token_due_s,
+                    overaged=self._bounds.exceeded(queued, now),
+                )
         if admitted.again_at_s is not None and self._entries:
             # The loop's clock is the one that `now` is on.
             self._again = asyncio.get_running_loop().call_at(admitted.again_at_s, self.pump)
@@ -193,13 +207,13 @@ class GenerationRequests:
         self._backlog.prefilled(rid, time.monotonic())
         return entry
 
-    def _capacities(self) -> dict[str, EngineCapacity]:
+    def _capacities(self, now: float) -> dict[str, EngineCapacity]:
         """Of every engine that has requests here: those that decode bound the prefill of the others."""
         waiting = {entry.model for entry in self._entries.values()}
         working = {model for model, running in self._of_model.items() if running}
-        return {model: self._capacity(model) for model in waiting | working}
+        return {model: self._capacity(model, now) for model in waiting | working}
 
-    def _capacity(self, model: str) -> EngineCapacity:
+    def _capacity(self, model: str, now: float) -> EngineCapacity:
         instance = self._find(model)
         if instance is None or instance.ready is None:
             return EngineCapacity(0, 0, 0, False)
@@ -209,6 +223,7 @@ class GenerationRequests:
         if not decoding and instance.spec.tpot_slo_ms is not None:
             promised.append(instance.spec.tpot_slo_ms / 1000)
         record = instance.record
+        waiting = self._backlog.open_pass(model, now)
         return EngineCapacity(
             running=len(mine),
             max_running=self._max_running_requests,
@@ -220,6 +235,9 @@ class GenerationRequests:
             decode_step_s=record.step.seconds or 0.0,
             tpot_slo_s=min((tpot_s for tpot_s in promised if tpot_s is not None), default=inf),
             decode_alone_s=record.step_alone.seconds or 0.0,
+            pass_tokens=self._pass_tokens,
+            open_tokens=waiting.tokens,
+            open_due_s=waiting.due_s,
         )
 
     def kv_tokens(self, model: str) -> tuple[int, int]:
@@ -232,12 +250,14 @@ class GenerationRequests:
         """Tokens of an engine on to their gateways."""
         now = time.monotonic()
         self._learn(instance, message, now)
+        began = False
         for output in message.outputs:
             running = self._running.get(output.rid)
             if running is None:
                 continue
             if output.tokens and running.first_token_at is None:
                 self._began(running, now)
+                began = True
             running.generated += len(output.tokens)
             instance.generated_tokens += len(output.tokens)
             if output.finish:
@@ -247,6 +267,9 @@ class GenerationRequests:
         if any(output.finish for output in message.outputs):
             self._note_change(instance)
             self._on_demand()
+            self.pump()
+        elif began:
+            # A pass is done, perhaps before it was thought to be: the next ones may go.
             self.pump()
 
     def _learn(self, instance: ModelInstance, message: Outputs, now: float) -> None:
@@ -263,7 +286,9 @@ class GenerationRequests:
                 decoded = True
         prefilled = (tokens, released_at) if tokens else None
         at_work = sum(1 for running in self._of_model.values() if running)
-        instance.record.stepped(now, message.steps, prefilled, decoded=decoded, at_work=at_work)
+        instance.record.stepped(
+            now, message.steps, prefilled, decoded=decoded, at_work=at_work, pass_tokens=self._pass_tokens
+        )
 
     def _began(self, running: RunningRequest, now: float) -> None:
         running.first_token_at = now

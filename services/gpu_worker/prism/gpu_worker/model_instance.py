@@ -420,6 +420,7 @@ class ModelInstance:
         busy = queued + running > 0
         now = time.monotonic()
         holder = self._holder()
+        prefill = self.record.prefill
         return ModelLoad(
             model=self.name,
             state=self.state,
@@ -439,7 +440,7 @@ class ModelInstance:
             failure=self.failure,
             engine_steps=self.engine_load.steps,
             queue_s=self.record.queue_s,
-            prefill_tokens_per_s=self.record.prefill.tokens_per_s if self.record.prefill.known else None,
+            prefill_tokens_per_s=prefill.reached_tokens_per_s if prefill.known else None,
             decode_step_s=self.record.step.seconds,
             requests=self.record.requests,
             ttft_met=self.record.ttft_met,

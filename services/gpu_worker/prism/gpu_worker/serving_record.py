@@ -3,6 +3,7 @@
 from prism.common.messages.generation import GenerateRequest
 from prism.common.messages.models import ModelSpec
 from prism.scheduling.admission.expected_output import ExpectedOutput
+from prism.scheduling.admission.prefill_cost import UNBOUNDED_PASS, passes
 from prism.scheduling.admission.rates import PrefillRate, StepTime
 
 QUEUE_WEIGHT = 0.2
@@ -50,14 +51,16 @@ class ServingRecord:
         *,
         decoded: bool,
         at_work: int = 1,
+        pass_tokens: int = UNBOUNDED_PASS,
     ) -> None:
         """The engine spoke after its step number `steps`. `prefilled`: prompts are done that had so many
-        tokens to prefill and the first of which was released at that time; `decoded`: others got a token. So
-        many engines were `at_work` on the GPU, which take turns: alone a step would have taken that part of
-        the time."""
+        tokens to prefill together and the first of which was released at that time, in passes of up to
+        `pass_tokens`; `decoded`: others got a token. So many engines were `at_work` on the GPU, which take
+        turns: alone a step would have taken that part of the time."""
         if prefilled is not None:
             tokens, released_at = prefilled
-            self.prefill.observe(tokens, now - max(released_at, self._prefilled_at))
+            seconds = now - max(released_at, self._prefilled_at)
+            self.prefill.observe(tokens, seconds, passes(tokens, pass_tokens))
             self._prefilled_at = now
         elif decoded and self._decoded_at is not None and steps == self._decoded_steps + 1:
             self.step.observe(now - self._decoded_at)

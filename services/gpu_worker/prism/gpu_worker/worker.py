@@ -82,6 +82,7 @@ class Worker:
             self.instances.get,
             self.spawn,
             limits.max_running_requests,
+            limits.chunked_prefill_tokens,
             bounds,
             self._on_demand,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from prism.bench.results import Row, missed, row, table, write_results
-from prism.bench.scheduling.admission_experiment import FACTOR, LOADS, compare
+from prism.bench.scheduling.admission_experiment import FACTOR, LONG, SHORT, compare
 from prism.bench.scheduling.admission_experiment import POLICIES as ADMISSIONS
 from prism.bench.scheduling.admission_time import LOADS as QUEUES
 from prism.bench.scheduling.admission_time import admission_time
@@ -161,28 +161,38 @@ def fleets(cells: list[tuple[Cell, dict[str, Any]]]) -> list[Row]:
 def admission_rows(seeds: int) -> list[Row]:
     """Moore-Hodgson against the others where objectives are far apart."""
     rows = []
-    for load in LOADS:
-        runs = [compare(load, seed) for seed in range(seeds)]
-        tag = f"load_{round(load * 100)}"
-        mean = {policy: statistics.mean(run[policy]["tight"] for run in runs) for policy in ADMISSIONS}
-        for policy in ADMISSIONS:
-            every = statistics.mean(run[policy]["all"] for run in runs)
-            rows.append(
-                row(f"tight_attainment_{tag}_{policy}", round(mean[policy], 4), "ratio",
-                    note=f"objectives {FACTOR:g} times apart; all requests {every:.3f}; {seeds} seeds")
-            )  # fmt: skip
-        for other in ADMISSIONS[1:]:
-            gain = round(mean[ADMISSIONS[0]] / max(mean[other], 1e-9) - 1, 4)
-            rows.append(row(f"tight_gain_{tag}_over_{other}", gain, "ratio"))
-        rows.append(
-            row(f"starved_{tag}", sum(run[ADMISSIONS[0]]["unserved"] for run in runs), "requests", target=0,
-                better="equal", note="without a first token; longest wait "
-                f"{max(run[ADMISSIONS[0]]['longest_wait_in_objectives'] for run in runs):.1f} objectives")
-        )  # fmt: skip
-    best = max((each.value or 0.0, each.figure) for each in rows if each.figure.endswith("over_first_come"))
+    for name, prompts in (("", LONG), ("short_", SHORT)):
+        for load in prompts.loads:
+            rows += _admission_rows(f"{name}load_{round(load * 100)}", [
+                compare(load, seed, prompts) for seed in range(seeds)
+            ])  # fmt: skip
+    best = max(
+        (each.value or 0.0, each.figure) for each in rows if each.figure.startswith("tight_gain_load_")
+        and each.figure.endswith("over_first_come")
+    )  # fmt: skip
     rows.append(
         row("tight_gain_over_first_come", best[0], "ratio", target=0.4, better="higher", note=best[1])
     )
+    return rows
+
+
+def _admission_rows(tag: str, runs: list[dict[str, dict[str, Any]]]) -> list[Row]:
+    rows = []
+    mean = {policy: statistics.mean(run[policy]["tight"] for run in runs) for policy in ADMISSIONS}
+    for policy in ADMISSIONS:
+        every = statistics.mean(run[policy]["all"] for run in runs)
+        rows.append(
+            row(f"tight_attainment_{tag}_{policy}", round(mean[policy], 4), "ratio",
+                note=f"objectives {FACTOR:g} times apart; all requests {every:.3f}; {len(runs)} seeds")
+        )  # fmt: skip
+    for other in ADMISSIONS[1:]:
+        gain = round(mean[ADMISSIONS[0]] / max(mean[other], 1e-9) - 1, 4)
+        rows.append(row(f"tight_gain_{tag}_over_{other}", gain, "ratio"))
+    rows.append(
+        row(f"starved_{tag}", sum(run[ADMISSIONS[0]]["unserved"] for run in runs), "requests", target=0,
+            better="equal", note="without a first token; longest wait "
+            f"{max(run[ADMISSIONS[0]]['longest_wait_in_objectives'] for run in runs):.1f} objectives")
+    )  # fmt: skip
     return rows
 
 

@@ -19,12 +19,24 @@ from prism.scheduling.placement import LruPlacement
 
 MODEL = "meta-llama/Llama-3.1-8B"
 FACTOR = 8.0
-TIGHT_SLO_S = 1.0
 POLICIES = ("moore_hodgson", "edf", "first_come")
-PROMPTS = (1000, 6000)
 CV = 2.0
-LOADS = (0.7, 0.9, 1.1)
-DURATION_S = 600.0
+
+
+class Prompts(msgspec.Struct, frozen=True):
+    """The shortest and the longest, in tokens, and the tight objective: about six times what one takes alone.
+    `loads` are prefill loads, prompts counted one by one: of the short ones many more fit than that, because
+    those that are prefilled together share what a pass costs."""
+
+    shortest: int
+    longest: int
+    tight_slo_s: float
+    loads: tuple[float, ...]
+    duration_s: float
+
+
+LONG = Prompts(1000, 6000, 1.0, (0.7, 0.9, 1.1), 600.0)
+SHORT = Prompts(50, 200, 0.2, (0.7, 1.1, 2.0, 4.0), 120.0)
 
 
 class Starved(msgspec.Struct, frozen=True):
@@ -35,18 +47,20 @@ class Starved(msgspec.Struct, frozen=True):
     unserved: int
 
 
-def compare(load: float, seed: int, profile_name: str = "h100-80gb") -> dict[str, dict[str, Any]]:
+def compare(
+    load: float, seed: int, prompts: Prompts = LONG, profile_name: str = "h100-80gb"
+) -> dict[str, dict[str, Any]]:
     """By policy: attainment of the tight and the loose model and in all, the longest wait, at a prefill load
-    of `load` times what the GPU can do. Prompts are long, answers short: the queue is what counts."""
+    of `load` times what the GPU can do. Answers are short: the queue is what counts."""
     profile = read_profile(profile_name)
     facts = read_model_facts("m", MODEL, tokens_of_context=8192)
     cost = model_cost(facts, profile)
     random_ = random.Random(seed)
-    mean_s = cost.prefill_s(sum(PROMPTS) // 2)
+    mean_s = cost.prefill_s((prompts.shortest + prompts.longest) // 2)
     rows, now = [], 0.0
-    while now < DURATION_S:
+    while now < prompts.duration_s:
         now += random_.gammavariate(1 / CV**2, CV**2 * mean_s / load)
-        rows.append((now, random_.randrange(2), random_.randint(*PROMPTS), 2))
+        rows.append((now, random_.randrange(2), random_.randint(prompts.shortest, prompts.longest), 2))
     models = [
         SimulatedModel(
             index,
@@ -56,7 +70,7 @@ def compare(load: float, seed: int, profile_name: str = "h100-80gb") -> dict[str
             ttft_slo_s=slo,
             max_new_tokens=2,
         )
-        for index, slo in enumerate((TIGHT_SLO_S, FACTOR * TIGHT_SLO_S))
+        for index, slo in enumerate((prompts.tight_slo_s, FACTOR * prompts.tight_slo_s))
     ]
     found = {}
     for policy in POLICIES:

@@ -14,6 +14,7 @@ from prism.scheduling.admission import (
     Bounds,
     EngineCapacity,
     PrefillBacklog,
+    PrefillCost,
     QueuedRequest,
 )
 
@@ -51,7 +52,7 @@ class AdmissionQueue:
         self,
         policy: AdmissionPolicy,
         events: EventQueue,
-        release: "Callable[[Instance, Request, float], None]",
+        release: "Callable[[Instance, Sequence[Request], float], None]",
         tight: "Callable[[Instance, float], None]",
         *,
         max_running: int,
@@ -91,6 +92,7 @@ class AdmissionQueue:
             # The GPU has nothing to do and the request has room: no policy could do but start it
             # (tests/bench/simulation/test_admission.py asks all of them).
             self._started(instance, request, now)
+            self._release(instance, (request,), now)
             return
         rid = request.rid
         model = instance.model
@@ -119,8 +121,9 @@ class AdmissionQueue:
             return
         self.decisions += 1
         entries = self.entries
-        capacities = {name: self._capacity(instance) for name, instance in self.instances.items()}
+        capacities = {name: self._capacity(instance, now) for name, instance in self.instances.items()}
         admission = self._policy.select(list(entries.values()), capacities, self._backlog.work(now), now)
+        together: dict[str, list[Request]] = {}
         for rid in admission.rids:
             del entries[rid]
             request, instance = self.waiting.pop(rid)
@@ -128,6 +131,9 @@ class AdmissionQueue:
             instance.queued_tokens -= request.reserved
             instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
+            together.setdefault(instance.model.name, []).append(request)
+        for name, requests in together.items():
+            self._release(self.instances[name], requests, now)
         if not entries:
             return
         for instance in self.instances.values():
@@ -138,7 +144,7 @@ class AdmissionQueue:
             self._again_at = max(again, now + SHORTEST_WAIT_S)
             self._events.at(self._again_at, self._again)
 
-    def _capacity(self, instance: "Instance") -> EngineCapacity:
+    def _capacity(self, instance: "Instance", now: float) -> EngineCapacity:
         engine = instance.engine
         assert engine is not None
         decoding, alone_s = len(engine.ends), engine.step_s
@@ -147,6 +153,7 @@ class AdmissionQueue:
         if decoding:
             gpus = engine.gpus
             step_s = alone_s * (gpus[0].turns if len(gpus) == 1 else max([gpu.turns for gpu in gpus]))
+        waiting = self._backlog.open_pass(instance.model.name, now)
         return EngineCapacity(
             instance.running,
             self._max_running,
@@ -158,6 +165,9 @@ class AdmissionQueue:
             step_s,
             instance.model.tpot_slo_s,
             alone_s,
+            engine.chunk_tokens,
+            waiting.tokens,
+            waiting.due_s,
         )
 
     def _again(self, now: float) -> None:
@@ -169,21 +179,28 @@ class AdmissionQueue:
     def _started(self, instance: "Instance", request: Request, now: float) -> None:
         engine = instance.engine
         assert engine is not None
-        # Prompts that wait for the same engine are prefilled together, at one fixed cost.
-        seconds = (0.0 if engine.waiting else engine.prefill_fixed_s) + (
-            request.prompt + request.got
-        ) * engine.prefill_token_s
+        slowdown = engine.slowdown
+        cost = PrefillCost(
+            engine.prefill_fixed_s * slowdown, engine.prefill_token_s * slowdown, engine.chunk_tokens
+        )
         slo = instance.model.ttft_slo_s
         overaged = now - request.arrival_s >= BOUNDS.patience * (
             slo if slo < inf else BOUNDS.unpromised_slo_s
         )
-        self._backlog.released(request.rid, seconds * engine.slowdown, now, overaged=overaged)
+        self._backlog.released(
+            request.rid,
+            instance.model.name,
+            request.prompt + request.got,
+            cost,
+            now,
+            due_s=(now if request.got else request.arrival_s) + slo,
+            overaged=overaged,
+        )
         self.prefills += 1
         instance.running += 1
         instance.reserved += request.reserved
         if instance.reserved > NEAR * instance.quota_tokens:
             self._tight(instance, now)
-        self._release(instance, request, now)
 
     def prefilled(self, requests: Sequence[Request], now: float) -> None:
         """The prefill of these is done, or will not be."""

@@ -6,6 +6,7 @@ decoding gives each sequence a token a step. Engines that compute on a GPU at on
 """
 
 from collections import deque
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from math import ceil, floor
 from typing import Any
@@ -139,16 +140,17 @@ class Engine:
             held = 0.0
         return self.decode_fixed_s + sequences * self.decode_sequence_s + held * self.decode_kv_s
 
-    def take(self, request: Request, now: float) -> None:
-        """Begin with `request` as soon as the step under way is over."""
-        self.waiting.append(request)
+    def take(self, requests: Sequence[Request], now: float) -> None:
+        """Begin with `requests`, together, as soon as the step under way is over."""
+        none_waited = not self.waiting
+        self.waiting.extend(requests)
         if self.mode == IDLE:
             self.at = now
             for gpu in self.gpus:
                 gpu.join(self, now)
             self._share()
             self._begin(now)
-        elif self.mode == DECODE and len(self.waiting) == 1:
+        elif self.mode == DECODE and none_waited:
             self.advance(now)
             self.schedule(now)
 

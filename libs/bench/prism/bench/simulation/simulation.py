@@ -186,9 +186,9 @@ class Simulation:
         assert instance.queue is not None
         instance.queue.arrive(instance, request, max(1, expected), now)
 
-    def _release(self, instance: Instance, request: Request, now: float) -> None:
+    def _release(self, instance: Instance, requests: Sequence[Request], now: float) -> None:
         assert instance.engine is not None
-        instance.engine.take(request, now)
+        instance.engine.take(requests, now)
 
     def _engine_ended(self, engine: Engine, now: float) -> None:
         prefilled = engine.batch if engine.mode == PREFILL else None

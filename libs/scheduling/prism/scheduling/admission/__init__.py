@@ -12,7 +12,8 @@ from prism.scheduling.admission.policy import (
     GpuWork,
     QueuedRequest,
 )
-from prism.scheduling.admission.prefill_backlog import PrefillBacklog
+from prism.scheduling.admission.prefill_backlog import OpenPass, PrefillBacklog
+from prism.scheduling.admission.prefill_cost import PrefillCost
 from prism.scheduling.admission.release import PrefillBudget
 
 policies: dict[str, type[AdmissionPolicy]] = {
@@ -39,8 +40,10 @@ __all__ = [
     "FirstComeAdmission",
     "GpuWork",
     "MooreHodgsonAdmission",
+    "OpenPass",
     "PrefillBacklog",
     "PrefillBudget",
+    "PrefillCost",
     "QueuedRequest",
     "make_policy",
     "policies",

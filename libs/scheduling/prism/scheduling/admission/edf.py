@@ -23,7 +23,7 @@ class EdfAdmission:
         now: float,
     ) -> Admission:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
-        if (nothing := self._budget.nothing_yet(queue, gpu, now)) is not None:
+        if (nothing := self._budget.nothing_yet(queue, engines, gpu, now)) is not None:
             return nothing
         release = Release(engines, gpu, now, self._budget)
         ordered = [

@@ -11,6 +11,10 @@ The order in which requests are released:
    largest there is.
 3. The late ones, higher priorities first, then the longest wait times weight (oldest first when equal).
 
+Prompts of one model that are prefilled together share the fixed part of a pass (see `prefill_cost`). Models
+are families with a setup for Moore-Hodgson, and whoever opens a pass is followed by those of its model that
+come later in the same class, as long as whoever they overtake can be on time still.
+
 Priorities and weights have no say in 1, so they move nobody beyond the bound. Requests of engines that can't
 take any now don't compete. See `release` for what bounds a release.
 
@@ -18,6 +22,7 @@ Source of the idea: Prism (arXiv 2505.04021), algorithm 2, which leaves open wha
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 from prism.scheduling.admission.candidates import (
     Bounds,
@@ -40,6 +45,8 @@ from prism.scheduling.admission.release import (
 
 VECTORISED_FROM = 64
 """From so many requests on, arrays are faster than loops."""
+FILL_FROM = 256
+"""So many of the next in order are looked at for a pass: more than fit in most, and a bound on the time."""
 
 
 class MooreHodgsonAdmission:
@@ -57,7 +64,7 @@ class MooreHodgsonAdmission:
         now: float,
     ) -> Admission:
         """See AdmissionPolicy. Requests whose deadline has passed are never started."""
-        if (nothing := self._budget.nothing_yet(queue, gpu, now)) is not None:
+        if (nothing := self._budget.nothing_yet(queue, engines, gpu, now)) is not None:
             return nothing
         room = DecodeRoom(engines, gpu)
         release = Release(engines, gpu, now, self._budget, room)
@@ -67,26 +74,25 @@ class MooreHodgsonAdmission:
             model for model, engine in engines.items() if not engine.running and not room.has_room(engine)
         ]
         gather = few_candidates if len(queue) < VECTORISED_FROM else many_candidates
-        candidates = gather(queue, engines, now, self._bounds, shut)
+        candidates = gather(queue, engines, release.until_s, now, self._bounds, self._budget, shut)
         self._release_all(candidates, release, gpu, now)
         return release.admission()
 
     def _release_all(self, candidates: Candidates, release: Release, gpu: GpuWork, now: float) -> None:
-        overaged = candidates.overaged
+        overaged, full = candidates.overaged, False
         if overaged:
             release.engines_kept_free = 1
-            if not self._release_overaged(overaged, release, gpu, now):
+            full = not self._release_overaged(overaged, release, gpu, now)
+            if full and not release.open_models:
                 return
         kept, late = candidates.split(release.until_s)
-        if not self._release_on_time(candidates, kept, release, now):
+        if not self._release_on_time(candidates, kept, release, now, full=full):
             return
         for request in overaged:
             if release.offer(request) in STOPPED:
                 return
         if late:
-            for request in candidates.by_wait(late, now):
-                if release.offer(request) in STOPPED:
-                    return
+            self._release_late(candidates.by_wait(late, now), release)
 
     def _release_overaged(
         self, overaged: list[QueuedRequest], release: Release, gpu: GpuWork, now: float
@@ -110,15 +116,24 @@ class MooreHodgsonAdmission:
         return True
 
     def _release_on_time(
-        self, candidates: Candidates, kept: Sequence[int], release: Release, now: float
+        self, candidates: Candidates, kept: Sequence[int], release: Release, now: float, *, full: bool
     ) -> bool:
-        """Offer those that can be on time. False when nothing more can start."""
+        """Offer those that can be on time; when it is `full` already, only to passes that are open. False
+        when nothing more can start."""
+        started: set[int] = set()
+        for model in release.open_models:
+            self._fill(model, candidates, kept, 0, started, release)
+        if full:
+            return False
         urgent = False
-        for offered, position in enumerate(kept):
+        for place, position in enumerate(kept):
+            if position in started:
+                continue
             request = candidates.request(position)
             outcome = release.offer(request, urgent=urgent)
             if outcome is HELD:
-                slack_s = candidates.slack(kept[offered:], release.until_s) - self._budget.lookahead_s
+                rest = [each for each in kept[place:] if each not in started]
+                slack_s = candidates.slack(rest, release.until_s) - self._budget.lookahead_s
                 if slack_s > 0:
                     release.look_again(now + slack_s)
                     return False
@@ -126,4 +141,55 @@ class MooreHodgsonAdmission:
                 outcome = release.offer(request, urgent=True)
             if outcome is FULL:
                 return False
+            if outcome is STARTED:
+                self._fill(request.model, candidates, kept, place + 1, started, release)
         return True
+
+    def _fill(
+        self,
+        model: str,
+        candidates: Candidates,
+        kept: Sequence[int],
+        first: int,
+        started: set[int],
+        release: Release,
+    ) -> None:
+        """Have those of `model` that come later join its open pass, as long as all whom they overtake can be
+        on time still."""
+        at, room_s = release.until_s, inf
+        setups = list(candidates.setups)
+        for position in kept[first : first + FILL_FROM]:
+            if position in started:
+                continue
+            request = candidates.request(position)
+            seconds = release.joining_s(request)
+            if request.model != model or seconds > room_s:
+                family = candidates.families[position]
+                at += setups[family] + candidates.seconds[position]
+                setups[family] = 0.0
+                room_s = min(room_s, candidates.dues[position] - at)
+                if room_s <= 0:
+                    return
+                continue
+            if not release.joins(request) or release.offer(request) is not STARTED:
+                return
+            started.add(position)
+            at += seconds
+            room_s -= seconds
+
+    def _release_late(self, late: Sequence[QueuedRequest], release: Release) -> None:
+        """Nobody keeps a promise by going first here, so each pass that is opened is filled."""
+        started: set[str] = set()
+        for place, request in enumerate(late):
+            if request.rid in started:
+                continue
+            outcome = release.offer(request)
+            if outcome in STOPPED:
+                return
+            if outcome is STARTED:
+                for other in late[place + 1 : place + 1 + FILL_FROM]:
+                    if other.model != request.model or other.rid in started:
+                        continue
+                    if not release.joins(other) or release.offer(other) is not STARTED:
+                        break
+                    started.add(other.rid)

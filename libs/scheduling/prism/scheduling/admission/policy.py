@@ -6,6 +6,8 @@ from typing import Protocol
 
 import msgspec
 
+from prism.scheduling.admission.prefill_cost import UNBOUNDED_PASS, PrefillCost
+
 PREFILL_WINDOW_S = 1.0
 """Over how long the shares of prefill and decode in a GPU's time are looked at, in seconds."""
 
@@ -48,11 +50,14 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     """What one model's engine can take now, and how fast it is. `kv_free_tokens` is its quota less all that
     the requests it runs may still come to take; cached prefixes that can be evicted count as free.
 
-    Prefill of n tokens takes `prefill_fixed_s` + n / `prefill_tokens_per_s` seconds while nobody else uses
-    the GPU; an engine that has not been measured has an infinite rate. `decoding` requests of it are past
-    their prefill; one decode step of them takes `decode_step_s`, and `tpot_slo_s` is what each token is
-    promised in (infinite: no promise). `decode_alone_s` is what a step takes, or took lately, while no other
-    engine computes; 0 when that is not known.
+    A pass of prefill over n tokens, `pass_tokens` at most, takes `prefill_fixed_s` + n /
+    `prefill_tokens_per_s` seconds while nobody else uses the GPU; an engine that has not been measured has an
+    infinite rate. It was given `open_tokens` of prompts that it has not begun with: a prompt that is released
+    now joins their pass. The first of them that can be on time is due at `open_due_s`.
+
+    `decoding` requests of it are past their prefill; one decode step of them takes `decode_step_s`, and
+    `tpot_slo_s` is what each token is promised in (infinite: no promise). `decode_alone_s` is what a step
+    takes, or took lately, while no other engine computes; 0 when that is not known.
     """
 
     running: int
@@ -65,10 +70,14 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     decode_step_s: float = 0.0
     tpot_slo_s: float = inf
     decode_alone_s: float = 0.0
+    pass_tokens: int = UNBOUNDED_PASS
+    open_tokens: int = 0
+    open_due_s: float = inf
 
-    def prefill_s(self, tokens: int) -> float:
-        """Seconds that the prefill of so many prompt tokens takes on a GPU that does nothing else."""
-        return self.prefill_fixed_s + tokens / self.prefill_tokens_per_s
+    @property
+    def prefill_cost(self) -> PrefillCost:
+        """What its prompts cost."""
+        return PrefillCost(self.prefill_fixed_s, 1.0 / self.prefill_tokens_per_s, self.pass_tokens)
 
 
 class GpuWork(msgspec.Struct, frozen=True):

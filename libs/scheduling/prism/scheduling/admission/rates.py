@@ -8,68 +8,91 @@ from collections import deque
 from math import inf, isfinite
 from statistics import median
 
+import numpy as np
+
 REMEMBERED = 31
 ENOUGH = 3
+REMEMBERED_OF_A_SIZE = 9
 FIT_SPREAD = 4.0
-"""A line is fitted only through prompts of which some are so many times longer than others."""
+"""A line is fitted only through passes of which some are so many times larger than others."""
+LEAST_TOKEN_SHARE = 0.25
+"""Of the time of the passes with the least time a token, what the tokens take at least. The rest is taken to
+be fixed until larger passes tell: a pass that is bound by launching kernels takes the same for 100 tokens as
+for 500, and only whoever lets more prompts go together finds out."""
 
 
 class PrefillRate:
-    """Seconds of a prefill = fixed + tokens / rate, by Theil and Sen: the median of the slopes between pairs
-    of observations, and the median of what that leaves.
+    """Seconds of a pass of prefill = fixed + tokens / rate.
 
-    One observation is one prompt, in however many chunks it went: all of its tokens, less those that were
-    cached, and the time from its turn to its first token.
+    One observation is one pass: the tokens, less those that were cached, of all prompts whose first tokens
+    came in the same step, and the time from their turn to that step. So bursts teach what a token costs, and
+    single prompts what a pass costs. Passes of each size (powers of two) are remembered apart, or hundreds of
+    single prompts would push out the one burst that tells them apart.
+
+    The slope is Theil and Sen's, the median of the slopes between passes of different sizes; the fixed part
+    is the median of what that leaves of the last passes. Until sizes differ enough nobody knows the slope,
+    and LEAST_TOKEN_SHARE is assumed: that errs towards letting too many prompts go at once, by a factor of
+    1 / LEAST_TOKEN_SHARE at most, and that very pass corrects it. An error the other way would last: prompts
+    that are never let go together never show that they could be.
     """
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[int, float]] = deque(maxlen=REMEMBERED)
-        self._tokens_per_s = inf
+        self._recent: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        self._by_size: dict[int, deque[tuple[float, float]]] = {}
+        self._token_s = 0.0
         self._fixed_s = 0.0
         self._stale = False
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A prompt of so many tokens took so long. Impossible observations are left out."""
-        if tokens > 0 and 0 < seconds < inf and isfinite(seconds):
-            self._seen.append((tokens, seconds))
+    def observe(self, tokens: int, seconds: float, passes: int = 1) -> None:
+        """So many tokens took so long, in so many passes. Impossible observations are left out."""
+        if tokens > 0 and passes > 0 and 0 < seconds < inf and isfinite(seconds):
+            seen = (tokens / passes, seconds / passes)
+            self._recent.append(seen)
+            of_size = self._by_size.setdefault(int(seen[0]).bit_length(), deque(maxlen=REMEMBERED_OF_A_SIZE))
+            of_size.append(seen)
             self._stale = True
 
     @property
     def known(self) -> bool:
-        """Whether enough prompts were seen."""
-        return len(self._seen) >= ENOUGH
+        """Whether enough passes were seen."""
+        return len(self._recent) >= ENOUGH
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second, infinite before enough prompts were seen."""
+        """Tokens a second beyond the fixed part, infinite before enough passes were seen."""
         self._fit()
-        return self._tokens_per_s
+        return 1.0 / self._token_s if self._token_s else inf
 
     @property
     def fixed_s(self) -> float:
-        """Seconds that any prefill takes, however short."""
+        """Seconds that any pass takes, however short."""
         self._fit()
         return self._fixed_s
+
+    @property
+    def reached_tokens_per_s(self) -> float:
+        """Tokens a second that the last passes reached, the fixed part included; infinite before enough."""
+        if not self.known:
+            return inf
+        return 1.0 / median(seconds / tokens for tokens, seconds in self._recent)
 
     def _fit(self) -> None:
         if not self._stale or not self.known:
             return
         self._stale = False
-        seen = sorted(self._seen)
-        overall = median(seconds / tokens for tokens, seconds in seen)
-        self._fixed_s, per_token = 0.0, overall
-        if seen[-1][0] >= FIT_SPREAD * seen[0][0]:
-            slopes = [
-                (later_s - earlier_s) / (more - fewer)
-                for index, (fewer, earlier_s) in enumerate(seen)
-                for more, later_s in seen[index + 1 :]
-                if more > fewer
-            ]
-            slope = median(slopes)
-            fixed = median(seconds - slope * tokens for tokens, seconds in seen)
-            if slope > 0 and fixed >= 0:
-                self._fixed_s, per_token = fixed, slope
-        self._tokens_per_s = 1 / per_token
+        seen = np.array([each for of_size in self._by_size.values() for each in of_size])
+        tokens, seconds = seen[:, 0], seen[:, 1]
+        cheapest_s = min(median(took / size for size, took in each) for each in self._by_size.values())
+        token_s = LEAST_TOKEN_SHARE * cheapest_s
+        if tokens.max() >= FIT_SPREAD * tokens.min():
+            first, second = np.triu_indices(len(seen), 1)
+            apart = tokens[second] - tokens[first]
+            first, second, apart = first[apart != 0], second[apart != 0], apart[apart != 0]
+            token_s = max(token_s, float(np.median((seconds[second] - seconds[first]) / apart)))
+        fixed_s = median(took - token_s * size for size, took in self._recent)
+        if fixed_s < 0:
+            fixed_s, token_s = 0.0, 1.0 / self.reached_tokens_per_s
+        self._fixed_s, self._token_s = fixed_s, token_s
 
 
 class StepTime:

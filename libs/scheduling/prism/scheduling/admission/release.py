@@ -2,8 +2,14 @@
 
 **One prefill budget.** Engines are processes of their own and would all prefill at once. Requests are
 released only while less than `lookahead_s` of prefill lies ahead of the GPU, so that the order in which they
-are released is the order in which they are prefilled. Prompts of one model that are released together are
-prefilled together: only the first of them is charged the fixed cost.
+are released is the order in which they are prefilled.
+
+**Passes.** Prompts that an engine has been given and has not begun with are prefilled in one pass (see
+`prefill_cost`). One that joins them costs its tokens alone, so it may go beyond the lookahead: while what
+lies ahead takes no longer than `fixed_parts` times the fixed part of the pass. So where prompts are short at
+most one in `fixed_parts` seconds of prefill is not spent on tokens, and whoever comes next waits for that
+long at worst. The first tokens of a pass come together, at its end: a prompt that would make one late that
+can be on time waits for the next pass.
 
 **Memory.** A request starts when its engine's free KV tokens hold its prompt and its expected output. One
 that does not fit yet holds up those of its model that come after it, so that a large one is not overtaken
@@ -34,22 +40,41 @@ from prism.scheduling.admission.policy import (
     GpuWork,
     QueuedRequest,
 )
+from prism.scheduling.admission.prefill_cost import passes
 
 SHORTEST_WAIT_S = 0.001
 
 
 class PrefillBudget(msgspec.Struct, frozen=True):
-    """How prefill is bounded on one GPU: seconds of it that may lie ahead, and the share of the GPU's time
-    that it may always have, whatever decoding engines were promised."""
+    """How prefill is bounded on one GPU: seconds of it that may lie ahead, for passes that are still open as
+    many times their fixed part, and the share of the GPU's time that it may always have, whatever decoding
+    engines were promised."""
 
     lookahead_s: float = 0.05
     least_share: float = 0.1
+    fixed_parts: float = 12.0
 
-    def nothing_yet(self, queue: Sequence[QueuedRequest], gpu: GpuWork, now: float) -> Admission | None:
-        """The decision where nobody waits, or as much prefill lies ahead as may; else None."""
+    def filled_s(self, fixed_s: float) -> float:
+        """Seconds of prefill that may lie ahead when a prompt joins a pass with this fixed part."""
+        return max(self.lookahead_s, self.fixed_parts * fixed_s)
+
+    def nothing_yet(
+        self, queue: Sequence[QueuedRequest], engines: Mapping[str, EngineCapacity], gpu: GpuWork, now: float
+    ) -> Admission | None:
+        """The decision where nobody waits, or as much prefill lies ahead as may; else None.
+
+        An open pass is looked at when half of what it may have lies ahead: prompts then join it together, not
+        one by one as time passes.
+        """
         if not queue:
             return Admission([])
-        full_until_s = gpu.prefill_until_s - self.lookahead_s
+        ahead_s = self.lookahead_s
+        if gpu.prefill_until_s - ahead_s < now:
+            return None
+        for engine in engines.values():
+            if engine.open_tokens:
+                ahead_s = max(ahead_s, self.filled_s(engine.prefill_fixed_s) / 2)
+        full_until_s = gpu.prefill_until_s - ahead_s
         return Admission([], full_until_s) if full_until_s >= now else None
 
 
@@ -80,15 +105,20 @@ NOT_OVERAGED, ONCE_OVERAGED, TWICE_OVERAGED = Overage.NONE, Overage.ONCE, Overag
 
 
 class _Left:
-    """What is left of one engine. `fixed_s` is what its next prefill costs beside its tokens."""
+    """What is left of one engine, and its open pass: how many tokens it has, when the first of those that can
+    be on time is due, and up to how much prefill ahead prompts may join it."""
 
-    __slots__ = ("fixed_s", "idle", "kv_tokens", "slots")
+    __slots__ = ("engine", "filled_s", "fixed_s", "idle", "kv_tokens", "open_due_s", "open_tokens", "slots")
 
-    def __init__(self, engine: EngineCapacity) -> None:
+    def __init__(self, engine: EngineCapacity, filled_s: float) -> None:
+        self.engine = engine
         self.slots = engine.max_running - engine.running if engine.accepting else 0
         self.kv_tokens = engine.kv_free_tokens
         self.idle = engine.running == 0
         self.fixed_s = engine.prefill_fixed_s
+        self.open_tokens = engine.open_tokens
+        self.open_due_s = engine.open_due_s
+        self.filled_s = filled_s
 
 
 class Release:
@@ -133,27 +163,30 @@ class Release:
         self, request: QueuedRequest, *, urgent: bool = False, overaged: Overage = NOT_OVERAGED
     ) -> Offer:
         """Start `request` if it can be. After HELD, offer it again as urgent or let it wait; after FULL
-        nothing else is worth offering. `again_at_s` says then when it is worth looking again."""
+        only what `joins` an open pass is worth offering. `again_at_s` says then when to look again."""
+        left = self._of(request.model)
         ahead = self.until_s - self._now
-        if ahead >= self._budget.lookahead_s:
-            self.again_at_s = self.until_s - self._budget.lookahead_s
-            return FULL
-        model = request.model
-        engine = self._engines.get(model)
-        if engine is None:
-            return BLOCKED
-        left = self._left.get(model)
-        if left is None:
-            left = self._left[model] = _Left(engine)
-        if left.slots <= 0:
-            return BLOCKED
-        tokens = request.tokens
-        if tokens > left.kv_tokens and not left.idle:
+        full = ahead >= self._budget.lookahead_s
+        if left is None or left.slots <= 0:
+            return self._full() if full else BLOCKED
+        engine = left.engine
+        held, tokens = left.open_tokens, request.prompt_tokens
+        opened = passes(held + tokens, engine.pass_tokens) - passes(held, engine.pass_tokens)
+        seconds = opened * left.fixed_s + tokens / engine.prefill_tokens_per_s
+        if full and (opened or ahead + seconds > left.filled_s):
+            return self._full()
+        until_s = self.until_s + seconds
+        makes_late = left.fixed_s > 0 and not opened and self.until_s <= left.open_due_s < until_s
+        if makes_late and overaged is NOT_OVERAGED:
+            # The pass begins at once, or with the first tokens that the engine brings next.
+            self.look_again(self._now + SHORTEST_WAIT_S if not engine.open_tokens else self.until_s)
+            return self._full() if full else BLOCKED
+        kv_tokens = request.tokens
+        if kv_tokens > left.kv_tokens and not left.idle:
             left.slots = 0
             return BLOCKED
         if left.idle and self._decode_room is not None and not self._may_begin(engine, overaged):
             return BLOCKED
-        seconds = left.fixed_s + request.prompt_tokens / engine.prefill_tokens_per_s
         if self._spent_s > 0 and not urgent:
             beyond = self._spent_s + seconds - self._allowed()
             if beyond > 0:
@@ -161,16 +194,60 @@ class Release:
                 self.again_at_s = self._now + max(SHORTEST_WAIT_S, min(beyond, self._spent_s))
                 return HELD
         left.slots -= 1
-        left.kv_tokens -= tokens
+        left.kv_tokens -= kv_tokens
         if left.idle:
             left.idle = False
             if self._decode_room is not None:
                 self._decode_room.begins(engine)
-        left.fixed_s = 0.0
-        self.until_s += seconds
+        if opened:
+            left.open_due_s = inf
+        if until_s <= request.first_token_due_s < left.open_due_s:
+            left.open_due_s = request.first_token_due_s
+        left.open_tokens = held + tokens
+        self.until_s = until_s
         self._spent_s += seconds
         self.rids.append(request.rid)
         return STARTED
+
+    def joins(self, request: QueuedRequest) -> bool:
+        """Whether `request` could go in a pass that is open, and so save a fixed part."""
+        left = self._of(request.model)
+        if left is None or left.slots <= 0 or not left.open_tokens or not left.fixed_s:
+            return False
+        held, most = left.open_tokens, left.engine.pass_tokens
+        return passes(held + request.prompt_tokens, most) == passes(held, most)
+
+    @property
+    def open_models(self) -> list[str]:
+        """Models that have a pass open."""
+        return [
+            model
+            for model, engine in self._engines.items()
+            if engine.prefill_fixed_s
+            and (self._left[model].open_tokens if model in self._left else engine.open_tokens)
+        ]
+
+    def joining_s(self, request: QueuedRequest) -> float:
+        """What `request` adds to an open pass, in seconds."""
+        return request.prompt_tokens / self._engines[request.model].prefill_tokens_per_s
+
+    def _of(self, model: str) -> _Left | None:
+        left = self._left.get(model)
+        if left is None:
+            engine = self._engines.get(model)
+            if engine is None:
+                return None
+            filled_s = self._budget.filled_s(engine.prefill_fixed_s)
+            left = self._left[model] = _Left(engine, filled_s)
+        return left
+
+    def _full(self) -> Offer:
+        half_s = max((left.filled_s / 2 for left in self._left.values() if left.open_tokens), default=0.0)
+        # Half of a pass ahead is time enough for others to join it, all at once.
+        self.again_at_s = self.until_s - max(self._budget.lookahead_s, half_s)
+        if self.again_at_s <= self._now:
+            self.again_at_s = self.until_s - self._budget.lookahead_s
+        return FULL
 
     def _may_begin(self, engine: EngineCapacity, overaged: Overage) -> bool:
         room = self._decode_room

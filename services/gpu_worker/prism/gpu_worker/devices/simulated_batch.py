@@ -70,13 +70,23 @@ class SimulatedBatch:
     @property
     def prefill_tokens(self) -> int:
         """Prompt tokens of the next step; 0 when it decodes."""
-        if not self._waiting or len(self._running) >= self._max_running:
-            return 0
-        first = self._waiting[0]
-        left = first.to_prefill - first.prefilled
-        if self._running and self.limit_tokens is not None and self.kv_tokens + left >= self.limit_tokens:
-            return 0
-        return min(self._chunk_tokens, left)
+        return sum(tokens for _, tokens in self._next_pass())
+
+    def _next_pass(self) -> list[tuple[_Running, int]]:
+        """Whose prompts the next step prefills, and how many tokens of each: the oldest first, up to a chunk
+        in all, as long as there is room."""
+        taken: list[tuple[_Running, int]] = []
+        tokens, held = 0, self.kv_tokens
+        for each in self._waiting:
+            running = len(self._running) + len(taken)
+            left = each.to_prefill - each.prefilled
+            full = self.limit_tokens is not None and held + tokens + left >= self.limit_tokens
+            if tokens >= self._chunk_tokens or running >= self._max_running or (running and full):
+                break
+            part = min(self._chunk_tokens - tokens, left)
+            taken.append((each, part))
+            tokens += part
+        return taken
 
     def make_room(self, tokens: int = 0) -> int:
         """Have room for `tokens` more within the limit: the requests of lowest priority, the youngest first,
@@ -101,17 +111,19 @@ class SimulatedBatch:
     def step(self, now_us: int) -> list[TokenOutput]:
         """Do the next step, at `now_us` microseconds; what it brought."""
         self.steps += 1
-        tokens = self.prefill_tokens
-        if not tokens:
+        prefilled = self._next_pass()
+        if not prefilled:
             self.make_room(len(self._running))
             return [self._next(each, now_us) for each in list(self._running.values())]
-        first = self._waiting[0]
-        first.prefilled += tokens
-        if first.prefilled < first.to_prefill:
-            return []
-        self._waiting.popleft()
-        self._running[first.request.rid] = first
-        return [self._next(first, now_us)]
+        brought = []
+        for each, tokens in prefilled:
+            each.prefilled += tokens
+            if each.prefilled < each.to_prefill:
+                break
+            self._waiting.popleft()
+            self._running[each.request.rid] = each
+            brought.append(self._next(each, now_us))
+        return brought
 
     def _next(self, each: _Running, now_us: int) -> TokenOutput:
         request, sampling = each.request, each.request.sampling

@@ -22,14 +22,15 @@ class Script(enum.StrEnum):
 class SimulatedCosts:
     """One engine's cost model. Each field is read from PRISM_SIMULATED_<FIELD>.
 
-    A step either prefills up to the chunk size of prompt tokens or decodes one token of each running request;
-    a rate of 0 tokens/s, and a time of 0, cost nothing. `context_bytes` are counted for an engine until it is
-    frozen, as a CUDA context's would be. `printable_id` is the id of the token "!" in the
-    model's tokenizer, from which on the printable ASCII characters follow in order, as they do in byte-level
-    BPE (6 in the tiny models, 0 in most others).
+    A step either prefills up to the chunk size of prompt tokens, which takes `prefill_fixed_ms` beside what
+    the tokens take, or decodes one token of each running request; a rate of 0 tokens/s, and a time of 0, cost
+    nothing. `context_bytes` are counted for an engine until it is frozen, as a CUDA context's would be.
+    `printable_id` is the id of the token "!" in the model's tokenizer, from which on the printable ASCII
+    characters follow in order, as they do in byte-level BPE (6 in the tiny models, 0 in most others).
     """
 
     prefill_tokens_per_s: float = 10_000.0
+    prefill_fixed_ms: float = 0.0
     decode_step_ms: float = 20.0
     start_ms: float = 50.0
     doze_ms: float = 10.0
@@ -43,7 +44,8 @@ class SimulatedCosts:
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds that a step with so many prompt tokens takes."""
-        return tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
+        per_token_s = 1.0 / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
+        return self.prefill_fixed_ms / 1000 + tokens * per_token_s
 
     @property
     def decode_s(self) -> float:

@@ -155,7 +155,8 @@ class SimulatedEngine:
         ends_at = time.monotonic()
         while True:
             busy = self._batch.running or self._batch.waiting
-            for message in self._link.receive_waiting() if busy else [self._link.receive()]:
+            first = [] if busy else [self._link.receive()]
+            for message in [*first, *self._link.receive_waiting()]:
                 self._take(message)
             if not (self._batch.running or self._batch.waiting):
                 continue
