@@ -11,12 +11,15 @@ from tests.scheduling.placement.test_balanced import active, cluster, told
 from tests.scheduling.placement.test_promises import view
 
 from prism.common.messages.models import ModelState
-from prism.scheduling.placement.attainment import gain_of, gain_without, kept_per_s, kept_share
+from prism.scheduling.placement.attainment import gain_of, kept_per_s, kept_share
 from prism.scheduling.placement.balanced import BalancedPlacement
 from prism.scheduling.placement.board import Board
 from prism.scheduling.placement.gpus import Gpu, Place
 from prism.scheduling.placement.pressure import Work
+from prism.scheduling.placement.prospects import Manners
+from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ModelView, WorkerView
+from prism.scheduling.placement.wants import wanted_models
 
 pytestmark = pytest.mark.core
 
@@ -61,6 +64,18 @@ def test_on_a_full_one_only_who_brings_more_than_the_others_lose() -> None:
     assert gain_of(place, always(0.1), 0) < 0 < gain_of(place, always(3.0), 0)
 
 
+def test_those_with_whom_it_takes_turns_are_served_as_before() -> None:
+    it = cluster([view("asleep", 14, 1.0), view("here", 14, 1.0)], gpus=1)
+    active(it, "here", "w0")
+    board = Board(it.snapshot(), it.now)
+    board.measure()
+    place, (instance,) = board.places["w0"], board.serving["here"]
+    brings = always(1.0)
+    lost, kept = gain_of(place, brings, GB, [instance]), gain_of(place, brings, GB, (), [instance])
+    assert kept == pytest.approx(1.0, abs=0.05)
+    assert lost == pytest.approx(0.0, abs=0.05)
+
+
 @given(st.lists(works, max_size=6), works)
 def test_looking_leaves_everything_as_it_was(members: list[Work], one: Work) -> None:
     found = gpu(*members)
@@ -96,6 +111,67 @@ def crowded(rates: dict[str, float], **policy: float) -> Cluster:
     return it
 
 
+def patience_s(billions: float, rate: float) -> float:
+    """How long a sleeping model of that size waits on a GPU that a busy one of 30 billion parameters fills,
+    which gets one request a second."""
+    it = cluster([hot("busy", 1.0)], gpus=1)
+    active(it, "busy", "w0", idle_s=0.0)
+    it.running = {"busy"}
+    asked = view("asked", billions, tpot_slo_ms=40.0, ttft_slo_ms=2000.0)
+    it.views["asked"] = msgspec.structs.replace(asked, traffic=traffic(rate, 100.0, 100.0, 0.1))
+    it.ask(["asked"])
+    snapshot = it.snapshot()
+    board = Board(snapshot, it.now)
+    board.measure()
+    policy = BalancedPlacement()
+    manners = Manners(
+        policy.patience_s, 5.0, 60.0, 0.5, policy.promised_patience_s, policy.longest_patience_s
+    )
+    reconciler = Reconciler(snapshot, board, manners)
+    (wanted,) = wanted_models(snapshot)[0]
+    place = board.places["w0"]
+    return reconciler.patience_s(wanted, place, board.need_at(wanted.view, place))
+
+
+class TestPatience:
+    def test_the_more_requests_the_memory_serves_for_each_that_it_brings_the_longer(self) -> None:
+        assert patience_s(3, 1.0) < patience_s(14, 1.0) < patience_s(14, 0.5)
+
+    def test_within_its_bounds(self) -> None:
+        policy = BalancedPlacement()
+        assert patience_s(1, 50.0) == policy.patience_s
+        assert patience_s(30, 0.001) == policy.longest_patience_s
+
+
+class TestTurns:
+    """Models that don't fit into a GPU's memory together."""
+
+    def pair(self, ttft_slo_ms: float | None, busy_rate: float = 0.1) -> Cluster:
+        def of(name: str, billions: float, rate: float) -> ModelView:
+            found = view(name, billions, ttft_slo_ms=ttft_slo_ms, tpot_slo_ms=100.0)
+            return msgspec.structs.replace(found, traffic=traffic(rate, 100.0, 100.0, 1.0))
+
+        it = cluster([of("here", 14, 1.0), of("asked", 14, 1.0), of("busy", 14, busy_rate)], gpus=1)
+        active(it, "here", "w0", idle_s=1.0)
+        active(it, "busy", "w0", idle_s=0.0)
+        it.running = {"busy"}
+        it.held["w0", "asked"] = Held(ModelState.DOZING, (0,))
+        it.ask(["asked"])
+        return it
+
+    def test_one_that_can_be_back_in_time_makes_room_at_once(self) -> None:
+        assert told(self.pair(ttft_slo_ms=2000.0)) == [("Doze", "here", "w0")]
+
+    def test_one_that_can_not_is_spared_while_it_only_pauses(self) -> None:
+        assert told(self.pair(ttft_slo_ms=200.0)) == []
+
+    def test_nobody_takes_turns_where_there_is_more_work_than_time(self) -> None:
+        it = self.pair(ttft_slo_ms=2000.0, busy_rate=40.0)
+        assert told(it) == []
+        (note,) = [note for note in it.policy.plan(it.snapshot(), it.now).notes if note.model == "asked"]
+        assert "waits" in note.text
+
+
 class TestWithholding:
     def seven(self) -> Cluster:
         it = crowded({f"m{place}": 0.5 for place in range(7)})
@@ -116,7 +192,7 @@ class TestWithholding:
     def test_but_not_for_longer_than_patience(self) -> None:
         it = self.seven()
         it.ask(["tail"])
-        it.now += BalancedPlacement().promised_patience_s + 0.5
+        it.now += BalancedPlacement().longest_patience_s + 0.5
         assert ("Activate", "tail", "w0") in told(it)
 
     @pytest.mark.parametrize("unpromised", ["tail", "m3"])
@@ -140,29 +216,3 @@ class TestWithholding:
         it.views["tail"] = hot("tail", 3.0)
         it.ask(["tail"])
         assert told(it) == [("Activate", "tail", "w0")]
-
-
-class TestShedding:
-    def test_where_requests_wait_the_model_sleeps_that_fewest_ask_for(self) -> None:
-        rates = {f"m{place}": 2.0 for place in range(7)} | {"tail": 0.05}
-        it = crowded(rates, shed_queued=0)
-        assert ("Doze", "tail", "w0") in told(it)
-
-    def test_not_where_one_of_them_is_promised_nothing(self) -> None:
-        it = crowded({f"m{place}": 2.0 for place in range(7)} | {"tail": 0.05}, shed_queued=0)
-        view = it.views["m3"]
-        spec = msgspec.structs.replace(view.spec, ttft_slo_ms=None)
-        it.views["m3"] = msgspec.structs.replace(view, spec=spec)
-        assert told(it) == []
-
-    def test_not_while_nothing_waits(self) -> None:
-        it = crowded({f"m{place}": 2.0 for place in range(7)} | {"tail": 0.05})
-        assert told(it) == []
-
-    def test_without_it_the_others_keep_more_promises(self) -> None:
-        it = crowded({f"m{place}": 2.0 for place in range(7)} | {"tail": 0.05})
-        board = Board(it.snapshot(), it.now)
-        board.measure()
-        gains = {one.model: gain_without(one) for one in board.gpus[0].instances}
-        assert max(gains, key=lambda name: gains[name]) == "tail"
-        assert gains["tail"] > 0

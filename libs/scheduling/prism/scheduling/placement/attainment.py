@@ -43,30 +43,28 @@ def kept_per_s(gpu: Gpu) -> float:
     return gpu.requests_per_s * kept_share(gpu.pressure, gpu.queued)
 
 
-def gain_of(place: Place, work: Work, nbytes: int, victims: Iterable[Instance] = ()) -> float:
+def gain_of(
+    place: Place,
+    work: Work,
+    nbytes: int,
+    victims: Iterable[Instance] = (),
+    in_turns: Iterable[Instance] = (),
+) -> float:
     """How many more requests a second keep their objectives on the GPUs of `place` with one more instance,
-    whose weights and context take `nbytes`, and without the `victims`. Negative: fewer."""
-    victims = tuple(victims)
+    whose weights and context take `nbytes`, and without the `victims`. Those with whom it is there
+    `in_turns` give it their memory, and their requests are served all the same. Negative: fewer."""
+    victims, in_turns = tuple(victims), tuple(in_turns)
     gain = 0.0
     for gpu in place.gpus:
         before = kept_per_s(gpu)
         gone = [victim for victim in victims if gpu in victim.place.gpus]
         for victim in gone:
             gpu.lose(victim.work, victim.resident.weights_bytes)
+        lent = sum(one.resident.weights_bytes for one in in_turns if gpu in one.place.gpus)
         after = (gpu.requests_per_s + work.requests_per_s) * kept_share(
-            gpu.with_work(work, nbytes), gpu.queued
+            gpu.with_work(work, nbytes - lent), gpu.queued
         )
         gain += after - before
         for victim in gone:
             gpu.take(victim.work, victim.resident.weights_bytes)
-    return gain
-
-
-def gain_without(instance: Instance) -> float:
-    """The same of putting `instance` to sleep."""
-    gain = 0.0
-    for gpu in instance.place.gpus:
-        rest = gpu.requests_per_s - instance.work.requests_per_s
-        share = kept_share(gpu.without_work(instance.work, instance.resident.weights_bytes), gpu.queued)
-        gain += rest * share - kept_per_s(gpu)
     return gain

@@ -11,8 +11,10 @@ Everything is weighed in seconds that requests probably wait:
   those go first that lose least per byte (as in GreedyDual-Size caching; Cao and Irani, USITS 1997);
 - a move: the pressure that it takes off the fuller of the two GPUs.
 
-Where there is not enough for all, it goes by the requests that keep their objectives instead (`attainment`):
-a model that takes more of those from others than it brings waits, or sleeps, for `patience_s` at most.
+Where there is not enough for all, it goes by the requests that keep their objectives instead (`attainment`).
+While GPUs have time, models take turns in their memory, as long as each can be back within its objective for
+the first token. Where they have none, a model that takes more from others than it brings waits, the longer
+the more of them its memory serves.
 
 Placing is greedy, most pressing first; balancing is a local search over single moves, each of which lowers
 the higher of two pressures by a margin, so that the search ends and nothing flaps.
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Plan
-from prism.scheduling.placement.attainment import gain_of
+from prism.scheduling.placement.attainment import felt, gain_of
 from prism.scheduling.placement.balancing import Balancing
 from prism.scheduling.placement.board import Board
 from prism.scheduling.placement.expected_load import with_expected_load
@@ -45,33 +47,37 @@ class BalancedPlacement:
     replicates hot ones. Seconds, and shares of a GPU.
 
     Busy models make room only when a request has waited for `patience_s`, and after `min_active_s` of being
-    active; requests in flight finish within `drain_s`. Where all concerned are promised a first token in
-    time, it is `promised_patience_s`; until then such a model also waits where, of the requests that it
-    brings, less than the share `least_gain` would be on time beyond those that others lose by it; and one
-    goes from a GPU where `shed_queued` requests wait when without it `shed_gain` more would be on time. A
-    model that came up less than `settle_s` ago counts as busy. `horizon_s` is how far ahead it looks: for a
-    sleeping model's return, and for a move to pay.
+    active; requests in flight finish within `drain_s`. A model that came up less than `settle_s` ago counts
+    as busy. `horizon_s` is how far ahead it looks: for a sleeping model's return, and for a move to pay.
+
+    Where all concerned are promised a first token in time, patience is `promised_patience_s` for each request
+    that the memory serves for one that the model brings, up to `longest_patience_s` (see
+    `Prospects.patience_s`). Until then it also waits where, of the requests that it brings, less than the
+    share `least_gain` would be on time beyond those that others lose by it. An idle one of them that could be
+    back within the share `back_within` of its objective loses nothing by giving its memory away, as long as
+    pressure as it is felt (`attainment.felt`) is at most `turns_below`; beyond that nobody takes turns.
 
     A move must lower the higher of two GPUs' pressures by `margin`, or `free_margin` where nobody must sleep
-    for it, starts only where pressure as it is felt (`attainment.felt`) is above `comfortable`, and not
-    before the model has been where it is for `min_stay_s`. A model whose work alone fills more than
-    `replicate_above` of each instance's GPU gets one more, up to `most_replicas`; one goes when the others
-    would then be below `retire_below`. Where KV cache is short by `kv_short`, idle neighbours sleep for it
-    whose chance to return is below `doubtful`. Models likelier than `likely` to return are woken ahead into
-    memory that is free. An idle one that is asked for again within `pause_s` with a chance above `pausing`
-    only pauses: it is left alone as a busy one is. Models that were never up are started once while memory
-    is free, so that they doze; contexts take no more than `context_share` of a GPU by that.
+    for it, starts only where pressure as it is felt is above `comfortable`, and not before the model has been
+    where it is for `min_stay_s`. A model whose work alone fills more than `replicate_above` of each
+    instance's GPU gets one more, up to `most_replicas`; one goes when the others would then be below
+    `retire_below`. Where KV cache is short by `kv_short`, idle neighbours sleep for it whose chance to return
+    is below `doubtful`. Models likelier than `likely` to return are woken ahead into memory that is free. An
+    idle one that is asked for again within `pause_s` with a chance above `pausing` only pauses: unless it
+    could be back in time it is left alone as a busy one is. Models that were never up are started once while
+    memory is free, so that they doze; contexts take no more than `context_share` of a GPU by that.
     """
 
     patience_s: float = 2.0
-    promised_patience_s: float = 60.0
+    promised_patience_s: float = 20.0
+    longest_patience_s: float = 60.0
     min_active_s: float = 5.0
     drain_s: float = 60.0
     settle_s: float = 0.5
     home_patience_s: float = 15.0
     horizon_s: float = 30.0
     margin: float = 0.3
-    free_margin: float = 0.1
+    free_margin: float = 0.2
     comfortable: float = 0.74
     min_stay_s: float = 15.0
     replicate_above: float = 0.75
@@ -84,8 +90,8 @@ class BalancedPlacement:
     pause_s: float = 5.0
     pausing: float = 0.2
     least_gain: float = 0.3
-    shed_gain: float = 0.06
-    shed_queued: int = 3
+    back_within: float = 1.0
+    turns_below: float = 1.0
 
     def judge(self, reconciler: Reconciler) -> "BalancedJudge":
         """See Judging."""
@@ -95,7 +101,12 @@ class BalancedPlacement:
         """See PlacementPolicy."""
         snapshot = with_expected_load(snapshot)
         manners = Manners(
-            self.patience_s, self.min_active_s, self.drain_s, self.settle_s, self.promised_patience_s
+            self.patience_s,
+            self.min_active_s,
+            self.drain_s,
+            self.settle_s,
+            self.promised_patience_s,
+            self.longest_patience_s,
         )
         reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
         judge = self.judge(reconciler)
@@ -114,7 +125,6 @@ class BalancedPlacement:
             balancing.go_home()
             balancing.replicate()
             balancing.move()
-            balancing.shed()
             balancing.make_kv_room()
             balancing.wake_ahead()
             balancing.prepare()
@@ -174,33 +184,50 @@ class BalancedJudge:
         return max(0.0, loss)
 
     def refuses(self, wanted: Wanted, option: Option) -> str | None:
-        """See Judge: as long as nobody has waited for `promised_patience_s`, one that would take nearly as
-        much from the others as it gets, all being promised first tokens. Not one of a higher priority than
-        another there."""
-        spec, demand = wanted.view.spec, wanted.demand
-        if not demand.parked or demand.oldest_parked_s > self.policy.promised_patience_s:
+        """See Judge: as long as nobody has waited for longer than is promised, one that would take nearly as
+        much from the others as it gets, or that would have others sleep where nobody takes turns. Not one of
+        a higher priority than another there."""
+        spec, demand, place = wanted.view.spec, wanted.demand, option.place
+        if not demand.parked or spec.pin or spec.minimum_tier is Tier.ACTIVE:
             return None
-        if spec.pin or spec.minimum_tier is Tier.ACTIVE:
-            return None
-        there = [one.view for gpu in option.place.gpus for one in gpu.instances if one.serves]
+        there = [one.view for gpu in place.gpus for one in gpu.instances if one.serves]
         if not all(map(is_promised, [wanted.view, *there])):
             return None
         if any(view is not None and view.spec.priority < spec.priority for view in there):
             return None
-        work = self.reconciler.expected_work(wanted.view, option.place)
-        fixed = self.reconciler.board.fixed_bytes(wanted.view, option.place.worker)
-        gain = gain_of(option.place, work, fixed, option.victims)
-        brings = work.requests_per_s * len(option.place.gpus)
+        if demand.oldest_parked_s > self.reconciler.patience_s(wanted, place, option.need):
+            return None
+        if option.victims and not all(map(self._has_time, place.gpus)):
+            return "waits: its GPUs have more work than they can do in time, so nobody sleeps for it yet"
+        work = self.reconciler.expected_work(wanted.view, place)
+        fixed = self.reconciler.board.fixed_bytes(wanted.view, place.worker)
+        in_turns = [one for one in option.victims if self._can_be_back(one)]
+        gone = [one for one in option.victims if one not in in_turns]
+        gain = gain_of(place, work, fixed, gone, in_turns)
+        brings = work.requests_per_s * len(place.gpus)
         if gain >= self.policy.least_gain * brings:
             return None
         return f"waits: of {brings:.2g} requests a second that it brings " + (
             f"only {gain:.2g} more would be on time" if gain > 0 else "none more would be on time"
         )
 
+    def _has_time(self, gpu: Gpu) -> bool:
+        return felt(gpu.pressure, gpu.queued) <= self.policy.turns_below
+
+    def _can_be_back(self, instance: Instance) -> bool:
+        """Whether, put to sleep now and asked for again, it would still give a first token in time."""
+        view, worker = instance.view, instance.place.worker
+        if view is None or view.spec.ttft_slo_ms is None or not self.reconciler.is_idle(instance):
+            return False
+        if not all(map(self._has_time, instance.place.gpus)):
+            return False
+        allowed_s = self.policy.back_within * view.spec.ttft_slo_ms / 1000.0
+        return _LEAVE_S + ready_s(view, worker, Tier.DOZING) < allowed_s
+
     def spares(self, instance: Instance) -> bool:
-        """See Judge: one that pauses, and will probably be asked for again at once."""
+        """See Judge: one that pauses, will probably be asked for again at once, and can't be back in time."""
         view = instance.view
-        if view is None or instance.resident.state is not ModelState.ACTIVE:
+        if view is None or instance.resident.state is not ModelState.ACTIVE or self._can_be_back(instance):
             return False
         idle_s = min(view.traffic.last_arrival_s, instance.resident.idle_s)
         return chance_to_return(view, idle_s, self.policy.pause_s) > self.policy.pausing

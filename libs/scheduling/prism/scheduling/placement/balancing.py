@@ -6,12 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from prism.common.messages.models import ModelState
-from prism.scheduling.placement.attainment import felt, gain_without, kept_per_s
+from prism.scheduling.placement.attainment import felt
 from prism.scheduling.placement.gpus import Gpu, Instance, Place
 from prism.scheduling.placement.judging import Judge, Option, Step
 from prism.scheduling.placement.pressure import work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
-from prism.scheduling.placement.prospects import is_promised
 from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
@@ -227,24 +226,6 @@ class Balancing:
         self._board.commanded.add((source, instance.model))
         for gpu in instance.place.gpus:
             gpu.lose(instance.work, instance.resident.weights_bytes)
-
-    def shed(self) -> None:
-        """Where requests wait on a GPU that has more work than it can do in time, have the model sleep
-        without which most requests of the others are on time, of those of the lowest priority. Not where
-        somebody is promised nothing: how many are on time says nothing there."""
-        policy, reconciler = self._policy, self._reconciler
-        for gpu in self._board.gpus:
-            if felt(gpu.pressure, gpu.queued) <= policy.comfortable or gpu.queued < policy.shed_queued:
-                continue
-            if not all(is_promised(one.view) for one in gpu.instances if one.serves):
-                continue
-            serving = [one for one in gpu.instances if self._movable(one) and reconciler.may_doze(one)]
-            lowest = min((_priority(one) for one in gpu.instances if one.serves), default=0)
-            found = [(gain_without(one), one.model, one) for one in serving if _priority(one) <= lowest]
-            gain, _, instance = max(found, key=lambda entry: entry[:2], default=(0.0, "", None))
-            if instance is not None and gain > policy.shed_gain * kept_per_s(gpu):
-                reason = f"without it {gain:.2g} more requests a second are on time here"
-                reconciler.doze(instance, reason)
 
     def make_kv_room(self) -> None:
         """Where busy models lack KV cache, have idle neighbours sleep that will hardly be missed."""

@@ -3,7 +3,7 @@
 Which places could hold it, by what means it could come there, and who may sleep for it.
 """
 
-from collections.abc import Iterable
+import math
 from typing import NamedTuple
 
 from prism.common.messages.models import ModelState, Tier
@@ -25,16 +25,16 @@ MOVED_S = 15.0
 class Manners(NamedTuple):
     """How gently models are put to sleep. Requests in flight may finish within `drain_s`. A busy model must
     leave only when a request for another has waited for `patience_s`, and after `min_active_s` of being
-    active. Where that other and all who may have to leave are promised a first token in time, it is
-    `promised_patience_s` instead: a request that is late already keeps no promise by taking them from others.
-    One that came up less than `settle_s` ago counts as busy: the requests that it was woken for are still on
-    their way. Seconds."""
+    active. Where both are promised a first token in time, `promised_patience_s` and `longest_patience_s`
+    have a say in that (`Prospects.patience_s`). One that came up less than `settle_s` ago counts as busy: the
+    requests that it was woken for are still on their way. Seconds."""
 
     patience_s: float
     min_active_s: float
     drain_s: float
     settle_s: float
-    promised_patience_s: float | None = None
+    promised_patience_s: float = 0.0
+    longest_patience_s: float = 0.0
 
 
 class Prospects:
@@ -143,7 +143,7 @@ class Prospects:
         if max(short) <= 0:
             return Option(place, Step.AWAIT_BUSY, need)
         busy = [instance for instance in sleepers if instance.serves and instance not in idle]
-        if wanted.demand.oldest_parked_s <= self.patience_s(wanted.view, busy):
+        if wanted.demand.oldest_parked_s <= self.patience_s(wanted, place, need):
             return None
         busy.sort(key=_longest_active_first)
         ripe = [instance for instance in busy if instance.resident.state_s >= self.manners.min_active_s]
@@ -155,12 +155,24 @@ class Prospects:
             return Option(place, Step.AWAIT_RIPE, need)
         return None
 
-    def patience_s(self, view: ModelView, others: Iterable[Instance]) -> float:
-        """How long a request for this model waits before `others` that are busy must leave for it."""
-        promised = self.manners.promised_patience_s
-        if promised is None or not is_promised(view) or not all(is_promised(one.view) for one in others):
-            return self.manners.patience_s
-        return promised
+    def patience_s(self, wanted: Wanted, place: Place, need: int) -> float:
+        """How long a request for `wanted` waits before busy models must leave for it at `place`, where it
+        takes `need` bytes of each GPU. Seconds.
+
+        Where all of them are promised first tokens in time, it is late by then, and keeps no promise by
+        coming up; those who leave will break theirs. So it waits in proportion to the requests that so much
+        memory serves there for each one that the model brings: a large model that few ask for waits longest.
+        """
+        manners = self.manners
+        if manners.longest_patience_s <= manners.patience_s or not is_promised(wanted.view):
+            return manners.patience_s
+        serving = [one.view for gpu in place.gpus for one in gpu.instances if one.serves]
+        if not all(map(is_promised, serving)):
+            return manners.patience_s
+        serves = sum(gpu.requests_per_s * need / gpu.limit for gpu in place.gpus if gpu.limit)
+        brings = self.expected_work(wanted.view, place).requests_per_s * len(place.gpus)
+        promised_s = manners.promised_patience_s * (serves / brings if brings > 0 else math.inf)
+        return max(manners.patience_s, min(promised_s, manners.longest_patience_s))
 
     def _sleepers(self, wanted: Wanted, place: Place) -> list[Instance]:
         """Those there that may give memory back for `wanted`: none that requests have waited longer for."""
