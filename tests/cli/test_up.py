@@ -63,16 +63,15 @@ def test_it_prints_a_curl_line_that_works(placement: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mode", ["static", "elastic"])
-def test_modes_that_are_not_there_yet_say_so(placement: Path, mode: str) -> None:
+def test_a_policy_that_a_mode_leaves_nothing_to_decide_is_refused(placement: Path, mode: str) -> None:
     run = subprocess.run(
-        [*PRISM, "up", str(placement), "--port", "0", "--mode", mode],
+        [*PRISM, "up", str(placement), "--port", "0", "--mode", mode, "--policy", "lru"],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
     )
     assert run.returncode != 0
-    assert mode in run.stderr
-    assert "later" in run.stderr
+    assert f"--policy lru decides nothing in --mode {mode}" in run.stderr
 
 
 def test_a_bad_placement_file_is_refused_at_once(tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ async def run(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("mode", ["static", "elastic"])
-async def test_modes_that_are_not_there_yet_say_so(mode: str) -> None:
-    status, output = await run("--mode", mode)
+async def test_a_policy_that_a_mode_leaves_nothing_to_decide_is_refused(mode: str) -> None:
+    status, output = await run("--mode", mode, "--policy", "kvpr")
     assert status == 1
-    assert f"--mode {mode} is not there yet" in output
+    assert f"--policy kvpr decides nothing in --mode {mode}" in output
     assert "Traceback" not in output
 
 

@@ -70,7 +70,7 @@ class ScriptedInstance:
 class Rig:
     """Two models that share all there is, and their arbiter."""
 
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, tasks: asyncio.TaskGroup, *, moves: bool = True) -> None:
         self.ledger = MemoryLedger(LIMIT)
         self.hot = ScriptedInstance(self.ledger, "hot", 400)
         self.idle = ScriptedInstance(self.ledger, "idle", 400)
@@ -84,6 +84,7 @@ class Rig:
             lambda: cast("list[ModelInstance]", [self.hot, self.idle]),
             spawn,
             on_changed=self.changes.set,
+            moves=moves,
         )
 
     def want(self, nbytes: int) -> None:
@@ -216,3 +217,12 @@ async def free_for(rig: Rig, model: str, least: int, wanted: int) -> int:
         free = rig.ledger.free_bytes
         rig.ledger.reserve(model, kv=least)
         return free
+
+
+async def test_unless_it_moves_quotas_an_activation_gets_what_is_free_and_takes_nothing() -> None:
+    async with asyncio.TaskGroup() as tasks:
+        rig = Rig(tasks, moves=False)
+        rig.want(700)
+        async with asyncio.timeout(DEADLINE_S), rig.arbiter.room("new", 200, 300):
+            assert rig.ledger.free_bytes == LIMIT - 2 * 500
+    assert (rig.hot.asked, rig.idle.asked) == ([], [])

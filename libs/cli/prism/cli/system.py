@@ -28,6 +28,7 @@ from prism.cli.nats_server import (
 from prism.cli.scratch_folder import ScratchFolder, scratch_folder
 from prism.cli.service_process import ServiceProcess
 from prism.common.errors import ErrorCode, PrismError
+from prism.common.modes import DEFAULT_MODE
 from prism.common.placement_file import read_placement_file
 from prism.common.process import die_with_parent
 
@@ -56,8 +57,8 @@ class SystemSettings:
     worker_memory_gb: float | None = 4.0
     store_memory_gb: float | None = None
     image_dir: Path | None = None
-    mode: str = "full"
-    policy: str = "balanced"
+    mode: str = DEFAULT_MODE
+    policy: str | None = None
     device: str = "cpu"
     log_level: str = "INFO"
     log_format: str = "text"
@@ -266,10 +267,10 @@ def _arguments(
             worker += ["--store-socket", _socket(folder, stores[(number - 1) % len(stores)])]
             if settings.worker_memory_gb is not None:
                 worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
-            return [*worker, "--drain-s", str(settings.drain_s)]
+            return [*worker, "--mode", settings.mode, "--drain-s", str(settings.drain_s)]
         case "global_scheduler":
-            scheduler = [*common, "--placement", str(settings.placement)]
-            return [*scheduler, "--mode", settings.mode, "--policy", settings.policy]
+            scheduler = [*common, "--placement", str(settings.placement), "--mode", settings.mode]
+            return [*scheduler, "--policy", settings.policy] if settings.policy is not None else scheduler
         case _:
             port = settings.port + number - 1 if settings.port else 0
             gateway = [*common, "--host", settings.host, "--port", str(port)]

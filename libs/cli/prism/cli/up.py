@@ -12,9 +12,11 @@ from pathlib import Path
 import click
 
 from prism.cli.system import RunningSystem, SystemSettings, running_system
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import PrismError
+from prism.common.modes import DEFAULT_MODE, MODES, policy_in
 from prism.common.placement_file import read_placement_file
 from prism.common.telemetry import LOG_FORMATS
+from prism.scheduling.placement import DEFAULT_POLICY
 
 COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store": 35}
 NAME_WIDTH = 18
@@ -44,11 +46,7 @@ def curl_line(gateway_url: str, model: str) -> str:
 
 async def run_until_stopped(settings: SystemSettings) -> int:
     """Run the system until SIGINT or SIGTERM, or until it cannot run. Returns the exit status."""
-    if settings.mode != "full":
-        raise PrismError(
-            ErrorCode.UNSUPPORTED,
-            f"--mode {settings.mode} is not there yet; it arrives later. Use --mode full",
-        )
+    policy_in(settings.mode, settings.policy, DEFAULT_POLICY)
     models = read_placement_file(settings.placement)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -123,8 +121,14 @@ def _is_free(port: int) -> bool:
 )
 @click.option("--store-memory-gb", type=float, help="What staged models may take (default: half of RAM).")
 @click.option("--image-dir", type=click.Path(path_type=Path), help="Where engine images are kept on disk.")
-@click.option("--mode", type=click.Choice(["static", "elastic", "full"]), default="full", show_default=True)
-@click.option("--policy", default="balanced", show_default=True, help="Placement policy.")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default=DEFAULT_MODE,
+    show_default=True,
+    help="static, elastic: models stay at home, awake; static: with the KV cache that they began with.",
+)
+@click.option("--policy", help=f"Placement policy of --mode full.  [default: {DEFAULT_POLICY}]")
 @click.option("--device", default="cpu", show_default=True, help="What the engines run on.")
 @click.option("--gateways", type=COUNT, default=1, show_default=True, help="Processes of the gateway.")
 @click.option("--schedulers", type=COUNT, default=1, show_default=True, help="Schedulers: one leads.")

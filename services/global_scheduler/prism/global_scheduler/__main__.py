@@ -10,6 +10,7 @@ import click
 from prism.common.bus import connect_bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.identity import instance_id
+from prism.common.modes import DEFAULT_MODE, MODES, keeps_homes, keeps_kv_quotas, policy_in
 from prism.common.placement_file import read_placement_file
 from prism.common.process import run_service
 from prism.common.telemetry import LOG_FORMATS, configure_logging
@@ -53,17 +54,16 @@ log = logging.getLogger(__name__)
     type=click.Choice(sorted(policies)),
     envvar="PRISM_PLACEMENT_POLICY",
     show_envvar=True,
-    default=DEFAULT_POLICY,
-    show_default=True,
-    help="Decides which model is where.",
+    help=f"Decides which model is where in --mode full.  [default: {DEFAULT_POLICY}]",
 )
 @click.option(
     "--mode",
-    type=click.Choice(["static", "elastic", "full"]),
+    type=click.Choice(MODES),
     envvar="PRISM_MODE",
     show_envvar=True,
-    default="full",
+    default=DEFAULT_MODE,
     show_default=True,
+    help="static, elastic: models stay at home, awake, by the policy static. Give workers the same mode.",
 )
 @click.option(
     "--patience-s",
@@ -113,7 +113,7 @@ def main(
     nats_url: str,
     placement: Path | None,
     prune: bool,
-    policy: str,
+    policy: str | None,
     mode: str,
     patience_s: float | None,
     min_active_s: float,
@@ -127,27 +127,30 @@ def main(
     configure_logging("global_scheduler", log_level, log_format, scheduler=instance)
 
     async def serve(stop: asyncio.Event) -> None:
-        if mode != "full":
-            raise PrismError(
-                ErrorCode.UNSUPPORTED, f"--mode {mode} is not there yet; it arrives later. Use --mode full"
-            )
         specs = read_placement_file(placement) if placement is not None else []
         if prune and placement is None:
             raise PrismError(ErrorCode.INVALID_REQUEST, "--prune needs a --placement file")
         patience = {} if patience_s is None else {"patience_s": patience_s}
+        name = policy_in(mode, policy, DEFAULT_POLICY)
         async with (
             connect_bus(nats_url, name=instance) as bus,
             run_global_scheduler(
                 bus,
                 instance,
-                policy_named(policy, min_active_s=min_active_s, drain_s=drain_s, **patience),
-                policy_name=policy,
+                policy_named(
+                    name,
+                    min_active_s=min_active_s,
+                    drain_s=drain_s,
+                    shares_kv=keeps_homes(mode) and not keeps_kv_quotas(mode),
+                    **patience,
+                ),
+                policy_name=name,
                 specs=specs,
                 prune=prune,
                 deadlines=Deadlines(activate_s=activate_deadline_s),
             ),
         ):
-            log.info("%s ready: policy %s, %d models in the placement file", instance, policy, len(specs))
+            log.info("%s ready: policy %s, %d models in the placement file", instance, name, len(specs))
             await stop.wait()
 
     sys.exit(run_service("global_scheduler", serve))

@@ -13,6 +13,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.identity import instance_id, node_name
 from prism.common.messages.placement import GpuIdClaim
 from prism.common.micro import micro_service
+from prism.common.modes import DEFAULT_MODE, MODES, keeps_kv_quotas
 from prism.common.process import run_service
 from prism.common.telemetry import LOG_FORMATS, configure_logging
 from prism.gpu_worker.devices.cpu import cpu_device
@@ -147,6 +148,15 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
     help="Unix socket of this node's model store.",
 )
 @click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    envvar="PRISM_MODE",
+    show_envvar=True,
+    default=DEFAULT_MODE,
+    show_default=True,
+    help="static: every model keeps the KV cache that it was activated with. Else it moves between them.",
+)
+@click.option(
     "--admission",
     type=click.Choice(sorted(admission_policies)),
     envvar="PRISM_ADMISSION",
@@ -225,6 +235,7 @@ def main(
     defer_graphs: bool,
     worker_memory_gb: float | None,
     store_socket: str,
+    mode: str,
     admission: str,
     patience: float,
     max_running_requests: int | None,
@@ -275,6 +286,7 @@ def main(
                 memory_limit_bytes=_memory_limit(engines, worker_memory_gb),
                 store_socket=store_socket,
                 limits=limits,
+                moves_kv_quotas=not keeps_kv_quotas(mode),
             ),
             micro_service(
                 bus,

@@ -25,7 +25,7 @@ ROOM_DEADLINE_S = 2.0
 
 
 class QuotaArbiter:
-    """Quotas of all active models of a worker."""
+    """Quotas of all active models of a worker. Unless it `moves` them they stay as they are."""
 
     def __init__(
         self,
@@ -34,7 +34,9 @@ class QuotaArbiter:
         spawn: Callable[..., "asyncio.Task[None]"],
         *,
         on_changed: Callable[[], None],
+        moves: bool = True,
     ) -> None:
+        self.moves = moves
         self._ledger = ledger
         self._instances = instances
         self._spawn = spawn
@@ -60,6 +62,8 @@ class QuotaArbiter:
             await asyncio.sleep(ROUND_S)
 
     def _holders(self) -> dict[str, QuotaHolder]:
+        if not self.moves:
+            return {}
         holders = (instance.quota_holder() for instance in self._instances())
         return {holder.model: holder for holder in holders if holder is not None}
 

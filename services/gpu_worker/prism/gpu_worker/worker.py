@@ -69,6 +69,7 @@ class Worker:
         store_socket: str,
         limits: EngineLimits,
         bounds: Bounds,
+        moves_kv_quotas: bool,
     ) -> None:
         self.identity = identity
         self.ledger = MemoryLedger(memory_limit_bytes)
@@ -87,7 +88,11 @@ class Worker:
             self._on_demand,
         )
         self.quotas = QuotaArbiter(
-            self.ledger, self.instances.values, self.spawn, on_changed=self._on_quota_changed
+            self.ledger,
+            self.instances.values,
+            self.spawn,
+            on_changed=self._on_quota_changed,
+            moves=moves_kv_quotas,
         )
         self._transitions: dict[str, asyncio.Task[Any] | None] = {}
         self._device = device
@@ -322,7 +327,7 @@ class Worker:
             # Every engine is on all of them.
             memory_reserved_by_gpu=[self.ledger.reserved_bytes] * gpus if gpus > 1 else [],
             profile=self._device.profile,
-            elastic=single,
+            elastic=single and self.quotas.moves,
             freezes=single and can_freeze(self._device.freezer),
             fixed_bytes=self._device.fixed_bytes,
             tp_sizes=list(self._device.rank_counts),
@@ -372,6 +377,7 @@ async def run_worker(
     store_socket: str,
     limits: EngineLimits,
     bounds: Bounds | None = None,
+    moves_kv_quotas: bool = True,
 ) -> AsyncIterator[Worker]:
     """A worker that listens and reports; retired at the end."""
     async with asyncio.TaskGroup() as tasks:
@@ -386,6 +392,7 @@ async def run_worker(
             store_socket=store_socket,
             limits=limits,
             bounds=bounds or Bounds(),
+            moves_kv_quotas=moves_kv_quotas,
         )
         me = identity.worker
         bus.on_return.append(worker.requests.reassure)

@@ -11,7 +11,7 @@ from prism.scheduling.placement.pressure import NO_WORK
 from prism.scheduling.placement.pricing import sizes_on
 from prism.scheduling.placement.prospects import Manners
 from prism.scheduling.placement.reconcile import Reconciler
-from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
+from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView, WorkerView
 from prism.scheduling.placement.wants import AT_WORK
 
 _NEVER = float("inf")
@@ -23,8 +23,12 @@ class StaticPlacement:
     reservation; models without any go, in the order of registration, to the GPU with most memory left. None
     ever sleeps or moves; what doesn't fit stays out, with a note.
 
-    What a cluster without Prism does, and the first of the three modes of the paper's prototype.
+    What a cluster without Prism does, and the first of the three modes of the paper's prototype. With
+    `shares_kv` it is the second: on workers that move KV quotas an instance gets the least that it can have,
+    and more when it needs it.
     """
+
+    shares_kv: bool = False
 
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
@@ -39,63 +43,65 @@ class StaticPlacement:
                     at[name].add(place.worker.id)
         for name, view in snapshot.models.items():
             homes = [placement for placement in view.spec.init_placements if placement.on]
-            if view.removed or (view.spec.init_placements and not homes):
+            if view.removed:
                 continue
-            if view.facts is None:
+            if view.spec.init_placements and not homes:
+                reconciler.note(name, "stays off: no initial placement of it is `on`, and nothing wakes here")
+            elif view.facts is None:
                 reconciler.note(name, "waits for a model store to read its folder")
             elif view.facts.error is not None:
                 reconciler.note(name, f"can't be placed: {view.facts.error}")
             elif homes:
                 for home in homes:
-                    _settle(reconciler, view, _named(board, home), at[name], home)
+                    self._settle(reconciler, view, _named(board, home), at[name], home)
             elif not at[name]:
-                _settle(reconciler, view, list(board.places_for(view, _fullness, _any)), at[name])
+                self._settle(reconciler, view, list(board.places_for(view, _fullness, _any)), at[name])
         reconciler.release_the_removed()
         return reconciler.plan()
 
+    def _settle(
+        self,
+        reconciler: Reconciler,
+        view: ModelView,
+        places: list[Place],
+        at: set[str],
+        home: InitialPlacement | None = None,
+    ) -> None:
+        """One instance at one of `places`, unless it is there already."""
+        board, name = reconciler.board, view.spec.model_name
+        if any(place.worker.id in at for place in places):
+            return
+        if not places:
+            gpus = f"GPU ids {home.gpu_ids}" if home is not None else f"{view.spec.tp_size} GPU(s)"
+            reconciler.note(name, f"waits for a worker with {gpus}; none has them now")
+            return
 
-def _settle(
-    reconciler: Reconciler,
-    view: ModelView,
-    places: list[Place],
-    at: set[str],
-    home: InitialPlacement | None = None,
-) -> None:
-    """One instance at one of `places`, unless it is there already."""
-    board, name = reconciler.board, view.spec.model_name
-    assert view.facts is not None
-    if any(place.worker.id in at for place in places):
-        return
-    if not places:
-        gpus = f"GPU ids {home.gpu_ids}" if home is not None else f"{view.spec.tp_size} GPU(s)"
-        reconciler.note(name, f"waits for a worker with {gpus}; none has them now")
-        return
+        def left(place: Place) -> int:
+            return min(gpu.unreserved for gpu in place.gpus) - self._missing(board, view, place)
 
-    def left(place: Place) -> int:
-        return min(gpu.unreserved for gpu in place.gpus) - _missing(board, view, place)
+        best = max(places, key=lambda place: (left(place), place.worker.id))
+        if left(best) < 0:
+            short = -left(best) / 1e9
+            reconciler.note(name, f"stays out: its home lacks {short:.3f} GB for its weights and KV cache")
+        elif (failure := board.backing_off.get((best.worker.id, name))) is not None:
+            text = f"failed on {failure.worker}, {failure.count} in a row, will retry: {failure.reason}"
+            reconciler.note(name, text, passing=True)
+        else:
+            kv = self._kv_bytes(board, view, best.worker)
+            takes = board.fixed_bytes(view, best.worker) + kv
+            board.activate(view, best, self._missing(board, view, best), NO_WORK)
+            at.add(best.worker.id)
+            reason = "its home" if home is not None else "its home: most memory was free there"
+            reconciler.actions.append(Activate(name, best.worker.id, kv, takes, reason, best.gpu_ids))
 
-    best = max(places, key=lambda place: (left(place), place.worker.id))
-    if left(best) < 0:
-        short = -left(best) / 1e9
-        reconciler.note(name, f"stays out: its home lacks {short:.3f} GB for its weights and KV cache")
-    elif (failure := board.backing_off.get((best.worker.id, name))) is not None:
-        text = f"failed on {failure.worker}, {failure.count} in a row, will retry: {failure.reason}"
-        reconciler.note(name, text, passing=True)
-    else:
-        kv = sizes_on(view, best.worker).kv_reservation
-        takes = board.fixed_bytes(view, best.worker) + kv
-        board.activate(view, best, _missing(board, view, best), NO_WORK)
-        at.add(best.worker.id)
-        reason = "its home" if home is not None else "its home: most memory was free there"
-        reconciler.actions.append(Activate(name, best.worker.id, kv, takes, reason, best.gpu_ids))
+    def _kv_bytes(self, board: Board, view: ModelView, worker: WorkerView) -> int:
+        return board.kv_at_least(view, worker) if self.shares_kv else sizes_on(view, worker).kv_reservation
 
-
-def _missing(board: Board, view: ModelView, place: Place) -> int:
-    """Bytes of each GPU that it takes there beyond what it holds."""
-    assert view.facts is not None
-    here = place.worker.models.get(view.spec.model_name)
-    kv = sizes_on(view, place.worker).kv_reservation
-    return max(0, board.fixed_bytes(view, place.worker) + kv - (here.held_bytes if here else 0))
+    def _missing(self, board: Board, view: ModelView, place: Place) -> int:
+        """Bytes of each GPU that it takes there beyond what it holds."""
+        here = place.worker.models.get(view.spec.model_name)
+        takes = board.fixed_bytes(view, place.worker) + self._kv_bytes(board, view, place.worker)
+        return max(0, takes - (here.held_bytes if here else 0))
 
 
 def _named(board: Board, home: InitialPlacement) -> list[Place]:
