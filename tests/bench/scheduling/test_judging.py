@@ -60,6 +60,12 @@ def test_the_workloads_are_the_ones_asked_for() -> None:
     assert [sum(low <= size < high for size in sizes) for low, high in classes] == [43, 8, 3, 4]
 
 
+def test_fleets_are_sized_where_models_come_and_go_as_often_as_they_do_in_the_papers_traces() -> None:
+    for name in ("8_models", "18_models", "58_models"):
+        load = workload(name)
+        assert 54 <= load.changes_per_hour * load.fleet_rate <= 766
+
+
 def test_moore_hodgson_keeps_more_of_the_tight_objectives_than_first_come() -> None:
     found = compare(0.9, seed=3)
     assert found["moore_hodgson"]["tight"] >= 1.4 * found["first_come"]["tight"]

@@ -132,12 +132,13 @@ def fleets(cells: list[tuple[Cell, dict[str, Any]]]) -> list[Row]:
     that."""
     needed: dict[tuple[str, str], list[int]] = defaultdict(list)
     limits = {load.name: load.most_gpus for load in WORKLOADS}
+    rates = {load.name: load.fleet_rate for load in WORKLOADS}
     for cell, found in cells:
         if cell.kind == "gpus":
             needed[cell.workload, cell.policy].append(found["gpus"] or limits[cell.workload])
     rows = []
     for (name, policy), counts in sorted(needed.items()):
-        note = f"{len(counts)} seeds, at most {limits[name]}"
+        note = f"{len(counts)} seeds at {rates[name]:g} times the rate, at most {limits[name]}"
         rows.append(row(f"gpus_{name}_{policy}", round(statistics.mean(counts), 2), "gpus", note=note))
     for load in WORKLOADS:
         means = {

@@ -33,7 +33,9 @@ class Workload(msgspec.Struct, frozen=True):
     """`models` are hub names, the hottest first; with `head`, the trace head is replayed instead of `shape`.
 
     Attainment is compared at each number of `gpus` and each of `rates`; the least number of GPUs is searched
-    at `fleet_rate`, up to `most_gpus` (0: not searched).
+    at `fleet_rate`, up to `most_gpus` (0: not searched). Rates divide all gaps, pauses too: which models are
+    active changes `changes_per_hour` times at a rate of 1. In the paper's traces (arXiv 2505.04021) that is 54
+    to 766 times, so fleets are sized there; higher rates ask how far it goes.
     """
 
     name: str
@@ -45,6 +47,12 @@ class Workload(msgspec.Struct, frozen=True):
     most_gpus: int = 0
     chats: bool = True
     head: bool = False
+
+    @property
+    def changes_per_hour(self) -> float:
+        """How often a model begins or ends to be active, all models together, at a rate of 1."""
+        cycle_s = self.shape.on_s + self.shape.off_s
+        return 2 * 3600.0 * len(self.models) / cycle_s if self.shape.off_s > 0 else 0.0
 
 
 def _interleaved(kinds: Sequence[tuple[str, int]]) -> tuple[str, ...]:
@@ -76,7 +84,8 @@ WORKLOADS = (
         _interleaved([(LLAMA_1B, 4), (LLAMA_3B, 2), (LLAMA_8B, 2)]),
         Synthetic(rate=3.0, duration_s=120.0, cv=1.5, alpha=1.5, on_s=20.0, off_s=20.0),
         gpus=(2,),
-        rates=(0.5, 1.0, 2.0, 3.0),
+        rates=(0.25, 0.5, 1.0, 2.0, 3.0),
+        fleet_rate=0.5,
         most_gpus=16,
     ),
     Workload(
@@ -84,7 +93,8 @@ WORKLOADS = (
         EIGHTEEN,
         Synthetic(rate=6.0, duration_s=120.0, cv=1.5, alpha=1.5, on_s=20.0, off_s=40.0),
         gpus=(2, 4, 8),
-        rates=(0.5, 1.0, 2.0),
+        rates=(0.25, 0.5, 1.0, 2.0),
+        fleet_rate=0.25,
         most_gpus=32,
     ),
     Workload(
@@ -92,7 +102,8 @@ WORKLOADS = (
         FIFTY_EIGHT,
         Synthetic(rate=10.0, duration_s=60.0, cv=1.5, alpha=1.5, on_s=20.0, off_s=40.0),
         gpus=(8, 16),
-        rates=(0.5, 1.0, 2.0),
+        rates=(0.1, 0.5, 1.0, 2.0),
+        fleet_rate=0.1,
         most_gpus=64,
     ),
     Workload(
