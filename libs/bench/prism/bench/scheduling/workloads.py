@@ -34,8 +34,8 @@ class Workload(msgspec.Struct, frozen=True):
 
     Attainment is compared at each number of `gpus` and each of `rates`; the least number of GPUs is searched
     at `fleet_rate`, up to `most_gpus` (0: not searched). Rates divide all gaps, pauses too: which models are
-    active changes `changes_per_hour` times at a rate of 1. In the paper's traces (arXiv 2505.04021) that is 54
-    to 766 times, so fleets are sized there; higher rates ask how far it goes.
+    active changes `changes_per_hour` times at a rate of 1. In the paper's traces (arXiv 2505.04021) that is
+    54 to 766 times, so fleets are sized there; higher rates ask how far it goes.
     """
 
     name: str
