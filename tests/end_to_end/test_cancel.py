@@ -31,7 +31,7 @@ PROMISED_S = 0.1
 """What a cancellation may take. It is held against the median of TRIALS: no timer on the way is that long but
 the retry that this would uncover, and on two busy cores a single trial tells of other processes."""
 SEEN = 30
-RUNNERS, RUNNER_TOKENS = 24, 150
+RUNNERS, RUNNER_TOKENS = 24, 400
 
 
 def load_of(watcher: Watcher) -> ModelLoad:

@@ -32,7 +32,8 @@ async def test_a_model_moves_between_two_workers_under_load_without_a_failed_req
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = next(iter(tiny_models.values()))
-    spec = ModelSpec(folder.name, str(folder), init_placements=[InitialPlacement([0])])
+    # Pinned from the start: on a slow machine it would get a replica under this load, and not move.
+    spec = ModelSpec(folder.name, str(folder), pin=True, init_placements=[InitialPlacement([0])])
     placement = tmp_path / "placement.json"
     placement.write_bytes(msgspec.json.encode([spec]))
     settings = SystemSettings(
@@ -63,7 +64,7 @@ async def test_a_model_moves_between_two_workers_under_load_without_a_failed_req
             assert where() == {0: ModelState.ACTIVE}
             async with traffic(lambda: [system.gateway_url], asked, clients=CLIENTS, seed=3) as flow:
                 await flow.more(MEANWHILE, DEADLINE_S)
-                elsewhere = msgspec.structs.replace(spec, pin=True, init_placements=[InitialPlacement([1])])
+                elsewhere = msgspec.structs.replace(spec, init_placements=[InitialPlacement([1])])
                 bucket = await bus.bucket(subjects.BUCKET_MODELS)
                 await bucket.put(subjects.spec_key(spec.model_name), encode(elsewhere))
                 async with asyncio.timeout(DEADLINE_S):

@@ -70,7 +70,7 @@ async def test_the_silence_of_a_bus_that_is_away_is_no_loss_of_a_worker(
         assert port is not None
         async with (
             connect_bus(first.url, name="test") as bus,
-            open_stage(bus, first, bundle, Settings(accept_s=1.0, stall_s=1.0, max_losses=0)) as stage,
+            open_stage(bus, first, bundle, Settings(accept_s=2.0, stall_s=2.0, max_losses=0)) as stage,
         ):
             await stage.register("m")
             worker = await stage.worker(script, "m")
@@ -82,7 +82,7 @@ async def test_the_silence_of_a_bus_that_is_away_is_no_loss_of_a_worker(
             first.stop()
             await stage.eventually("/readyz", lambda answer: answer.status_code == 503)
             # Three times what a worker may be silent.
-            await asyncio.sleep(3.0)
+            await asyncio.sleep(6.0)
             bus.on_return.append(go_on.set)
             with nats_server(tmp_path, port=port):
                 events = read_events((await asyncio.wait_for(request, 20)).text)
