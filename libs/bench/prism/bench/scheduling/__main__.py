@@ -1,5 +1,5 @@
 """`python -m prism.bench.scheduling`: run the cells that are missing, judge them all, write
-`docs/results/scheduling.json` and the plots beside it."""
+`docs/results/scheduling.json`, `scheduling_admission.json`, `scheduling_speed.json` and their plots."""
 
 import statistics
 import sys
@@ -36,6 +36,8 @@ POINT = 0.01
 MILLION = 1_000_000
 QUEUED = 10_000
 OVERLOADED_REQUESTS = 20_000
+
+RESULTS = Path("docs/results")
 
 Rates = dict[tuple[str, int, str, int], dict[float, float]]
 """Both-attainment by rate, of each workload, number of GPUs, policy and seed."""
@@ -197,7 +199,7 @@ def _admission_rows(tag: str, runs: list[dict[str, dict[str, Any]]]) -> list[Row
     return rows
 
 
-def speed_rows() -> list[Row]:
+def speed_rows(root: Path) -> list[Row]:
     """Of the simulator and of a plan."""
     moderate = simulator_speed(MILLION)
     overloaded = simulator_speed(OVERLOADED_REQUESTS, overload=True)
@@ -207,6 +209,17 @@ def speed_rows() -> list[Row]:
     )
     running = plan_times()
     largest = max(each.seconds for each in running if each.models == max(SIZES))
+    plot_lines(
+        {
+            case: [(each.models, each.seconds) for each in running if each.case == case]
+            for case in sorted({each.case for each in running})
+        },
+        root / RESULTS / "scheduling_plan_time.svg",
+        title="one plan of balanced, a GPU for ten models",
+        x="models",
+        y="seconds",
+        percent=False,
+    )
     deciding = [admission_time("moore_hodgson", QUEUED, queue) for queue in QUEUES]
     slowest = max(deciding, key=lambda each: each.median_s)
     told = f"attainment {overloaded['both_attainment']:.3f}, longest queue {overloaded['longest_queue']}"
@@ -274,8 +287,37 @@ def main(seeds: int, names: tuple[str, ...], kinds: tuple[str, ...], root: Path)
 
     every = tuple(load.name for load in WORKLOADS)
     wanted = [cell for cell in all_cells(seeds, names or every) if not kinds or cell.kind in kinds]
-    run_cells(wanted, folder, root, lambda line: click.echo(line, err=True))
-    done = list(read_cells(all_cells(seeds, every), folder))
+    groups = {
+        "scheduling": ("rates", "gpus"),
+        "scheduling_admission": ("admission",),
+        "scheduling_speed": ("speed",),
+    }
+    for name, members in groups.items():
+        if kinds and not set(kinds) & set(members):
+            continue
+        details: dict[str, Any] = {}
+        if name == "scheduling":
+            run_cells(wanted, folder, root, lambda line: click.echo(line, err=True))
+            rows, details = _comparison(list(read_cells(all_cells(seeds, every), folder)), root)
+        elif name == "scheduling_admission":
+            rows = admission_rows(seeds)
+        else:
+            rows = speed_rows(root)
+        rows = [_explained(each) for each in rows]
+        path = write_results(
+            name,
+            rows,
+            command=" ".join(["make bench-scheduling", *sys.argv[1:]]),
+            root=root,
+            packages=("numpy", "msgspec", "matplotlib"),
+            details=details,
+        )
+        click.echo(table(rows))
+        click.echo(f"{path}: {len(missed(rows))} targets missed")
+
+
+def _comparison(done: list[tuple[Cell, dict[str, Any]]], root: Path) -> tuple[list[Row], dict[str, Any]]:
+    """What the policies came to, with the cases where another was above the default; plots are drawn."""
     found = attainments(done)
     rows: list[Row] = []
     failures: list[dict[str, Any]] = []
@@ -289,37 +331,17 @@ def main(seeds: int, names: tuple[str, ...], kinds: tuple[str, ...], root: Path)
     if ratios:
         top = max(ratios)
         rows.append(
-            row(
-                "over_static_at_99_ratio",
-                top[0],
-                "ratio",
-                target=3.3,
-                better="higher",
-                note=f"best: {top[1]}",
-            )
-        )
+            row("over_static_at_99_ratio", top[0], "ratio", target=3.3, better="higher",
+                note=f"best: {top[1]}")
+        )  # fmt: skip
     rows += fleets(done)
-    if not kinds or "admission" in kinds:
-        rows += admission_rows(seeds)
-    if not kinds or "speed" in kinds:
-        rows += speed_rows()
-    rows = [_explained(each) for each in rows]
-    path = write_results(
-        "scheduling",
-        rows,
-        command=" ".join(["make bench-scheduling", *sys.argv[1:]]),
-        root=root,
-        packages=("numpy", "msgspec", "matplotlib"),
-        details={
-            "ttft_scale": TTFT_SCALE,
-            "tpot_scale": TPOT_SCALE,
-            "policies": list(POLICIES),
-            "failing_cases": failures,
-        },
-    )
-    draw(found, path.parent)
-    click.echo(table(rows))
-    click.echo(f"{path}: {len(missed(rows))} targets missed")
+    draw(found, root / RESULTS)
+    return rows, {
+        "ttft_scale": TTFT_SCALE,
+        "tpot_scale": TPOT_SCALE,
+        "policies": list(POLICIES),
+        "failing_cases": failures,
+    }
 
 
 def _explained(each: Row) -> Row:
