@@ -71,9 +71,10 @@ class BucketMirror(Generic[T]):
                 except nats.errors.TimeoutError:
                     continue
                 if entry is None:
-                    # nats-py's mark of the end can overtake entries that the server has sent already.
-                    sent = (await watcher._sub.consumer_info()).delivered.consumer_seq
-                    complete = complete or self._complete(seen, expected=bool(sent))
+                    # nats-py's mark of the end can overtake entries that the server has sent or has yet to send.
+                    state = await watcher._sub.consumer_info()
+                    held = bool(state.delivered.consumer_seq or state.num_pending)
+                    complete = complete or self._complete(seen, expected=held)
                     continue
                 seen.add(entry.key)
                 self._take(entry)
