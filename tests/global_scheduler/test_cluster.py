@@ -5,7 +5,7 @@ import pytest
 
 from prism.common.messages.load import DemandReport, LoadReport, ModelDemand, ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
-from prism.global_scheduler.cluster import GATEWAY_SILENT_S, WORKER_SILENT_S, ClusterState
+from prism.global_scheduler.cluster import BREAK_S, GATEWAY_SILENT_S, WORKER_SILENT_S, ClusterState
 from prism.scheduling.placement.snapshot import ClusterSnapshot
 
 pytestmark = pytest.mark.core
@@ -50,9 +50,35 @@ def test_demand_of_all_gateways_adds_up_and_the_longest_wait_counts() -> None:
     state.demand(DemandReport("g1", [ModelDemand("a", 2, 0.5, 1.0)]), 0.0)
     state.demand(DemandReport("g2", [ModelDemand("a", 3, 1.5, 2.0)]), 0.0)
     total = seen(state, 0.0).demand["a"]
-    assert (total.parked, total.oldest_parked_s, total.arrivals_per_s) == (5, 1.5, 3.0)
+    assert (total.parked, total.oldest_parked_s, total.parked_for_s) == (5, 1.5, 1.5)
     state.demand(DemandReport("g2"), 0.1)
     assert seen(state, 0.0).demand["a"].parked == 2
+
+
+def parked(state: ClusterState, oldest_s: float, now: float, requests: int = 1) -> None:
+    state.demand(DemandReport("g", [ModelDemand("a", requests, oldest_s)] if requests else []), now)
+
+
+def test_clients_that_give_up_and_ask_again_keep_their_models_place_in_the_queue() -> None:
+    state = ClusterState()
+    parked(state, 0.0, 100.0)
+    parked(state, 30.0, 130.0)
+    parked(state, 0.0, 131.0, requests=0)
+    parked(state, 0.5, 130.0 + BREAK_S)
+    after = seen(state, 131.0 + BREAK_S).demand["a"]
+    assert (after.oldest_parked_s, after.parked_for_s) == (1.5, 31.0 + BREAK_S)
+    assert after.waited_s == after.parked_for_s
+    parked(state, 0.5, 132.0 + 2.5 * BREAK_S)
+    assert seen(state, 132.0 + 2.5 * BREAK_S).demand["a"].waited_s == 0.5, "they were away for too long"
+
+
+def test_a_model_that_came_up_has_been_waited_for_no_longer() -> None:
+    state = ClusterState()
+    parked(state, 0.0, 100.0)
+    state.load(load(ModelLoad("a", ModelState.ACTIVE)), 130.0)
+    state.load(load(ModelLoad("a", ModelState.DOZING)), 131.0)
+    parked(state, 0.0, 132.0)
+    assert seen(state, 133.0).demand["a"].parked_for_s == 1.0
 
 
 def test_the_silent_are_forgotten() -> None:

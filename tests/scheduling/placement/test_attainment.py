@@ -18,7 +18,7 @@ from prism.scheduling.placement.gpus import Gpu, Place
 from prism.scheduling.placement.pressure import Work
 from prism.scheduling.placement.prospects import Manners
 from prism.scheduling.placement.reconcile import Reconciler
-from prism.scheduling.placement.snapshot import ModelView, WorkerView
+from prism.scheduling.placement.snapshot import Demand, ModelView, WorkerView
 from prism.scheduling.placement.wants import wanted_models
 
 pytestmark = pytest.mark.core
@@ -74,6 +74,18 @@ def test_those_with_whom_it_takes_turns_are_served_as_before() -> None:
     lost, kept = gain_of(place, brings, GB, [instance]), gain_of(place, brings, GB, (), [instance])
     assert kept == pytest.approx(1.0, abs=0.05)
     assert lost == pytest.approx(0.0, abs=0.05)
+
+
+def test_what_others_lose_counts_on_every_gpu_that_they_are_on() -> None:
+    it = cluster([view("wide", 14, 1.0, tp_size=2)], workers={"w": (0, 1)})
+    active(it, "wide", "w")
+    board = Board(it.snapshot(), it.now)
+    board.measure()
+    (instance,) = board.serving["wide"]
+    half = Place(instance.place.worker, instance.place.gpus[:1])
+    lost = -gain_of(half, Work(), 0, [instance])
+    assert lost == pytest.approx(sum(map(kept_per_s, board.gpus)))
+    assert lost > 1.5 * kept_per_s(board.gpus[0])
 
 
 @given(st.lists(works, max_size=6), works)
@@ -165,6 +177,18 @@ class TestTurns:
     def test_one_that_can_not_is_spared_while_it_only_pauses(self) -> None:
         assert told(self.pair(ttft_slo_ms=200.0)) == []
 
+    def test_nor_where_nobody_knows_how_soon_it_would_be(self) -> None:
+        it = self.pair(ttft_slo_ms=2000.0)
+        it.profile = None
+        assert told(it) == []
+
+    def test_after_patience_it_is_one_that_only_pauses_and_not_one_that_works(self) -> None:
+        it = self.pair(ttft_slo_ms=200.0)
+        it.held["w0", "busy"].since = it.now - 500.0
+        it.now += BalancedPlacement().longest_patience_s + 0.5
+        it.held["w0", "here"].used = it.now - 1.0
+        assert told(it) == [("Doze", "here", "w0")]
+
     def test_nobody_takes_turns_where_there_is_more_work_than_time(self) -> None:
         it = self.pair(ttft_slo_ms=2000.0, busy_rate=40.0)
         assert told(it) == []
@@ -210,6 +234,24 @@ class TestWithholding:
         it.views["tail"] = msgspec.structs.replace(tail, spec=msgspec.structs.replace(tail.spec, priority=1))
         it.ask(["tail"])
         assert told(it) == [("Activate", "tail", "w0")]
+
+    def test_clients_that_give_up_and_ask_again_have_waited_all_the_same(self) -> None:
+        it = self.seven()
+        it.ask(["tail"])
+        snapshot = it.snapshot()
+        waited_s = BalancedPlacement().longest_patience_s + 0.5
+        for parked_for_s, expected in ((0.0, 0), (waited_s, 1)):
+            demand = {"tail": Demand(1, 0.5, parked_for_s)}
+            plan = it.policy.plan(msgspec.structs.replace(snapshot, demand=demand), it.now)
+            assert len([one for one in plan.actions if one.model == "tail"]) == expected
+
+    def test_a_model_that_is_too_much_for_a_gpu_has_an_empty_one_all_the_same(self) -> None:
+        alone = hot("alone", 1.0)
+        alone = msgspec.structs.replace(alone, traffic=traffic(60.0, 3000.0, 500.0, 0.1))
+        it = cluster([alone], gpus=1, policy=BalancedPlacement(replicate_above=1e9))
+        it.held["w0", "alone"] = Held(ModelState.DOZING, (0,))
+        it.ask(["alone"])
+        assert told(it) == [("Activate", "alone", "w0")]
 
     def test_nor_does_one_that_many_ask_for(self) -> None:
         it = self.seven()

@@ -14,7 +14,8 @@ from prism.common.messages.models import InitialPlacement, ModelState, Tier
 from prism.scheduling.placement.actions import Activate, Doze, Freeze, Release
 from prism.scheduling.placement.balanced import BalancedPlacement
 from prism.scheduling.placement.board import Board
-from prism.scheduling.placement.pressure import pressure_of, waiting_s, work_of
+from prism.scheduling.placement.gpus import Gpu
+from prism.scheduling.placement.pressure import waiting_s, work_of
 from prism.scheduling.placement.pricing import chance_to_return, cost_on, sizes_on
 from prism.scheduling.placement.snapshot import ModelView
 from prism.scheduling.traffic import Traffic
@@ -153,6 +154,24 @@ class TestPreparing:
         it.settle(quiet=20)
         assert len(it.held) == BalancedPlacement().context_share * 80 * GB // CONTEXT
 
+    def test_one_that_can_come_up_nowhere_has_nobody_sleep(self) -> None:
+        # The first is too large for a GPU, the second for what pinned ones leave of it.
+        views = [
+            self.unasked("huge", 60),
+            self.unasked("large", 25),
+            self.unasked("b", 5),
+            view("c", 20, pin=True),
+        ]
+        it = cluster(views, gpus=1)
+        active(it, "b", "w0", idle_s=float("inf"))
+        active(it, "c", "w0")
+        it.running = {"c"}
+        assert told(it) == []
+
+    def test_nor_does_it_keep_others_from_it(self) -> None:
+        views = [*(self.unasked(f"huge{number}", 60) for number in range(40)), self.unasked("a", 8)]
+        assert told(cluster(views, gpus=1)) == [("Activate", "a", "w0")]
+
 
 class TestMoves:
     def overloaded(self, **policy: Any) -> Cluster:
@@ -278,17 +297,14 @@ def best_possible(views: list[ModelView], gpus: int, it: Cluster) -> float:
     weights = [sizes_on(one, worker).weights + CONTEXT for one in views]
     floors = [sizes_on(one, worker).kv_floor for one in views]
     best = float("inf")
+    empty = msgspec.structs.replace(worker, reserved_bytes=0, reserved_by_gpu={})
     for assignment in product(range(gpus), repeat=len(views)):
-        worst = 0.0
-        for gpu in range(gpus):
-            here = [number for number, at in enumerate(assignment) if at == gpu]
-            space = it.limit - sum(weights[number] for number in here)
-            if sum(floors[number] for number in here) > space:
-                break
-            kv, compute = (sum(works[number][part] for number in here) for part in (0, 1))
-            worst = max(worst, pressure_of(kv, space, compute))
-        else:
-            best = min(best, worst)
+        found = [Gpu(empty, 0, 0) for _ in range(gpus)]
+        for number, at in enumerate(assignment):
+            found[at].take(works[number], weights[number])
+        needs = [sum(floors[n] for n, at in enumerate(assignment) if at == gpu) for gpu in range(gpus)]
+        if all(need <= gpu.kv_space for need, gpu in zip(needs, found, strict=True)):
+            best = min(best, max(gpu.pressure for gpu in found))
     return best
 
 
@@ -301,7 +317,9 @@ def test_greedy_and_local_search_come_near_the_best_of_all_assignments(
     drawn: list[tuple[float, float]], gpus: int
 ) -> None:
     views = [view(f"m{number}", size, rate) for number, (size, rate) in enumerate(drawn)]
-    policy = BalancedPlacement(margin=0.005, comfortable=0.0, min_stay_s=1.0, most_replicas=1, kv_short=1e9)
+    policy = BalancedPlacement(
+        margin=0.005, free_margin=0.005, comfortable=0.0, min_stay_s=1.0, most_replicas=1, kv_short=1e9
+    )
     # With room to move: where memory is full nobody can come up elsewhere before it leaves.
     it = cluster(views, gpus, policy=policy, limit=200 * GB)
     it.ask(it.views)
@@ -309,7 +327,8 @@ def test_greedy_and_local_search_come_near_the_best_of_all_assignments(
     board = Board(it.snapshot(), it.now)
     board.measure()
     reached = max(gpu.pressure for gpu in board.gpus)
-    assert reached <= 4 / 3 * best_possible(views, gpus, it) + 0.05
+    # What a local search over single moves comes to (Finn and Horowitz, BIT 19, 1979), and its margin.
+    assert reached <= (2 - 2 / (gpus + 1)) * best_possible(views, gpus, it) + 0.05
 
 
 def test_the_profile_that_these_cases_count_with() -> None:

@@ -48,6 +48,18 @@ def test_those_who_would_have_to_sleep_are_named() -> None:
     assert there.why == "idle models would have to sleep"
 
 
+def test_for_how_long_a_request_must_wait_until_busy_ones_sleep() -> None:
+    it = cluster([view("busy", 30, 1.0), view("new", 30)], gpus=1)
+    active(it, "busy", "w0", idle_s=0.0)
+    it.running = {"busy"}
+    for asked in (False, True):
+        if asked:
+            it.ask(["new"])
+        there = places(it, "new")["w0"]
+        assert there.sleeps == ["busy"]
+        assert there.why == "busy models would have to sleep, once a request has waited for 2 s"
+
+
 def test_where_it_serves_and_why_not_elsewhere() -> None:
     it = cluster([view("a", 8, 1.0)], limit=20 * GB)
     active(it, "a", "w0")

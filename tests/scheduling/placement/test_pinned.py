@@ -11,6 +11,13 @@ from prism.common.messages.models import InitialPlacement
 pytestmark = pytest.mark.core
 
 
+def test_one_that_only_pauses_makes_room_for_a_pinned_model() -> None:
+    pausing = msgspec.structs.replace(view("pausing", 30), traffic=traffic(1.0, last_s=1.0))
+    it = cluster([pausing, view("pinned", 30, pin=True)], gpus=1)
+    active(it, "pausing", "w0", idle_s=1.0)
+    assert told(it) == [("Doze", "pausing", "w0")]
+
+
 def test_a_pinned_model_that_has_moved_leaves_its_old_place_however_hot_it_is() -> None:
     hot = msgspec.structs.replace(
         view("hot", 8, pin=True, init_placements=[InitialPlacement([1])]), traffic=traffic(20.0, 2000.0, 50.0)

@@ -1,5 +1,6 @@
 """No sharing: who has a home keeps it, who has none stays out; with `shares_kv` KV cache is shared."""
 
+import msgspec
 import pytest
 from tests.scheduling.placement.carrying_out import GB, Cluster
 from tests.scheduling.placement.test_promises import view
@@ -8,7 +9,7 @@ from prism.common.messages.models import InitialPlacement
 from prism.scheduling.placement import policy_named
 from prism.scheduling.placement.actions import Activate
 from prism.scheduling.placement.pricing import sizes_on
-from prism.scheduling.placement.snapshot import ModelView
+from prism.scheduling.placement.snapshot import Failure, ModelView
 from prism.scheduling.placement.static import StaticPlacement
 
 pytestmark = pytest.mark.core
@@ -85,6 +86,29 @@ def test_models_share_a_gpu_by_what_they_need_at_least() -> None:
     together.settle()
     assert [apart.active(name) for name in "ab"] == [["w0"], []]
     assert [together.active(name) for name in "ab"] == [["w0"], ["w0"]]
+
+
+def test_one_whose_engine_died_comes_back_though_others_have_grown_into_its_memory() -> None:
+    it = cluster([view(name, 8, init_placements=at(0)) for name in "ab"], StaticPlacement(shares_kv=True))
+    it.settle()
+    del it.held["w0", "b"]
+    it.held["w0", "a"].kv = 60 * GB
+    it.settle()
+    assert it.active("b") == ["w0"]
+
+
+def test_who_has_no_home_goes_where_it_did_not_just_fail_and_where_its_engines_can_be() -> None:
+    it = cluster([view("a", 8)], StaticPlacement(), 3)
+    snapshot = it.snapshot()
+    u, v, w = snapshot.workers
+    failed = Failure(v.id, "a", 1, it.now + 10.0, "out of memory")
+    only = msgspec.structs.replace(
+        snapshot,
+        workers=(u, v, msgspec.structs.replace(w, tp_sizes=(2,), reserved_bytes=0)),
+        failures=(failed,),
+    )
+    (action,) = it.policy.plan(only, it.now).actions
+    assert action.worker == u.id
 
 
 def test_it_is_made_by_name() -> None:

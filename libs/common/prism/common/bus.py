@@ -31,13 +31,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler = Callable[[Msg], Awaitable[None]]
 
-LEADER_TTL_S = 2.4
+LEADER_TTL_S = 2.0
 GPU_ID_TTL_S = 2.4
 BUCKET_TTL_S: Mapping[str, float] = {
     subjects.BUCKET_LEADER: LEADER_TTL_S,
     subjects.BUCKET_GPU_IDS: GPU_ID_TTL_S,
 }
-"""Entries of these buckets expire unless they are written again within so long; those of others stay."""
+"""Entries of these buckets expire unless they are written again within so long; those of others stay. The
+server takes up to a third of a second more for it (measured)."""
 
 CONNECT_DEADLINE_S = 30.0
 DRAIN_DEADLINE_S = 10.0

@@ -22,6 +22,9 @@ from prism.scheduling.profiles import shipped_profiles
 
 WORKER_SILENT_S = 2.5
 GATEWAY_SILENT_S = 3.5
+BREAK_S = 10.0
+"""A model that no request is parked for may be asked for again within this time as if there always had been
+one: clients give up and try again."""
 
 _RAN = frozenset(
     {ModelState.ACTIVE, ModelState.DRAINING, ModelState.DOZING, ModelState.WAKING, ModelState.FROZEN}
@@ -38,6 +41,13 @@ class SeenWorker(msgspec.Struct):
     active_bytes: dict[str, int] = msgspec.field(default_factory=dict)
 
 
+class ParkedSpell(msgspec.Struct):
+    """Since when requests for a model have been parked, and when one last was."""
+
+    since: float
+    seen_at: float
+
+
 class ClusterState:
     """Latest reports, registered models and failures. `now` is a monotonic time in seconds throughout.
     `profiles` says by name what kinds of GPU can do; without it, those that come with Prism."""
@@ -52,6 +62,7 @@ class ClusterState:
         self._facts: dict[str, ModelFacts] = {}
         self._removed: dict[str, ModelSpec] = {}
         self._gpu_seen_at: dict[int, float] = {}
+        self._parked: dict[str, ParkedSpell] = {}
 
     def set_spec(self, key: str, spec: ModelSpec | None) -> None:
         """The registry's entry `key` is `spec` now, None for gone."""
@@ -92,6 +103,7 @@ class ClusterState:
         if model.state in _RAN:
             seen.started.add(name)
         if model.state is ModelState.ACTIVE:
+            self._parked.pop(name, None)
             seen.active_bytes[name] = model.weights_bytes + model.kv_quota_bytes
             if model.state_s >= LONGEST_S:
                 self.backoff.works(worker, name)
@@ -119,6 +131,15 @@ class ClusterState:
         """Take a gateway's report, which replaces its last one."""
         self._gateways[report.gateway] = (report, now)
         self._traffic.demand(report, now)
+        for model in report.models:
+            if not model.parked:
+                continue
+            spell = self._parked.get(model.model)
+            if spell is None or now - spell.seen_at > BREAK_S:
+                self._parked[model.model] = ParkedSpell(now - model.oldest_parked_s, now)
+            else:
+                spell.since = min(spell.since, now - model.oldest_parked_s)
+                spell.seen_at = now
 
     def forget_silent(self, now: float) -> list[str]:
         """Drop workers and gateways not heard of for too long; returns the workers dropped."""
@@ -131,6 +152,9 @@ class ClusterState:
             if now - seen_at > GATEWAY_SILENT_S:
                 del self._gateways[name]
                 self._traffic.forget_gateway(name)
+        for model, spell in list(self._parked.items()):
+            if now - spell.seen_at > BREAK_S:
+                del self._parked[model]
         return lost
 
     def snapshot(
@@ -185,15 +209,19 @@ class ClusterState:
         for report, seen_at in self._gateways.values():
             for model in report.models:
                 waited = model.oldest_parked_s + (now - seen_at) if model.parked else 0.0
-                by_model[model.model].append(Demand(model.parked, waited, model.arrivals_per_s))
+                by_model[model.model].append(Demand(model.parked, waited))
         return {
             name: Demand(
                 sum(demand.parked for demand in demands),
                 max(demand.oldest_parked_s for demand in demands),
-                sum(demand.arrivals_per_s for demand in demands),
+                self._parked_for_s(name, now) if any(demand.parked for demand in demands) else 0.0,
             )
             for name, demands in by_model.items()
         }
+
+    def _parked_for_s(self, model: str, now: float) -> float:
+        spell = self._parked.get(model)
+        return now - spell.since if spell is not None else 0.0
 
 
 def _gist(report: LoadReport) -> object:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 RENEW_S = LEADER_TTL_S / 3
 MARGIN_S = LEADER_TTL_S / 6
-POLL_S = LEADER_TTL_S / 6
+POLL_S = LEADER_TTL_S / 10
 _BUS_ERRORS = (nats.errors.Error, OSError, TimeoutError, PrismError)
 
 

@@ -153,9 +153,9 @@ class PlacementShell:
             traffic = self._windows[model.index].at(now)
             views[name] = ModelView(model.spec, model.facts, name in self._started, False, traffic)
             parked = self._parked[model.index]
-            if parked or traffic.arrivals_per_s > 0:
-                oldest = now - parked[0].arrival_s if parked else 0.0
-                demand[name] = Demand(len(parked), oldest, traffic.arrivals_per_s)
+            if parked:
+                oldest_s = now - parked[0].arrival_s
+                demand[name] = Demand(len(parked), oldest_s, oldest_s)
         return ClusterSnapshot(
             tuple(self._view(worker, now) for worker in self.workers.values()),
             views,

@@ -50,20 +50,25 @@ def gain_of(
     victims: Iterable[Instance] = (),
     in_turns: Iterable[Instance] = (),
 ) -> float:
-    """How many more requests a second keep their objectives on the GPUs of `place` with one more instance,
-    whose weights and context take `nbytes`, and without the `victims`. Those with whom it is there
-    `in_turns` give it their memory, and their requests are served all the same. Negative: fewer."""
+    """How many more requests a second keep their objectives with one more instance on the GPUs of `place`,
+    whose weights and context take `nbytes`, and without the `victims`, wherever else those are too. Those
+    with whom it is there `in_turns` give it their memory, and their requests are served all the same.
+    Negative: fewer."""
     victims, in_turns = tuple(victims), tuple(in_turns)
     gain = 0.0
-    for gpu in place.gpus:
+    also = dict.fromkeys(gpu for victim in victims for gpu in victim.place.gpus if gpu not in place.gpus)
+    for gpu in (*place.gpus, *also):
         before = kept_per_s(gpu)
         gone = [victim for victim in victims if gpu in victim.place.gpus]
         for victim in gone:
             gpu.lose(victim.work, victim.resident.weights_bytes)
-        lent = sum(one.resident.weights_bytes for one in in_turns if gpu in one.place.gpus)
-        after = (gpu.requests_per_s + work.requests_per_s) * kept_share(
-            gpu.with_work(work, nbytes - lent), gpu.queued
-        )
+        if gpu in also:
+            after = kept_per_s(gpu)
+        else:
+            lent = sum(one.resident.weights_bytes for one in in_turns if gpu in one.place.gpus)
+            after = (gpu.requests_per_s + work.requests_per_s) * kept_share(
+                gpu.with_work(work, nbytes - lent), gpu.queued
+            )
         gain += after - before
         for victim in gone:
             gpu.take(victim.work, victim.resident.weights_bytes)

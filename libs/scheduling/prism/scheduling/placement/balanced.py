@@ -31,7 +31,7 @@ from prism.scheduling.placement.expected_load import with_expected_load
 from prism.scheduling.placement.gpus import Gpu, Instance
 from prism.scheduling.placement.judging import Option, Step
 from prism.scheduling.placement.pressure import waiting_s
-from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
+from prism.scheduling.placement.pricing import chance_to_return, cost_on, ready_s, tier_of
 from prism.scheduling.placement.prospects import Manners, is_promised
 from prism.scheduling.placement.reconcile import Reconciler
 from prism.scheduling.placement.snapshot import ClusterSnapshot
@@ -39,6 +39,7 @@ from prism.scheduling.placement.wants import Wanted, wanted_models
 
 _LEAVE_S = 0.1
 _BUSY_LEAVE_S = 2.0
+_NOBODYS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,10 @@ class BalancedPlacement:
     back_within: float = 1.0
     turns_below: float = 1.0
 
-    def judge(self, reconciler: Reconciler) -> "BalancedJudge":
+    @property
+    def manners(self) -> Manners:
         """See Judging."""
-        return BalancedJudge(self, reconciler)
-
-    def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
-        """See PlacementPolicy."""
-        snapshot = with_expected_load(snapshot)
-        manners = Manners(
+        return Manners(
             self.patience_s,
             self.min_active_s,
             self.drain_s,
@@ -108,7 +105,19 @@ class BalancedPlacement:
             self.promised_patience_s,
             self.longest_patience_s,
         )
-        reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
+
+    def foresees(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
+        """See Judging: with the load that is to be expected."""
+        return with_expected_load(snapshot)
+
+    def judge(self, reconciler: Reconciler) -> "BalancedJudge":
+        """See Judging."""
+        return BalancedJudge(self, reconciler)
+
+    def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
+        """See PlacementPolicy."""
+        snapshot = self.foresees(snapshot)
+        reconciler = Reconciler(snapshot, Board(snapshot, now), self.manners)
         judge = self.judge(reconciler)
         wants, notes = wanted_models(snapshot, self.home_patience_s)
         reconciler.notes.update(dict.fromkeys(notes))
@@ -195,7 +204,9 @@ class BalancedJudge:
             return None
         if any(view is not None and view.spec.priority < spec.priority for view in there):
             return None
-        if demand.oldest_parked_s > self.reconciler.patience_s(wanted, place, option.need):
+        if demand.waited_s > self.reconciler.patience_s(wanted, place, option.need):
+            return None
+        if all(gpu.requests_per_s < _NOBODYS for gpu in place.gpus):
             return None
         if option.victims and not all(map(self._has_time, place.gpus)):
             return "waits: its GPUs have more work than they can do in time, so nobody sleeps for it yet"
@@ -215,9 +226,12 @@ class BalancedJudge:
         return felt(gpu.pressure, gpu.queued) <= self.policy.turns_below
 
     def _can_be_back(self, instance: Instance) -> bool:
-        """Whether, put to sleep now and asked for again, it would still give a first token in time."""
+        """Whether, put to sleep now and asked for again, it would still give a first token in time, as far
+        as anybody knows."""
         view, worker = instance.view, instance.place.worker
         if view is None or view.spec.ttft_slo_ms is None or not self.reconciler.is_idle(instance):
+            return False
+        if cost_on(view, worker) is None:
             return False
         if not all(map(self._has_time, instance.place.gpus)):
             return False

@@ -1,7 +1,8 @@
 """Evening out pressure between GPUs: moves, replicas, and room for the KV cache of busy models."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +26,7 @@ MOVES_SHARE = 0.125
 takes memory twice, and all of them share the bus with those that requests wait for."""
 
 ENOUGH_MISSES = 16
-"""After so many models in a row that could not be woken ahead no further ones are looked at."""
+"""After so many models in a row that could not be woken ahead, or prepared, no further ones are looked at."""
 
 
 class Move(NamedTuple):
@@ -298,25 +299,49 @@ class Balancing:
         yet make room for each other; contexts take `context_share` of a GPU at most, and only where it is
         known what they take."""
         board, reconciler = self._board, self._reconciler
-        prepared = 0
-        waiting = [
-            (name, view)
-            for name, view in self._reconciler.snapshot.models.items()
-            if self._could_be_prepared(name, view)
-        ]
-        for name, view in waiting:
+        prepared = misses = 0
+        under_way = {model for _, model in board.commanded}
+        unasked: dict[int, list[Instance]] = defaultdict(list)
+        for instance in board.instances.values():
+            if self._is_unasked(instance) and reconciler.may_doze(instance):
+                for gpu in instance.place.gpus:
+                    unasked[id(gpu)].append(instance)
+        largest = max((gpu.limit for gpu in board.gpus), default=0)
+        for name, view in reconciler.snapshot.models.items():
+            if name in under_way or not self._could_be_prepared(name, view):
+                continue
+            if board.least_need(view) > largest:
+                continue
             wanted = Wanted(name, view, "started once, so that it can wake fast", may_evict=False)
             if self._bring_up(wanted, partial(self._may_be_prepared, prepared)):
-                prepared += 1
+                prepared, misses = prepared + 1, 0
+            elif self._make_way(wanted, unasked, prepared):
+                misses = 0
+            else:
+                misses += 1
+                if misses >= ENOUGH_MISSES:
+                    return
+
+    def _make_way(self, wanted: Wanted, unasked: Mapping[int, list[Instance]], prepared: int) -> bool:
+        """Have one of the `unasked`, by their GPUs, doze where `wanted` fits once enough of them have."""
+        board, reconciler = self._board, self._reconciler
+        for place in reconciler.candidates(wanted, self._judge, tell=False):
+            there = [unasked.get(id(gpu), ()) for gpu in place.gpus]
+            need = board.need_at(wanted.view, place)
+            room = min(
+                gpu.free - gpu.claimed + sum(map(board.freed_bytes, instances))
+                for gpu, instances in zip(place.gpus, there, strict=True)
+            )
+            instance = next((instances[0] for instances in there if instances), None)
+            if instance is None or room < need or not self._has_context_room(place, prepared):
                 continue
-            for instance in list(board.instances.values()):
-                if (
-                    self._is_unasked(instance)
-                    and reconciler.may_doze(instance)
-                    and self._has_context_room(instance.place, prepared)
-                ):
-                    reconciler.doze(instance, f"nobody asked for it yet; {name} starts")
-                    break
+            reconciler.doze(instance, f"nobody asked for it yet; {wanted.name} starts")
+            for gpu in instance.place.gpus:
+                unasked[id(gpu)].remove(instance)
+            for gpu in place.gpus:
+                gpu.claimed += need
+            return True
+        return False
 
     def _could_be_prepared(self, name: str, view: ModelView) -> bool:
         board = self._board
@@ -327,7 +352,6 @@ class Balancing:
             and view.facts is not None
             and view.facts.error is None
             and not placed
-            and not any(model == name for _, model in board.commanded)
             and not self._reconciler.snapshot.demand.get(name, NO_DEMAND).parked
         )
 
@@ -356,7 +380,3 @@ class Balancing:
         work = self._reconciler.expected_work(view, option.place)
         fixed = self._board.fixed_bytes(view, option.place.worker)
         return all(gpu.with_work(work, fixed) <= self._policy.kv_short for gpu in option.place.gpus)
-
-
-def _priority(instance: Instance) -> int:
-    return instance.view.spec.priority if instance.view is not None else 0

@@ -2,6 +2,8 @@
 
 import math
 
+import msgspec
+
 from prism.common.messages.explain import ExplainedPlace, ModelExplanation
 from prism.common.messages.models import ModelState
 from prism.scheduling.placement.actions import Action, Activate
@@ -12,7 +14,7 @@ from prism.scheduling.placement.policy import PlacementPolicy
 from prism.scheduling.placement.pricing import chance_to_return, ready_s, tier_of
 from prism.scheduling.placement.prospects import Manners
 from prism.scheduling.placement.reconcile import Reconciler
-from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
+from prism.scheduling.placement.snapshot import ClusterSnapshot, Demand, ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
 HORIZON_S = 30.0
@@ -37,12 +39,14 @@ def explain(
     if view is None:
         return None
     demand, traffic = snapshot.demand.get(model, NO_DEMAND), view.traffic
-    board = board or Board(snapshot, now)
     actions: list[Action] = []
     notes: list[str] = []
-    if not brief:
-        board.measure()
+    if board is None:
         plan = policy.plan(snapshot, now)
+        snapshot = policy.foresees(snapshot) if has_judge(policy) else snapshot
+        view = snapshot.models[model]
+        board = Board(snapshot, now)
+        board.measure()
         actions = [action for action in plan.actions if action.model == model]
         notes = [note.text for note in plan.notes if note.model == model]
     return ModelExplanation(
@@ -93,7 +97,8 @@ def _places(
     actions: list[Action],
 ) -> list[ExplainedPlace]:
     """All places of a small cluster, near ones of a large one, best first."""
-    reconciler = Reconciler(snapshot, board, Manners(0.0, 0.0, 0.0, 0.5))
+    manners = policy.manners if has_judge(policy) else Manners(0.0, 0.0, 0.0, 0.5)
+    reconciler = Reconciler(snapshot, board, manners)
     judge: Judge | None = policy.judge(reconciler) if has_judge(policy) else None
     demand = snapshot.demand.get(view.spec.model_name, NO_DEMAND)
     wanted = Wanted(view.spec.model_name, view, "asked for", demand)
@@ -138,6 +143,13 @@ def _place(
     else:
         with_it = max(gpu.with_work(work, fixed) for gpu in place.gpus)
         option = reconciler.option(wanted, place, judge) if judge is not None else None
+        patience_s: float | None = None
+        if option is None and judge is not None:
+            # As for a request that nobody waits longer than, and that has waited for long enough.
+            asked = Demand(max(1, wanted.demand.parked), math.inf, math.inf)
+            urgent = msgspec.structs.replace(wanted, demand=asked)
+            option = reconciler.option(urgent, place, judge)
+            patience_s = reconciler.patience_s(urgent, place, board.need_at(view, place))
         if (failure := board.backing_off.get((worker.id, name))) is not None:
             why = f"it failed here {failure.count} in a row: {failure.reason}"
         elif (worker.id, name) in board.commanded:
@@ -150,7 +162,9 @@ def _place(
             sleeps = [victim.model for victim in option.victims]
             seconds = round(judge.seconds(wanted, option), 3) if hasattr(judge, "seconds") else None
             why = _STEPS[option.step]
-            if (refusal := judge.refuses(wanted, option)) is not None:
+            if patience_s is not None:
+                why += f", once a request has waited for {patience_s:.3g} s"
+            if patience_s is None and (refusal := judge.refuses(wanted, option)) is not None:
                 why += f"; it {refusal}"
         else:
             why = (

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard
 
 from prism.scheduling.placement.gpus import Gpu, Instance, Place
 from prism.scheduling.placement.pressure import Work
+from prism.scheduling.placement.snapshot import ClusterSnapshot
 from prism.scheduling.placement.wants import Wanted
 
 if TYPE_CHECKING:
+    from prism.scheduling.placement.prospects import Manners
     from prism.scheduling.placement.reconcile import Reconciler
 
 
@@ -72,6 +74,15 @@ class Judge(Protocol):
 
 class Judging(Protocol):
     """A policy that weighs places: what explains it."""
+
+    @property
+    def manners(self) -> "Manners":
+        """How gently it puts models to sleep."""
+        ...
+
+    def foresees(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
+        """The snapshot that it plans from: with what is to come, as far as it counts on that."""
+        ...
 
     def judge(self, reconciler: "Reconciler") -> Judge:
         """Its judge, for one plan."""

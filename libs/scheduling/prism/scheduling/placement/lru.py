@@ -134,7 +134,7 @@ class _Planning:
         return self._out_of_patience(wanted) and self._claim(wanted, rooms, missing)
 
     def _out_of_patience(self, wanted: Wanted) -> bool:
-        return wanted.demand.oldest_parked_s > self.policy.patience_s
+        return wanted.demand.waited_s > self.policy.patience_s
 
     def _claim(self, wanted: Wanted, rooms: list[WorkerRoom], missing: Callable[[WorkerRoom], int]) -> bool:
         room = self._best(wanted, rooms, missing)

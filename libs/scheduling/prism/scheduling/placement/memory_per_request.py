@@ -33,14 +33,22 @@ class MemoryPerRequestPlacement:
     factor: float = 2.0
     min_stay_s: float = 15.0
 
+    @property
+    def manners(self) -> Manners:
+        """See Judging."""
+        return Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
+
+    def foresees(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
+        """See Judging: as it is."""
+        return snapshot
+
     def judge(self, reconciler: Reconciler) -> "MemoryPerRequestJudge":
         """See Judging."""
         return MemoryPerRequestJudge()
 
     def plan(self, snapshot: ClusterSnapshot, now: float) -> Plan:
         """See PlacementPolicy."""
-        manners = Manners(self.patience_s, self.min_active_s, self.drain_s, self.settle_s)
-        reconciler = Reconciler(snapshot, Board(snapshot, now), manners)
+        reconciler = Reconciler(snapshot, Board(snapshot, now), self.manners)
         judge = self.judge(reconciler)
         wants, notes = wanted_models(snapshot, self.home_patience_s)
         reconciler.notes.update(dict.fromkeys(notes))

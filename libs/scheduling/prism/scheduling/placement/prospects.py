@@ -133,7 +133,8 @@ class Prospects:
         idle = [
             instance
             for instance in sleepers
-            if (self.is_idle(instance) and not judge.spares(instance)) or self._is_extra(instance)
+            if (self.is_idle(instance) and (wanted.view.spec.pin or not judge.spares(instance)))
+            or self._is_extra(instance)
         ]
         idle.sort(key=judge.victim_rank)
         chosen = self._enough(idle, place, short)
@@ -143,9 +144,9 @@ class Prospects:
         if max(short) <= 0:
             return Option(place, Step.AWAIT_BUSY, need)
         busy = [instance for instance in sleepers if instance.serves and instance not in idle]
-        if wanted.demand.oldest_parked_s <= self.patience_s(wanted, place, need):
+        if wanted.demand.waited_s <= self.patience_s(wanted, place, need):
             return None
-        busy.sort(key=_longest_active_first)
+        busy.sort(key=self._least_missed_first)
         ripe = [instance for instance in busy if instance.resident.state_s >= self.manners.min_active_s]
         chosen = self._enough(idle + ripe, place, short)
         if chosen is not None:
@@ -263,6 +264,12 @@ class Prospects:
         resident = instance.resident
         return not resident.busy and resident.state_s >= self.manners.settle_s
 
+    def _least_missed_first(self, instance: Instance) -> tuple[float, ...]:
+        """Of those that are not put to sleep lightly: lower priority first, then who only pauses, then the
+        longest active."""
+        priority = instance.view.spec.priority if instance.view is not None else 0
+        return (priority, not self.is_idle(instance), -instance.resident.state_s)
+
     def _is_extra(self, instance: Instance) -> bool:
         """Whether the model is served by more instances than its operator asked for, and not because it is
         about to move."""
@@ -275,11 +282,6 @@ class Prospects:
 def is_promised(view: ModelView | None) -> bool:
     """Whether the model's requests are promised a first token within some time."""
     return view is not None and view.spec.ttft_slo_ms is not None
-
-
-def _longest_active_first(instance: Instance) -> tuple[float, float, str]:
-    view = instance.view
-    return (view.spec.priority if view is not None else 0, -instance.resident.state_s, instance.model)
 
 
 def _gb(nbytes: int) -> str:

@@ -94,11 +94,18 @@ class ModelView(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Demand(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What all gateways together see of a model."""
+    """What all gateways together see of a model: requests that are parked, how long the oldest of them has
+    been, and for how long there have always been some, whether or not the same. Seconds."""
 
     parked: int = 0
     oldest_parked_s: float = 0.0
-    arrivals_per_s: float = 0.0
+    parked_for_s: float = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """How long the model has kept requests waiting. Clients that give up and ask again don't shorten
+        it."""
+        return max(self.oldest_parked_s, self.parked_for_s)
 
 
 class InFlight(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,6 +1,7 @@
 """No sharing: every model has its home and its memory for good. The baseline that sharing is measured by."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prism.common.messages.models import InitialPlacement
@@ -41,6 +42,10 @@ class StaticPlacement:
             for name, resident in place.worker.models.items():
                 if resident.state in AT_WORK:
                     at[name].add(place.worker.id)
+        with_gpu: dict[int, list[Place]] = defaultdict(list)
+        for place in board.places.values():
+            for gpu_id in place.worker.gpu_ids:
+                with_gpu[gpu_id].append(place)
         for name, view in snapshot.models.items():
             homes = [placement for placement in view.spec.init_placements if placement.on]
             if view.removed:
@@ -53,9 +58,10 @@ class StaticPlacement:
                 reconciler.note(name, f"can't be placed: {view.facts.error}")
             elif homes:
                 for home in homes:
-                    self._settle(reconciler, view, _named(board, home), at[name], home)
+                    self._settle(reconciler, view, _named(with_gpu, home), at[name], home)
             elif not at[name]:
-                self._settle(reconciler, view, list(board.places_for(view, _fullness, _any)), at[name])
+                fullness = _fullness_shared if self.shares_kv else _fullness
+                self._settle(reconciler, view, list(board.places_for(view, fullness, _any)), at[name])
         reconciler.release_the_removed()
         return reconciler.plan()
 
@@ -71,15 +77,23 @@ class StaticPlacement:
         board, name = reconciler.board, view.spec.model_name
         if any(place.worker.id in at for place in places):
             return
+        tp_size = view.spec.tp_size
+        places = [p for p in places if not p.worker.tp_sizes or tp_size in p.worker.tp_sizes]
         if not places:
-            gpus = f"GPU ids {home.gpu_ids}" if home is not None else f"{view.spec.tp_size} GPU(s)"
+            gpus = f"GPU ids {home.gpu_ids}" if home is not None else f"{tp_size} GPU(s)"
             reconciler.note(name, f"waits for a worker with {gpus}; none has them now")
             return
 
         def left(place: Place) -> int:
-            return min(gpu.unreserved for gpu in place.gpus) - self._missing(board, view, place)
+            has = min(gpu.free if self.shares_kv else gpu.unreserved for gpu in place.gpus)
+            return has - self._missing(board, view, place)
 
-        best = max(places, key=lambda place: (left(place), place.worker.id))
+        def fails(place: Place) -> bool:
+            return (place.worker.id, name) in board.backing_off
+
+        best = max(
+            places, key=lambda place: (left(place) >= 0, not fails(place), left(place), place.worker.id)
+        )
         if left(best) < 0:
             short = -left(best) / 1e9
             reconciler.note(name, f"stays out: its home lacks {short:.3f} GB for its weights and KV cache")
@@ -104,18 +118,22 @@ class StaticPlacement:
         return max(0, takes - (here.held_bytes if here else 0))
 
 
-def _named(board: Board, home: InitialPlacement) -> list[Place]:
+def _named(with_gpu: Mapping[int, list[Place]], home: InitialPlacement) -> list[Place]:
     """The GPUs that a placement names, where one worker has them all."""
     named = set(home.gpu_ids)
     return [
         Place(whole.worker, tuple(gpu for gpu in whole.gpus if gpu.id in named))
-        for whole in board.places.values()
+        for whole in with_gpu.get(home.gpu_ids[0], ())
         if named <= set(whole.worker.gpu_ids)
     ]
 
 
 def _fullness(gpu: Gpu) -> float:
     return -float(gpu.unreserved)
+
+
+def _fullness_shared(gpu: Gpu) -> float:
+    return -float(gpu.free)
 
 
 def _any(place: Place) -> bool:
