@@ -12,6 +12,7 @@ from nats.aio.msg import Msg
 from prism.common import subjects
 from prism.common.bus import Bus
 from prism.common.errors import ErrorCode
+from prism.common.garbage import garbage_collected_later
 from prism.common.messages.codec import decode
 from prism.common.messages.events import Event
 from prism.common.messages.explain import (
@@ -150,7 +151,9 @@ class GlobalScheduler:
         if balance:
             self._balanced_at = now
         snapshot = self.cluster.snapshot(self._commands.in_flight(), now, balance=balance)
-        self._carry_out(self._policy.plan(snapshot, now), snapshot, election)
+        with garbage_collected_later():
+            plan = self._policy.plan(snapshot, now)
+        self._carry_out(plan, snapshot, election)
 
     def _tell_move(self, kind: str, worker: str, model: str, detail: str) -> None:
         instance = self._election.instance if self._election else ""

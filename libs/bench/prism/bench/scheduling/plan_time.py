@@ -7,6 +7,7 @@ from time import process_time
 
 import msgspec
 
+from prism.common.garbage import garbage_collected_later
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.memory import kv_floor, weights_bytes
@@ -111,14 +112,15 @@ def large_cluster(models: int, *, seed: int = 1, cold: bool = False) -> ClusterS
 
 
 def plan_time(policy: str, models: int, *, cold: bool = False, repeats: int = 3) -> PlanTime:
-    """The time of a plan by `policy`; the first, which also fills what is remembered of costs, is not counted
-    unless the cluster is `cold`."""
+    """The time of a plan by `policy`, made as the global scheduler makes it; the first, which also fills what
+    is remembered of costs, is not counted unless the cluster is `cold`."""
     snapshot = large_cluster(models, cold=cold)
     placement = policies[policy]()
     times, actions = [], 0
     for _ in range(repeats + (not cold)):
         began = process_time()
-        plan = placement.plan(snapshot, 1000.0)
+        with garbage_collected_later():
+            plan = placement.plan(snapshot, 1000.0)
         times.append(process_time() - began)
         actions = len(plan.actions)
     counted = times if cold else times[1:]

@@ -173,7 +173,7 @@ class BalancedJudge:
     def pressure(self, wanted: Wanted, option: Option) -> float:
         """The highest pressure among its GPUs once it is there and the victims are gone."""
         work = self.reconciler.expected_work(wanted.view, option.place)
-        return option.pressure_with(work, self.reconciler.board.fixed_bytes(wanted.view, option.place.worker))
+        return option.pressure_with(work, self.reconciler.board.fixed_at(wanted.view, option.place))
 
     def loss_s(self, instance: Instance) -> float:
         """Seconds that requests will probably wait because it was put one tier lower."""

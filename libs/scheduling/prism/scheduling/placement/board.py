@@ -47,7 +47,8 @@ class Board:
         self._measured = False
         self._kinds: dict[tuple[int | None, bool], WorkerView] = {}
         self._needs: dict[int, int] = {}
-        self._needs_of: ModelView | None = None
+        self._fixed: dict[int, int] = {}
+        self._sized: ModelView | None = None
         numbers: dict[tuple[int | None, bool, int], int] = {}
         for worker in snapshot.workers:
             if not worker.draining:
@@ -178,13 +179,26 @@ class Board:
         worker = place.worker
         if view.spec.model_name in worker.models:
             return self.need(view, worker)
-        if view is not self._needs_of:
-            self._needs_of, self._needs = view, {}
+        if view is not self._sized:
+            self._sized, self._needs, self._fixed = view, {}, {}
         kind = place.gpus[0].kind
         need = self._needs.get(kind)
         if need is None:
             need = self._needs[kind] = self.need(view, worker)
         return need
+
+    def fixed_at(self, view: ModelView, place: Place) -> int:
+        """`fixed_bytes` in the same way."""
+        worker = place.worker
+        if view.spec.model_name in worker.models:
+            return self.fixed_bytes(view, worker)
+        if view is not self._sized:
+            self._sized, self._needs, self._fixed = view, {}, {}
+        kind = place.gpus[0].kind
+        fixed = self._fixed.get(kind)
+        if fixed is None:
+            fixed = self._fixed[kind] = self.fixed_bytes(view, worker)
+        return fixed
 
     def least_need(self, view: ModelView) -> int:
         """A lower bound of what an activation takes of each GPU, wherever it goes."""

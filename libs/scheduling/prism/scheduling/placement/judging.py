@@ -35,8 +35,13 @@ class Option(NamedTuple):
     def pressure_with(self, work: Work, nbytes: int) -> float:
         """The highest pressure among its GPUs with one more instance, whose weights and context take
         `nbytes`, and without the victims."""
+        gpus = self.place.gpus
         if not self.victims:
-            return max(gpu.with_work(work, nbytes) for gpu in self.place.gpus)
+            return (
+                gpus[0].with_work(work, nbytes)
+                if len(gpus) == 1
+                else max([gpu.with_work(work, nbytes) for gpu in gpus])
+            )
         highest = 0.0
         for gpu in self.place.gpus:
             gone = [victim for victim in self.victims if gpu in victim.place.gpus]
