@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from prism.common.messages.models import ModelState, Tier
 from prism.scheduling.placement.actions import Plan
+from prism.scheduling.placement.anticipation import Anticipation
 from prism.scheduling.placement.attainment import felt, gain_of
 from prism.scheduling.placement.balancing import Balancing
 from prism.scheduling.placement.board import Board
@@ -135,8 +136,9 @@ class BalancedPlacement:
             balancing.replicate()
             balancing.move()
             balancing.make_kv_room()
-            balancing.wake_ahead()
-            balancing.prepare()
+            anticipation = Anticipation(reconciler, judge, self)
+            anticipation.wake_ahead()
+            anticipation.prepare()
         return reconciler.plan()
 
 

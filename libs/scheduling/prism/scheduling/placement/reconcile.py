@@ -17,6 +17,10 @@ from prism.scheduling.placement.prospects import Manners, Prospects
 from prism.scheduling.placement.snapshot import ClusterSnapshot, ModelView
 from prism.scheduling.placement.wants import NO_DEMAND, Wanted
 
+UNASKED_SHARE = 0.125
+"""No more moves at a time, nor models woken ahead, than this share of the GPUs, and at least one: a move
+takes memory twice, and all of them share the bus with those that requests wait for."""
+
 _OFF_THE_DEVICE = frozenset({ModelState.COLD, ModelState.STAGED})
 
 
@@ -79,6 +83,23 @@ class Reconciler(Prospects):
             self.sink(victim, f"memory for {wanted.name}: {wanted.reason}")
         for gpu in option.place.gpus:
             gpu.claimed += option.need
+
+    def bring_up(self, wanted: Wanted, judge: Judge, accept: Callable[[Option], bool]) -> bool:
+        """Have it come up at the best place that is acceptable; in silence if there is none."""
+        options = [
+            option
+            for place in self.candidates(wanted, judge, tell=False)
+            if (option := self.option(wanted, place, judge)) is not None and accept(option)
+        ]
+        if not options:
+            return False
+        self.take(wanted, min(options, key=lambda one: judge.option_rank(wanted, one)))
+        return True
+
+    @property
+    def most_unasked(self) -> int:
+        """No more models than this are brought up at a time that nobody waits for."""
+        return max(1, int(len(self.board.gpus) * UNASKED_SHARE))
 
     def activate(self, wanted: Wanted, place: Place) -> None:
         """Bring a model up where memory is free."""
