@@ -1,7 +1,9 @@
 # Prism: `make setup`, `make demo`, `make test`, `make lint`.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
-PROFILE ?= cpu
 VENV := .venv
+# One profile is installed at a time: the one that the mark of a finished setup names, until PROFILE=... changes it.
+PROFILE ?= $(or $(patsubst $(VENV)/.ready-%,%,$(firstword $(wildcard $(VENV)/.ready-*))),cpu)
+READY = $(VENV)/.ready-$(PROFILE)
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
@@ -9,9 +11,9 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway bench-activation bench-decode bench-scheduling bench-calibration
 
-setup: $(VENV)/.ready
+setup: $(READY)
 
-$(VENV)/.ready: requirements/$(PROFILE).lock $(PARTS:%=%/pyproject.toml) Makefile
+$(READY): requirements/$(PROFILE).lock $(PARTS:%=%/pyproject.toml) Makefile
 	@echo "== environment in $(VENV) ($(PROFILE) profile)"
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "prism: $(PYTHON) is not Python 3.11, which the packages are locked for: install python3.11 with" \
@@ -19,6 +21,7 @@ $(VENV)/.ready: requirements/$(PROFILE).lock $(PARTS:%=%/pyproject.toml) Makefil
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "== packages (about 5 GB the first time)"
+	@rm -f $(VENV)/.ready $(VENV)/.ready-*
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/$(PROFILE).lock
 	@echo "== prism itself"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation $(PARTS:%=-e %)
@@ -34,7 +37,7 @@ test: setup
 CLIENTS := build/clients
 CLIENTS_LOCKS := tests/clients/clients.lock tests/clients/bench_serving.lock
 
-$(CLIENTS)/.ready: $(CLIENTS_LOCKS) | $(VENV)/.ready
+$(CLIENTS)/.ready: $(CLIENTS_LOCKS) | $(READY)
 	@echo "== clients in an environment of their own (0.7 GB beside torch, which setup has fetched)"
 	@rm -rf $(CLIENTS)
 	@$(BIN)/uv venv --quiet --python $(BIN)/python $(CLIENTS)/clients
@@ -70,7 +73,7 @@ lint: setup
 PEERS := build/bench-peers
 PEERS_LOCK := libs/bench/prism/bench/gateway/requirements.lock
 
-$(PEERS)/.ready: $(PEERS_LOCK) | $(VENV)/.ready
+$(PEERS)/.ready: $(PEERS_LOCK) | $(READY)
 	@echo "== LiteLLM and SGLang's router in an environment of their own (0.7 GB)"
 	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
 	@$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --no-deps -r $(PEERS_LOCK)

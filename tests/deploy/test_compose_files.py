@@ -87,6 +87,18 @@ def test_an_image_holds_the_versions_that_are_tested(image: str) -> None:
     assert image == "gpu_worker" or not any(line.startswith("torch==") for line in lock)
 
 
+def test_a_worker_on_a_gpu_is_not_held_to_the_memory_of_the_tiny_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = yaml.safe_load((COMPOSE / "compose.gpu.yaml").read_text())["services"]["gpu_worker"]
+    given = dict(entry.partition("=")[::2] for entry in gpu["environment"])
+    assert given["PRISM_WORKER_MEMORY_GB"] == "${PRISM_WORKER_MEMORY_GB:-}"
+    monkeypatch.setenv("PRISM_WORKER_MEMORY_GB", "")
+    command: click.Command = import_module("prism.gpu_worker.__main__").main
+    context = command.make_context("gpu_worker", ["--store-socket", "/s"])
+    assert context.params["worker_memory_gb"] is None, "and nothing stands for what the device says"
+
+
 def test_the_tiny_models_placement_is_sound() -> None:
     models = read_placement_file(COMPOSE / "placement.json")
     assert [model.model_name for model in models] == ["tiny-llama", "tiny-qwen3", "tiny-llama-big"]

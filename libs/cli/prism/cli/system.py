@@ -47,14 +47,15 @@ _READY = re.compile(r"gateway ready at (http://\S+)")
 class SystemSettings:
     """What to run. Counts are processes of each service; a port of 0 lets the kernel choose, further gateways
     take the ports after it. Without `nats_url` a NATS server of its own listens on `nats_port`. Each
-    worker counts as one GPU of the cluster and uses one of the stores."""
+    worker counts as one GPU of the cluster and uses one of the stores; of several on `cuda` worker i uses GPU
+    i - 1. Without `worker_memory_gb` a worker uses what its device says."""
 
     placement: Path
     nats_url: str | None = None
     nats_port: int = 0
     host: str = "127.0.0.1"
     port: int = 0
-    worker_memory_gb: float | None = 4.0
+    worker_memory_gb: float | None = None
     store_memory_gb: float | None = None
     image_dir: Path | None = None
     mode: str = DEFAULT_MODE
@@ -159,7 +160,7 @@ class RunningSystem:
         number = next(number for number in itertools.count(1) if _name(kind, number) not in taken)
         name = _name(kind, number)
         stores = [store.name for store in self.of("model_store")]
-        arguments = _arguments(self._settings, self.nats_url, self.folder, kind, number, stores)
+        arguments = service_arguments(self._settings, self.nats_url, self.folder, kind, number, stores)
         command = [sys.executable, "-m", f"prism.{kind}", *arguments]
         service = ServiceProcess(
             kind, name, command, self._settings.environment, self._watch_line, [self._users_fd]
@@ -249,7 +250,7 @@ def _name(kind: str, number: int) -> str:
     return kind if number == 1 else f"{kind}-{number}"
 
 
-def _arguments(
+def service_arguments(
     settings: SystemSettings, nats_url: str, folder: Path, kind: str, number: int, stores: Sequence[str]
 ) -> list[str]:
     """The command line of process `number` of a service; a worker takes its share of the `stores`."""
@@ -265,6 +266,8 @@ def _arguments(
         case "gpu_worker":
             worker = [*common, "--device", settings.device, "--first-gpu-id", str(number - 1)]
             worker += ["--store-socket", _socket(folder, stores[(number - 1) % len(stores)])]
+            if settings.device == "cuda" and max(settings.workers, number) > 1:
+                worker += ["--gpu", str(number - 1)]
             if settings.worker_memory_gb is not None:
                 worker += ["--worker-memory-gb", str(settings.worker_memory_gb)]
             return [*worker, "--mode", settings.mode, "--drain-s", str(settings.drain_s)]

@@ -16,7 +16,7 @@ from prism.common.errors import PrismError
 from prism.common.modes import DEFAULT_MODE, MODES, policy_in
 from prism.common.placement_file import read_placement_file
 from prism.common.telemetry import LOG_FORMATS
-from prism.scheduling.placement import DEFAULT_POLICY
+from prism.scheduling.placement import DEFAULT_POLICY, policies
 
 COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store": 35}
 NAME_WIDTH = 18
@@ -46,7 +46,6 @@ def curl_line(gateway_url: str, model: str) -> str:
 
 async def run_until_stopped(settings: SystemSettings) -> int:
     """Run the system until SIGINT or SIGTERM, or until it cannot run. Returns the exit status."""
-    policy_in(settings.mode, settings.policy, DEFAULT_POLICY)
     models = read_placement_file(settings.placement)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -117,19 +116,40 @@ def _is_free(port: int) -> bool:
     "--port", default=8000, show_default=True, help="Port of the gateway; 0 lets the kernel choose."
 )
 @click.option(
-    "--worker-memory-gb", default=4.0, show_default=True, help="What weights and KV caches may take."
+    "--worker-memory-gb",
+    type=float,
+    envvar="PRISM_WORKER_MEMORY_GB",
+    show_envvar=True,
+    help="What weights and KV caches of a worker may take.  "
+    "[default: 4; cuda: the GPU's memory less 4 GiB for activations]",
 )
 @click.option("--store-memory-gb", type=float, help="What staged models may take (default: half of RAM).")
 @click.option("--image-dir", type=click.Path(path_type=Path), help="Where engine images are kept on disk.")
 @click.option(
     "--mode",
     type=click.Choice(MODES),
+    envvar="PRISM_MODE",
+    show_envvar=True,
     default=DEFAULT_MODE,
     show_default=True,
     help="static, elastic: models stay at home, awake; static: with the KV cache that they began with.",
 )
-@click.option("--policy", help=f"Placement policy of --mode full.  [default: {DEFAULT_POLICY}]")
-@click.option("--device", default="cpu", show_default=True, help="What the engines run on.")
+@click.option(
+    "--policy",
+    type=click.Choice(sorted(policies)),
+    envvar="PRISM_PLACEMENT_POLICY",
+    show_envvar=True,
+    help=f"Placement policy of --mode full.  [default: {DEFAULT_POLICY}]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "simulated"]),
+    envvar="PRISM_DEVICE",
+    show_envvar=True,
+    default="cpu",
+    show_default=True,
+    help="What the engines run on. simulated: nothing; they say numbers.",
+)
 @click.option("--gateways", type=COUNT, default=1, show_default=True, help="Processes of the gateway.")
 @click.option("--schedulers", type=COUNT, default=1, show_default=True, help="Schedulers: one leads.")
 @click.option("--workers", type=COUNT, default=1, show_default=True, help="Workers: a GPU each.")
@@ -142,7 +162,13 @@ def up_command(placement: Path, nats_port: int | None, **options: object) -> Non
     if nats_port is None:
         nats_port = NATS_PORT if _is_free(NATS_PORT) else 0
     settings = SystemSettings(placement=placement, nats_port=nats_port, **options)  # type: ignore[arg-type]
+    if settings.device == "cuda" and settings.workers > 1 and os.environ.get("PRISM_GPU"):
+        raise click.UsageError(
+            f"PRISM_GPU is for one worker; with --workers {settings.workers} worker i uses GPU i - 1: "
+            "unset it"
+        )
     try:
+        policy_in(settings.mode, settings.policy, DEFAULT_POLICY)
         status = asyncio.run(run_until_stopped(settings))
     except PrismError as error:
         click.echo(f"prism: {error.message}", err=True)

@@ -31,6 +31,6 @@ def policy_in(mode: str, chosen: str | None, default: str) -> str:
         raise PrismError(
             ErrorCode.INVALID_REQUEST,
             f"--policy {chosen} decides nothing in --mode {mode}, where models stay at home; "
-            "leave one of the two out",
+            "leave one of the two out (they may come from PRISM_PLACEMENT_POLICY and PRISM_MODE)",
         )
     return "static"

@@ -39,14 +39,6 @@ LONG = Prompts(1000, 6000, 1.0, (0.7, 0.9, 1.1), 600.0)
 SHORT = Prompts(50, 200, 0.2, (0.7, 1.1, 2.0, 4.0), 120.0)
 
 
-class Starved(msgspec.Struct, frozen=True):
-    """The longest wait for a first token, in multiples of the request's objective, and how many never had
-    one."""
-
-    longest: float
-    unserved: int
-
-
 def compare(
     load: float, seed: int, prompts: Prompts = LONG, profile_name: str = "h100-80gb"
 ) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,6 @@ import msgspec
 from prism.bench.simulation.model import SimulatedModel
 from prism.bench.simulation.model_config import read_model_facts
 from prism.bench.simulation.objectives import Alone, measure_alone, with_objectives
-from prism.bench.simulation.report import report
 from prism.bench.simulation.simulation import Limits, Outcome, Simulation
 from prism.bench.traces.trace import Trace, mapped, scaled
 from prism.common.errors import ErrorCode, PrismError
@@ -156,8 +155,3 @@ def simulate(
         admission=admission_policy(admission),
         limits=limits,
     ).run()
-
-
-def simulated_report(scenario: Scenario, **settings: Any) -> dict[str, Any]:
-    """As `simulate`, as an object for programs."""
-    return report(simulate(scenario, **settings))

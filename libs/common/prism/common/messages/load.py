@@ -11,9 +11,9 @@ class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     `engine_steps` counts forward passes of its engine.
 
     `kv_wanted_bytes` is what the requests here, queued ones included, would take of KV cache,
-    `kv_spare_bytes` what of its quota could go to other models now without a running request noticing, which
-    is 0 where quotas don't move. `queue_s` is
-    how long requests waited lately before the engine had them. `prefill_tokens_per_s` and `decode_step_s` are
+    `kv_spare_bytes` what of its quota could go to other models now without a running request noticing: 0 for
+    an engine of several ranks, and of no use to others where the worker is not `elastic`. `queue_s` is how
+    long requests waited lately before the engine had them. `prefill_tokens_per_s` and `decode_step_s` are
     as measured, None before that. The last four count finished requests that kept, or did not keep, their
     objectives. `gpu_ids` are those of the worker's GPUs that it is on, empty for all.
     """

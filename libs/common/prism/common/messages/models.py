@@ -52,10 +52,20 @@ class InitialPlacement(msgspec.Struct, frozen=True, omit_defaults=True, forbid_u
             extra_json_schema={"uniqueItems": True},
         ),
     ]
-    on: Annotated[bool, Meta(description="Whether the model is active from the start")] = True
+    on: Annotated[
+        bool,
+        Meta(
+            description="Whether the model is active here from the start; unless the policy is static "
+            "only the first that is on counts, and replicas says how many there are"
+        ),
+    ] = True
     max_memory_pool_size: Annotated[
         Annotated[float, Meta(gt=0, le=MOST)] | None,
-        Meta(description="KV cache at most, in GB (10^9 bytes); left out: room for a few full contexts"),
+        Meta(
+            description="KV cache on each of its GPUs at most, in GB (10^9 bytes), and what it starts with "
+            "where that is free; that of the first placement in the list counts; left out: it starts with "
+            "room for two full contexts"
+        ),
     ] = None
 
 
@@ -83,7 +93,10 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
     ] = 1
     init_placements: Annotated[
         list[InitialPlacement],
-        Meta(description="Where it starts; left out: nowhere, the first request places it"),
+        Meta(
+            description="Where it starts; left out or empty: wherever memory is free, once it is asked for "
+            "or its policy starts it"
+        ),
     ] = []
     ttft_slo_ms: Annotated[
         Milliseconds | None, Meta(description="Objective for the time to the first token, in ms")
@@ -92,10 +105,17 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
         Milliseconds | None, Meta(description="Objective for the time per token after the first, in ms")
     ] = None
     priority: Annotated[
-        int, Meta(ge=-MOST, le=MOST, description="Who gives way when memory is short: lower sleeps first")
+        int,
+        Meta(
+            ge=-MOST,
+            le=MOST,
+            description="Who gives way: lower sleeps first, gets KV cache last, and its requests are given "
+            "up first where not all first tokens can be on time",
+        ),
     ] = 0
     pin: Annotated[
-        bool, Meta(description="Never sleeps; elsewhere than on its GPUs only while those are gone")
+        bool,
+        Meta(description="Never sleeps; elsewhere than on its GPUs only while those are gone"),
     ] = False
     replicas: Annotated[
         int,
@@ -106,7 +126,13 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
             "balanced adds more while one GPU is too little",
         ),
     ] = 1
-    minimum_tier: Annotated[Tier, Meta(description="Never sinks below this")] = Tier.COLD
+    minimum_tier: Annotated[
+        Tier,
+        Meta(
+            description="The scheduler does not put it below this; staged is as cold: the store evicts "
+            "weights that nobody uses"
+        ),
+    ] = Tier.COLD
     idle_timeout_s: Annotated[
         Annotated[float, Meta(gt=0, le=31_536_000)] | None,
         Meta(description="Sleeps after so many seconds without requests, even if nobody wants its memory"),

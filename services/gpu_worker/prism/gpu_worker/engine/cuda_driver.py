@@ -41,13 +41,8 @@ def granularity(device: int) -> int:
 
 
 def reserve_addresses(nbytes: int) -> int:
-    """Address space without memory behind it."""
+    """Address space without memory behind it, for as long as the process lives."""
     return int(check(driver.cuMemAddressReserve(nbytes, 0, 0, 0), f"reserving {nbytes} bytes of addresses"))
-
-
-def free_addresses(address: int, nbytes: int) -> None:
-    """Give address space back."""
-    check(driver.cuMemAddressFree(address, nbytes), f"freeing {nbytes} bytes of addresses")
 
 
 def map_memory(device: int, address: int, nbytes: int) -> Any:
