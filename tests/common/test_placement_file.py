@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from prism.common.garbage import garbage_collected_later
 from prism.common.errors import ErrorCode, PrismError
+from prism.common.garbage import garbage_collected_later
 from prism.common.placement_file import read_placement_file
 from prism.common.placement_schema import allowed_values, placement_schema
 

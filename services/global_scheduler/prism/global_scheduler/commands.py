@@ -29,7 +29,6 @@ _REACHED = {
     CommandKind.ACTIVATE: ModelState.ACTIVE,
     CommandKind.DOZE: ModelState.DOZING,
     CommandKind.FREEZE: ModelState.FROZEN,
-    CommandKind.STAGE: ModelState.STAGED,
     CommandKind.RELEASE: ModelState.COLD,
 }
 

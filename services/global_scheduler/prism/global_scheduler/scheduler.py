@@ -33,7 +33,7 @@ from prism.global_scheduler.election import Election
 from prism.global_scheduler.routes import DeadRoutes
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
-from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release, Stage
+from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Note, Plan, Release
 from prism.scheduling.placement.board import Board
 from prism.scheduling.placement.explanation import explain
 from prism.scheduling.placement.snapshot import ClusterSnapshot
@@ -51,7 +51,6 @@ class Deadlines(msgspec.Struct, frozen=True):
 
     activate_s: float = 180.0
     doze_s: float = 30.0
-    stage_s: float = 300.0
     release_s: float = 30.0
 
 
@@ -275,8 +274,6 @@ class GlobalScheduler:
                 return Command(CommandKind.DOZE, epoch, spec, facts, limits.doze_s, drain_s=action.drain_s)
             case Freeze():
                 return Command(CommandKind.FREEZE, epoch, spec, facts, limits.doze_s)
-            case Stage():
-                return Command(CommandKind.STAGE, epoch, spec, facts, limits.stage_s)
             case Release():
                 return Command(CommandKind.RELEASE, epoch, spec, facts, limits.release_s)
 

@@ -15,7 +15,7 @@ from prism.common.messages.models import ModelState, Tier
 from prism.common.messages.placement import CommandKind
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
-from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Release, Stage
+from prism.scheduling.placement.actions import Action, Activate, Doze, Freeze, Release
 from prism.scheduling.placement.backoff import BackoffTable
 from prism.scheduling.placement.snapshot import (
     ClusterSnapshot,
@@ -192,8 +192,6 @@ class PlacementShell:
             self._freeze(action, now)
         elif isinstance(action, Release):
             self._put_away(action, 0.0, now, doze=False)
-        elif isinstance(action, Stage):
-            self._stage(action, now)
 
     def _activate(self, action: Activate, now: float) -> None:
         model, worker = self.models[action.model], self.workers[action.worker]
@@ -363,24 +361,6 @@ class PlacementShell:
             self.plan_soon(then)
 
         self._events.at(now + self._profile.freeze_s, frozen)
-
-    def _stage(self, action: Stage, now: float) -> None:
-        model, worker = self.models[action.model], self.workers[action.worker]
-        instance = worker.instances.get(action.model)
-        if instance is None:
-            instance = worker.instances[action.model] = Instance(model, worker.id, self._host_tier)
-        if instance.state is not ModelState.COLD:
-            return
-        key = (worker.id, action.model)
-        self._in_flight[key] = InFlight(worker.id, action.model, CommandKind.STAGE)
-        instance.enter(ModelState.STAGING, now)
-
-        def done(then: float) -> None:
-            instance.enter(ModelState.STAGED, then)
-            self._in_flight.pop(key, None)
-            self.plan_soon(then)
-
-        self._events.at(now + model.cost.cold_s - model.cost.staged_s, done)
 
     def _fail(self, action: Action, why: str, now: float) -> None:
         self.failed += 1

@@ -14,7 +14,6 @@ class CommandKind(enum.StrEnum):
     ACTIVATE = "activate"
     DOZE = "doze"
     FREEZE = "freeze"
-    STAGE = "stage"
     RELEASE = "release"
 
 

@@ -34,14 +34,6 @@ class Freeze(msgspec.Struct, frozen=True, tag="freeze"):
     reason: str
 
 
-class Stage(msgspec.Struct, frozen=True, tag="stage"):
-    """Bring the weights of `model` into host memory at `worker`."""
-
-    model: str
-    worker: str
-    reason: str
-
-
 class Release(msgspec.Struct, frozen=True, tag="release"):
     """Have `worker` forget `model` and give back all that it holds."""
 
@@ -50,7 +42,7 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     reason: str
 
 
-Action = Activate | Doze | Freeze | Stage | Release
+Action = Activate | Doze | Freeze | Release
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
