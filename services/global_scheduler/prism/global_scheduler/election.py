@@ -12,14 +12,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import nats.errors
-import nats.js.errors
-from nats.js.kv import KeyValue
-
 from prism.common import subjects
 from prism.common.bus import LEADER_TTL_S, Bus
-from prism.common.errors import PrismError
-from prism.common.messages.codec import decode, encode
+from prism.common.leases import LEASE_ERRORS, LeaseBucket
+from prism.common.messages.codec import encode
 from prism.common.messages.placement import LeaderRecord
 from prism.common.mirror import BucketMirror, mirror_bucket
 from prism.common.tasks import end_task
@@ -29,7 +25,6 @@ log = logging.getLogger(__name__)
 RENEW_S = LEADER_TTL_S / 3
 MARGIN_S = LEADER_TTL_S / 6
 POLL_S = LEADER_TTL_S / 10
-_BUS_ERRORS = (nats.errors.Error, OSError, TimeoutError, PrismError)
 
 
 class Election:
@@ -48,9 +43,8 @@ class Election:
         self._fresh_until = 0.0
         self._renounced = asyncio.Event()
         self._vacant = asyncio.Event()
-        self._record = encode(LeaderRecord(instance))
+        self._leases = LeaseBucket(bus, subjects.BUCKET_LEADER, encode(LeaderRecord(instance)))
         self._mirror: BucketMirror[LeaderRecord] | None = None
-        self._kv: KeyValue | None = None
 
     @property
     def leading(self) -> bool:
@@ -94,9 +88,9 @@ class Election:
                 if await self._acquire():
                     await self._lead()
                     continue
-            except _BUS_ERRORS as error:
+            except LEASE_ERRORS as error:
                 log.debug("no lease: %s", error)
-                self._kv = None
+                self._leases.failed()
             # An expired entry makes no sound, so the lease is also tried for again and again.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
@@ -111,14 +105,9 @@ class Election:
     async def _acquire(self) -> bool:
         began = time.monotonic()
         async with asyncio.timeout(RENEW_S):
-            bucket = await self._bucket()
-            try:
-                revision = int(await bucket.create(subjects.LEADER_KEY, self._record))
-            except nats.js.errors.KeyWrongLastSequenceError:
-                own = await self._own_revision(bucket)
-                if own is None:
-                    return False
-                revision = int(await bucket.update(subjects.LEADER_KEY, self._record, last=own))
+            revision = await self._leases.take(subjects.LEADER_KEY)
+        if revision is None:
+            return False
         self._renewed(revision, began)
         self.epoch = max(revision, self._seen_epoch() + 1)
         self._renounced.clear()
@@ -147,50 +136,34 @@ class Election:
                 return
             try:
                 async with asyncio.timeout(min(left, RENEW_S)):
-                    bucket = await self._bucket()
-                    revision = await bucket.update(subjects.LEADER_KEY, self._record, last=self._revision)
-                    self._renewed(int(revision), began)
-                    return
-            except nats.js.errors.KeyWrongLastSequenceError:
-                if not await self._still_own():
-                    self._step_down("another instance has the lease")
-            except _BUS_ERRORS as error:
+                    revision = await self._leases.renew(subjects.LEADER_KEY, self._revision)
+            except LEASE_ERRORS as error:
                 log.debug("lease not renewed: %s", error)
-                self._kv = None
+                self._leases.failed()
                 await asyncio.sleep(min(max(left, 0.0), 0.05))
+                continue
+            if revision is not None:
+                self._renewed(revision, began)
+                return
+            if not await self._still_own():
+                self._step_down("another instance has the lease")
 
     async def _still_own(self) -> bool:
         """Whether the entry is ours all the same: a renewal went through whose answer was lost."""
         try:
             async with asyncio.timeout(RENEW_S):
-                own = await self._own_revision(await self._bucket())
-        except _BUS_ERRORS:
+                own = await self._leases.own_revision(subjects.LEADER_KEY)
+        except LEASE_ERRORS:
             return True
         if own is not None:
             self._revision = own
         return own is not None
 
-    async def _own_revision(self, bucket: KeyValue) -> int | None:
-        try:
-            entry = await bucket.get(subjects.LEADER_KEY)
-        except nats.js.errors.KeyNotFoundError:
-            return None
-        record = decode(entry.value or b"", LeaderRecord)
-        return int(entry.revision) if record.instance == self.instance else None
-
-    async def _bucket(self) -> KeyValue:
-        if not self._bus.client.is_connected:
-            # What is published now would be sent after the connection is back, when it means nothing.
-            raise nats.errors.ConnectionClosedError
-        if self._kv is None:
-            self._kv = await self._bus.bucket(subjects.BUCKET_LEADER)
-        return self._kv
-
     async def _give_back(self) -> None:
         try:
             async with asyncio.timeout(RENEW_S):
-                await (await self._bucket()).delete(subjects.LEADER_KEY, last=self._revision)
-        except _BUS_ERRORS as error:
+                await self._leases.give_back(subjects.LEADER_KEY)
+        except LEASE_ERRORS as error:
             log.debug("lease not given back: %s", error)
 
     def _renewed(self, revision: int, began: float) -> None:

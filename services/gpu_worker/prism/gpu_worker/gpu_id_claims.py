@@ -1,8 +1,7 @@
 """The cluster-wide ids of this worker's GPUs, held as entries of a KV bucket that expire unless renewed.
 
-Making an entry that is not there is atomic, so an id has one holder as long as the bus keeps its state. A bus
-that was away for longer than entries live has forgotten everybody's: each worker takes its own ids again, and
-one that finds them taken claims others.
+An id has one holder as long as the bus keeps its state. A bus that was away for longer than entries live has
+forgotten everybody's: each worker takes its own ids again, and one that finds them taken claims others.
 """
 
 import asyncio
@@ -11,14 +10,13 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import nats.errors
 import nats.js.errors
-from nats.js.kv import KeyValue
 
 from prism.common import subjects
 from prism.common.bus import GPU_ID_TTL_S, Bus
 from prism.common.errors import ErrorCode, PrismError
-from prism.common.messages.codec import decode, encode
+from prism.common.leases import LEASE_ERRORS, LeaseBucket
+from prism.common.messages.codec import encode
 from prism.common.messages.placement import GpuIdClaim
 from prism.common.tasks import end_task
 from prism.gpu_worker.gpu_id_choice import Revisions, is_living, lowest_free_block
@@ -29,7 +27,6 @@ RENEW_S = GPU_ID_TTL_S / 3
 POLL_S = GPU_ID_TTL_S / 6
 STEP_DEADLINE_S = GPU_ID_TTL_S / 2
 CLAIM_DEADLINE_S = 30.0
-_BUS_ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError, PrismError)
 
 
 class GpuIdClaims:
@@ -50,8 +47,7 @@ class GpuIdClaims:
         self.ids: list[int] = list(named or ())
         self.obstacle = "the bus does not answer"
         self._bus = bus
-        self._claim = claim
-        self._record = encode(claim)
+        self._leases = LeaseBucket(bus, subjects.BUCKET_GPU_IDS, encode(claim))
         self._named = named
         self._count = count
         self._on_change = on_change
@@ -60,7 +56,6 @@ class GpuIdClaims:
         self._warned = False
         self._has_ids = asyncio.Event()
         self._bus_is_back = asyncio.Event()
-        self._kv: KeyValue | None = None
         if named:
             self._set_ids(list(named))
 
@@ -83,10 +78,10 @@ class GpuIdClaims:
                     await (self._claim_named() if self._named else self._claim_lowest())
                 if self.ids:
                     pause_s = RENEW_S
-            except _BUS_ERRORS as error:
+            except LEASE_ERRORS as error:
                 self.obstacle = str(error) or type(error).__name__
                 log.debug("GPU ids not renewed: %r", error)
-                self._kv = None
+                self._leases.failed()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._bus_is_back.wait()
@@ -97,19 +92,17 @@ class GpuIdClaims:
             async with asyncio.timeout(RENEW_S):
                 for gpu_id in list(self._held):
                     await self._release(gpu_id)
-        except _BUS_ERRORS as error:
+        except LEASE_ERRORS as error:
             log.debug("GPU ids not given back: %r", error)
 
     async def _renew_all(self) -> None:
         for gpu_id, revision in list(self._held.items()):
-            bucket = await self._bucket()
-            try:
-                key = subjects.gpu_id_key(gpu_id)
-                self._held[gpu_id] = int(await bucket.update(key, self._record, last=revision))
-            except nats.js.errors.KeyWrongLastSequenceError:
-                # Expired, lost with the bus's state, taken by another, or renewed and the answer was lost.
-                if not await self._take(gpu_id):
-                    self._lose(gpu_id)
+            renewed = await self._leases.renew(subjects.gpu_id_key(gpu_id), revision)
+            if renewed is not None:
+                self._held[gpu_id] = renewed
+            # Else expired, lost with the bus's state, taken by another, or renewed and the answer was lost.
+            elif not await self._take(gpu_id):
+                self._lose(gpu_id)
 
     def _lose(self, gpu_id: int) -> None:
         del self._held[gpu_id]
@@ -157,34 +150,18 @@ class GpuIdClaims:
 
     async def _take(self, gpu_id: int) -> bool:
         """Make the claim on `gpu_id` if there is none; whether it is ours now."""
-        bucket, key = await self._bucket(), subjects.gpu_id_key(gpu_id)
-        try:
-            revision = await bucket.create(key, self._record)
-        except nats.js.errors.KeyWrongLastSequenceError:
-            own = await self._own_revision(gpu_id)
-            if own is None:
-                return False
-            revision = await bucket.update(key, self._record, last=own)
-        self._held[gpu_id] = int(revision)
-        return True
+        revision = await self._leases.take(subjects.gpu_id_key(gpu_id))
+        if revision is not None:
+            self._held[gpu_id] = revision
+        return revision is not None
 
     async def _release(self, gpu_id: int) -> None:
         self._held.pop(gpu_id, None)
-        own = await self._own_revision(gpu_id)
-        if own is not None:
-            await (await self._bucket()).delete(subjects.gpu_id_key(gpu_id), last=own)
-
-    async def _own_revision(self, gpu_id: int) -> int | None:
-        """The revision of the claim on `gpu_id` if it is ours, even if we never heard that it was made."""
-        try:
-            entry = await (await self._bucket()).get(subjects.gpu_id_key(gpu_id))
-        except nats.js.errors.KeyNotFoundError:
-            return None
-        return int(entry.revision) if decode(entry.value or b"", GpuIdClaim) == self._claim else None
+        await self._leases.give_back(subjects.gpu_id_key(gpu_id))
 
     async def _look(self) -> Revisions:
         """The claims of others, now. The first look after ids were last held is remembered."""
-        bucket = await self._bucket()
+        bucket = await self._leases.bucket()
         stream = await self._bus.jetstream.stream_info(f"KV_{subjects.BUCKET_GPU_IDS}", subjects_filter=">")
         others: dict[int, int] = {}
         for subject in stream.state.subjects or {}:
@@ -193,19 +170,11 @@ class GpuIdClaims:
                 continue
             with contextlib.suppress(nats.js.errors.KeyNotFoundError):
                 entry = await bucket.get(key)
-                if decode(entry.value or b"", GpuIdClaim) != self._claim:
+                if entry.value != self._leases.record:
                     others[int(key)] = int(entry.revision)
         if self._first_look is None:
             self._first_look = others
         return others
-
-    async def _bucket(self) -> KeyValue:
-        if not self._bus.client.is_connected:
-            # What is published now would be sent after the connection is back, when it means nothing.
-            raise nats.errors.ConnectionClosedError
-        if self._kv is None:
-            self._kv = await self._bus.bucket(subjects.BUCKET_GPU_IDS)
-        return self._kv
 
     def _set_ids(self, ids: list[int]) -> None:
         self.ids = ids
