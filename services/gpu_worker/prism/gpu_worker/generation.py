@@ -19,7 +19,7 @@ from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import PLANNED_NEW_TOKENS, Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
-from prism.gpu_worker.serving_record import Objectives
+from prism.gpu_worker.serving_record import Objectives, objective_s
 from prism.scheduling.admission import (
     AdmissionPolicy,
     Bounds,
@@ -220,8 +220,8 @@ class GenerationRequests:
         mine = self._of_model.get(model, {}).values()
         decoding = [running for running in mine if running.first_token_at is not None]
         promised = [running.objectives.tpot_s for running in decoding]
-        if not decoding and instance.spec.tpot_slo_ms is not None:
-            promised.append(instance.spec.tpot_slo_ms / 1000)
+        if not decoding:
+            promised.append(objective_s(instance.spec.tpot_slo_ms))
         record = instance.record
         waiting = self._backlog.open_pass(model, now)
         return EngineCapacity(
