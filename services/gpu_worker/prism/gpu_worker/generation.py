@@ -21,6 +21,7 @@ from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
 from prism.gpu_worker.serving_record import Objectives, objective_s
 from prism.scheduling.admission import (
+    SHORTEST_WAIT_S,
     AdmissionPolicy,
     Bounds,
     EngineCapacity,
@@ -176,7 +177,8 @@ class GenerationRequests:
                 )
         if admitted.again_at_s is not None and self._entries:
             # The loop's clock is the one that `now` is on.
-            self._again = asyncio.get_running_loop().call_at(admitted.again_at_s, self.pump)
+            again_at = max(admitted.again_at_s, now + SHORTEST_WAIT_S)
+            self._again = asyncio.get_running_loop().call_at(again_at, self.pump)
 
     def _release(self, entry: RunningRequest, now: float) -> bool:
         request = entry.request

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from prism.bench.simulation.engine import Request
 from prism.bench.simulation.events import EventQueue
 from prism.scheduling.admission import (
+    SHORTEST_WAIT_S,
     AdmissionPolicy,
     Bounds,
     EngineCapacity,
@@ -21,7 +22,6 @@ from prism.scheduling.admission import (
 if TYPE_CHECKING:
     from prism.bench.simulation.instance import Instance
 
-SHORTEST_WAIT_S = 1e-3
 BOUNDS = Bounds()
 NEAR = 0.8
 """An engine whose requests may take this share of its quota is about to want more."""

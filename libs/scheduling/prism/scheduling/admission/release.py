@@ -43,6 +43,7 @@ from prism.scheduling.admission.policy import (
 from prism.scheduling.admission.prefill_cost import passes
 
 SHORTEST_WAIT_S = 0.001
+"""Nobody looks again sooner: at the same instant there would be the same decision."""
 
 
 class PrefillBudget(msgspec.Struct, frozen=True):
@@ -75,7 +76,7 @@ class PrefillBudget(msgspec.Struct, frozen=True):
             if engine.open_tokens:
                 ahead_s = max(ahead_s, self.filled_s(engine.prefill_fixed_s) / 2)
         full_until_s = gpu.prefill_until_s - ahead_s
-        return Admission([], full_until_s) if full_until_s >= now else None
+        return Admission([], max(full_until_s, now + SHORTEST_WAIT_S)) if full_until_s >= now else None
 
 
 class Offer(enum.Enum):
@@ -179,7 +180,7 @@ class Release:
         makes_late = left.fixed_s > 0 and not opened and self.until_s <= left.open_due_s < until_s
         if makes_late and overaged is NOT_OVERAGED:
             # The pass begins at once, or with the first tokens that the engine brings next.
-            self.look_again(self._now + SHORTEST_WAIT_S if not engine.open_tokens else self.until_s)
+            self.look_again(self.until_s if engine.open_tokens else self._now)
             return self._full() if full else BLOCKED
         kv_tokens = request.tokens
         if kv_tokens > left.kv_tokens and not left.idle:
@@ -191,7 +192,7 @@ class Release:
             beyond = self._spent_s + seconds - self._allowed()
             if beyond > 0:
                 # The window forgets a second of prefill in a second at best.
-                self.again_at_s = self._now + max(SHORTEST_WAIT_S, min(beyond, self._spent_s))
+                self.again_at_s = self._now + min(beyond, self._spent_s)
                 return HELD
         left.slots -= 1
         left.kv_tokens -= kv_tokens
@@ -273,7 +274,10 @@ class Release:
 
     def admission(self) -> Admission:
         """What was started."""
-        return Admission(self.rids, self.again_at_s)
+        again_at_s = self.again_at_s
+        if again_at_s is not None:
+            again_at_s = max(again_at_s, self._now + SHORTEST_WAIT_S)
+        return Admission(self.rids, again_at_s)
 
 
 def prefill_share(engines: Mapping[str, EngineCapacity]) -> float:
