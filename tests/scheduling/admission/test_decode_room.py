@@ -2,15 +2,19 @@
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.scheduling.admission.queues import engine, queued
 
-from prism.scheduling.admission import EngineCapacity, GpuWork
+from prism.scheduling.admission import Bounds, EngineCapacity, GpuWork
 from prism.scheduling.admission.decode_room import DecodeRoom
 from prism.scheduling.admission.moore_hodgson import MooreHodgsonAdmission
+from prism.scheduling.admission.release import LOOK_FOR_ROOM_S
 
 pytestmark = pytest.mark.core
 
 IDLE = GpuWork()
+PATIENCE = Bounds().patience
 
 
 def decoding(running: int, alone_s: float = 0.01, tpot: float = 0.03) -> EngineCapacity:
@@ -56,6 +60,36 @@ def test_prefill_takes_its_part_of_the_time() -> None:
     assert not DecodeRoom(engines, GpuWork(recent_prefill_s=0.2)).has_room(engines["c"])
 
 
+def test_an_engine_that_cannot_keep_its_promise_even_alone_holds_nobody_back() -> None:
+    engines = {"a": decoding(1, tpot=0.005), "b": decoding(1), "c": decoding(0)}
+    assert started(engines, "c") == ["0c"]
+
+
+def test_an_engine_that_could_not_keep_its_promise_even_alone_may_begin_where_others_keep_theirs() -> None:
+    hopeless = decoding(0, tpot=0.005)
+    assert started({"a": decoding(1), "b": decoding(1), "c": hopeless}, "c") == ["0c"]
+    assert started({"a": decoding(1), "b": decoding(1), "d": decoding(1), "c": hopeless}, "c") == []
+
+
+@pytest.mark.parametrize("waited_s", [0.0, 9.0], ids=["in time", "beyond its bound"])
+def test_there_is_another_look_for_those_held_back_though_nothing_happens(waited_s: float) -> None:
+    """Prefill's share of the time falls while nothing happens, and waits come to exceed their bounds."""
+    engines = {"a": decoding(1), "b": decoding(1), "c": decoding(1), "d": decoding(0)}
+    admission = MooreHodgsonAdmission().select([queued("d", "d", 0.0, 1, 1.0)], engines, IDLE, waited_s)
+    assert admission.rids == []
+    assert admission.again_at_s == pytest.approx(waited_s + LOOK_FOR_ROOM_S)
+
+
+def test_there_is_another_look_for_those_for_whom_no_place_was_kept() -> None:
+    engines = {"a": decoding(1), "b": decoding(1), "c": decoding(0)}
+    too_large = queued("old", "a", 0.0, 10**12, 1.0)
+    young = queued("young", "c", 8.9, 1, 100.0)
+    full = {**engines, "a": msgspec.structs.replace(engines["a"], kv_free_tokens=0)}
+    admission = MooreHodgsonAdmission().select([young, too_large], full, IDLE, 9.0)
+    assert admission.rids == []
+    assert admission.again_at_s == pytest.approx(9.0 + LOOK_FOR_ROOM_S)
+
+
 def test_one_beyond_its_bound_goes_before_others_begin() -> None:
     engines = {"a": decoding(1), "b": decoding(1), "c": decoding(0), "d": decoding(0)}
     old = queued("old", "d", 0.0, 1, 1.0)
@@ -69,3 +103,28 @@ def test_one_that_waited_twice_as_long_goes_as_the_only_one_too_many() -> None:
     admission = MooreHodgsonAdmission()
     assert admission.select(waiting, engines, IDLE, 12.0).rids == []
     assert admission.select(waiting, engines, IDLE, 20.0).rids == ["d"]
+
+
+def test_one_more_goes_for_each_further_time_that_it_waited() -> None:
+    """Here one engine is too many already, and then two are."""
+    busy = {"a": decoding(1, tpot=0.012), "b": decoding(1, tpot=0.012)}
+    busier = busy | {"c": decoding(1)}
+    admission = MooreHodgsonAdmission()
+    for engines, goes_at in ((busy, 3), (busier, 4)):
+        there = engines | {"d": decoding(0)}
+        waiting = [queued("d", "d", 0.0, 1, 1.0)]
+        assert admission.select(waiting, there, IDLE, (goes_at - 0.1) * PATIENCE).rids == []
+        assert admission.select(waiting, there, IDLE, goes_at * PATIENCE).rids == ["d"]
+
+
+@given(st.lists(st.floats(0, 3), max_size=6), st.floats(0, 3), st.floats(0, 1))
+def test_whatever_others_do_nobody_waits_for_ever(
+    shares: list[float], share: float, recent_prefill_s: float
+) -> None:
+    """`shares` are what a step of each engine that never runs dry takes of what it was promised."""
+    engines = {f"{place}": decoding(1, each, 1.0) for place, each in enumerate(shares)}
+    engines["idle"] = decoding(0, share, 1.0)
+    latest_s = (2 + len(shares)) * PATIENCE
+    gpu = GpuWork(recent_prefill_s=recent_prefill_s)
+    admission = MooreHodgsonAdmission().select([queued("r", "idle", 0.0, 1, 1.0)], engines, gpu, latest_s)
+    assert admission.rids == ["r"]

@@ -173,7 +173,7 @@ class GenerationRequests:
                     engines[queued.model].prefill_cost,
                     now,
                     due_s=queued.first_token_due_s,
-                    overaged=self._bounds.exceeded(queued, now),
+                    overaged=self._bounds.waited(queued, now) > 0,
                 )
         if admitted.again_at_s is not None and self._entries:
             # The loop's clock is the one that `now` is on.

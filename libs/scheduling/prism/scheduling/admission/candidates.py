@@ -29,10 +29,10 @@ class Bounds(msgspec.Struct, frozen=True):
     unpromised_slo_s: float = 10.0
     overaged_share: float = 0.5
 
-    def exceeded(self, request: QueuedRequest, now: float, times: float = 1.0) -> bool:
-        """Whether it has waited beyond its bound, or so many times that."""
+    def waited(self, request: QueuedRequest, now: float) -> int:
+        """How many times its bound it has waited, 0 as long as it is not beyond it."""
         slo = request.ttft_slo_s if request.ttft_slo_s < inf else self.unpromised_slo_s
-        return now - request.arrival_s >= times * self.patience * slo
+        return int((now - request.arrival_s) / (self.patience * slo))
 
 
 class Family:

@@ -23,7 +23,8 @@ goes all the same: decode is protected as long as there is slack elsewhere.
 
 With a `DecodeRoom` an engine that runs nothing begins only where all engines then keep their promises: being
 late is worse for one request than for all that decode. While some have waited beyond their bound, one engine
-more is kept free for them; who has waited twice that long goes as the only one too many.
+more is kept free for them; who has waited twice that long goes as the only one too many, who has waited three
+times as long as the second, and so on: whatever runs, nobody waits for ever.
 """
 
 import enum
@@ -44,6 +45,9 @@ from prism.scheduling.admission.prefill_cost import passes
 
 SHORTEST_WAIT_S = 0.001
 """Nobody looks again sooner: at the same instant there would be the same decision."""
+LOOK_FOR_ROOM_S = 0.25
+"""When to look again whether an engine that was held back may begin. Nothing need happen for that: prefill's
+share of the time falls, and waits exceed their bounds."""
 
 
 class PrefillBudget(msgspec.Struct, frozen=True):
@@ -92,17 +96,6 @@ class Offer(enum.Enum):
 # As plain globals: an attribute of an enumeration costs a quarter of a whole offer.
 STARTED, BLOCKED, HELD, FULL = Offer.STARTED, Offer.BLOCKED, Offer.HELD, Offer.FULL
 STOPPED = (HELD, FULL)
-
-
-class Overage(enum.Enum):
-    """Whether a request has waited beyond its bound, or beyond twice its bound."""
-
-    NONE = enum.auto()
-    ONCE = enum.auto()
-    TWICE = enum.auto()
-
-
-NOT_OVERAGED, ONCE_OVERAGED, TWICE_OVERAGED = Overage.NONE, Overage.ONCE, Overage.TWICE
 
 
 class _Left:
@@ -160,11 +153,10 @@ class Release:
         self._spent_s = gpu.recent_prefill_s
         self._allowed_s: float | None = None
 
-    def offer(
-        self, request: QueuedRequest, *, urgent: bool = False, overaged: Overage = NOT_OVERAGED
-    ) -> Offer:
-        """Start `request` if it can be. After HELD, offer it again as urgent or let it wait; after FULL
-        only what `joins` an open pass is worth offering. `again_at_s` says then when to look again."""
+    def offer(self, request: QueuedRequest, *, urgent: bool = False, bounds_waited: int = 0) -> Offer:
+        """Start `request` if it can be; it has waited so many times its bound. After HELD, offer it again as
+        urgent or let it wait; after FULL only what `joins` an open pass is worth offering. `again_at_s` says
+        then when to look again."""
         left = self._of(request.model)
         ahead = self.until_s - self._now
         full = ahead >= self._budget.lookahead_s
@@ -178,7 +170,7 @@ class Release:
             return self._full()
         until_s = self.until_s + seconds
         makes_late = left.fixed_s > 0 and not opened and self.until_s <= left.open_due_s < until_s
-        if makes_late and overaged is NOT_OVERAGED:
+        if makes_late and not bounds_waited:
             # The pass begins at once, or with the first tokens that the engine brings next.
             self.look_again(self.until_s if engine.open_tokens else self._now)
             return self._full() if full else BLOCKED
@@ -186,7 +178,8 @@ class Release:
         if kv_tokens > left.kv_tokens and not left.idle:
             left.slots = 0
             return BLOCKED
-        if left.idle and self._decode_room is not None and not self._may_begin(engine, overaged):
+        if left.idle and self._decode_room is not None and not self._may_begin(engine, bounds_waited):
+            self.look_again(self._now + LOOK_FOR_ROOM_S)
             return BLOCKED
         if self._spent_s > 0 and not urgent:
             beyond = self._spent_s + seconds - self._allowed()
@@ -250,12 +243,12 @@ class Release:
             self.again_at_s = self.until_s - self._budget.lookahead_s
         return FULL
 
-    def _may_begin(self, engine: EngineCapacity, overaged: Overage) -> bool:
+    def _may_begin(self, engine: EngineCapacity, bounds_waited: int) -> bool:
         room = self._decode_room
         assert room is not None
-        if overaged is NOT_OVERAGED:
+        if not bounds_waited:
             return room.has_room(engine, self.engines_kept_free)
-        return room.has_room(engine) or (overaged is TWICE_OVERAGED and not room.overdrawn)
+        return room.has_room(engine) or room.too_many + 1 < bounds_waited
 
     def offer_alive(self, request: QueuedRequest) -> Offer:
         """As `offer`; one whose deadline has passed is blocked."""
