@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.scheduling.admission.queues import engine, queued
 
@@ -21,6 +21,10 @@ def decoding(running: int, alone_s: float = 0.01, tpot: float = 0.03) -> EngineC
     """With a step of a third of what a token is promised in, as long as nobody else computes."""
     found = engine(running, decoding=running, step=alone_s if running else 0.0, tpot=tpot)
     return msgspec.structs.replace(found, decode_alone_s=alone_s)
+
+
+def busy_since(since: float, running: int = 1, alone_s: float = 0.01, tpot: float = 0.03) -> EngineCapacity:
+    return msgspec.structs.replace(decoding(running, alone_s, tpot), busy_since_s=since)
 
 
 def started(
@@ -105,26 +109,63 @@ def test_one_that_waited_twice_as_long_goes_as_the_only_one_too_many() -> None:
     assert admission.select(waiting, engines, IDLE, 20.0).rids == ["d"]
 
 
-def test_one_more_goes_for_each_further_time_that_it_waited() -> None:
-    """Here one engine is too many already, and then two are."""
-    busy = {"a": decoding(1, tpot=0.012), "b": decoding(1, tpot=0.012)}
-    busier = busy | {"c": decoding(1)}
+def test_where_too_many_work_those_longest_at_work_take_no_younger_ones_than_who_has_waited_twice() -> None:
+    """Here one engine is too many already, so it is a, until it has run dry."""
+    engines = {
+        "a": busy_since(3.0, tpot=0.012),
+        "b": busy_since(5.0, tpot=0.012),
+        "c": decoding(0),
+        "d": decoding(0, alone_s=0.0),
+    }
+    old = queued("old", "c", 1.0, 1, 1.0)
+    before, after = (
+        [queued(f"{when} {model}", model, at, 1, 100.0) for model in "abd"]
+        for when, at in (("before", 0.9), ("after", 1.1))
+    )
     admission = MooreHodgsonAdmission()
-    for engines, goes_at in ((busy, 3), (busier, 4)):
-        there = engines | {"d": decoding(0)}
-        waiting = [queued("d", "d", 0.0, 1, 1.0)]
-        assert admission.select(waiting, there, IDLE, (goes_at - 0.1) * PATIENCE).rids == []
-        assert admission.select(waiting, there, IDLE, goes_at * PATIENCE).rids == ["d"]
+    queue = [old, *before, *after]
+    assert set(admission.select(queue, engines, IDLE, 1.0 + 2 * PATIENCE).rids) == {
+        "before a",
+        "before b",
+        "after b",
+    }
+    dry = engines | {"a": decoding(0, tpot=0.012)}
+    assert "old" in admission.select(queue, dry, IDLE, 1.0 + 2 * PATIENCE).rids
 
 
-@given(st.lists(st.floats(0, 3), max_size=6), st.floats(0, 3), st.floats(0, 1))
+@given(
+    st.lists(st.floats(0, 3), max_size=5),
+    st.floats(0, 3),
+    st.floats(0, 1),
+    st.floats(0.1, 5),
+)
+@settings(deadline=None)
 def test_whatever_others_do_nobody_waits_for_ever(
-    shares: list[float], share: float, recent_prefill_s: float
+    shares: list[float], share: float, recent_prefill_s: float, takes_s: float
 ) -> None:
-    """`shares` are what a step of each engine that never runs dry takes of what it was promised."""
-    engines = {f"{place}": decoding(1, each, 1.0) for place, each in enumerate(shares)}
-    engines["idle"] = decoding(0, share, 1.0)
-    latest_s = (2 + len(shares)) * PATIENCE
+    """`shares` are what a step of each of the other engines takes of what it was promised. New requests for
+    them never end, each of which runs for `takes_s`; they began one after the other."""
     gpu = GpuWork(recent_prefill_s=recent_prefill_s)
-    admission = MooreHodgsonAdmission().select([queued("r", "idle", 0.0, 1, 1.0)], engines, gpu, latest_s)
-    assert admission.rids == ["r"]
+    admission = MooreHodgsonAdmission()
+    others = [f"{place}" for place in range(len(shares))]
+    ends = {model: [takes_s] for model in others}
+    since = dict.fromkeys(others, 0.0)
+    queue = [queued("r", "idle", 0.0, 1, 1.0)]
+    now, number = 0.0, 0
+    while any(request.rid == "r" for request in queue):
+        assert now <= 2 * PATIENCE + takes_s + 2 * LOOK_FOR_ROOM_S
+        now += LOOK_FOR_ROOM_S
+        engines = {"idle": decoding(0, share, 1.0)}
+        for model, each in zip(others, shares, strict=True):
+            ends[model] = [at for at in ends[model] if at > now]
+            engines[model] = busy_since(since[model], len(ends[model]), each, 1.0)
+            number += 1
+            queue.append(queued(f"{number}", model, now, 1, 100.0))
+        by_rid = {request.rid: request for request in queue}
+        rids = admission.select(queue, engines, gpu, now).rids
+        for rid in rids:
+            model = by_rid[rid].model
+            if model in ends:
+                since[model] = since[model] if ends[model] else now
+                ends[model].append(now + takes_s)
+        queue = [request for request in queue if request.rid not in rids]

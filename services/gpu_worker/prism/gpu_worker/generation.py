@@ -185,7 +185,10 @@ class GenerationRequests:
         assert entry.instance.engine is not None
         entry.released_at = now
         self._running[request.rid] = entry
-        self._of_model.setdefault(request.model, {})[request.rid] = entry
+        mine = self._of_model.setdefault(request.model, {})
+        if not mine:
+            entry.instance.busy_since = now
+        mine[request.rid] = entry
         entry.instance.record.released(now - entry.arrived_at)
         try:
             entry.instance.engine.generate(
@@ -240,6 +243,7 @@ class GenerationRequests:
             pass_tokens=self._pass_tokens,
             open_tokens=waiting.tokens,
             open_due_s=waiting.due_s,
+            busy_since_s=instance.busy_since,
         )
 
     def kv_tokens(self, model: str) -> tuple[int, int]:

@@ -168,6 +168,7 @@ class AdmissionQueue:
             engine.chunk_tokens,
             waiting.tokens,
             waiting.due_s,
+            instance.busy_since,
         )
 
     def _again(self, now: float) -> None:
@@ -197,6 +198,8 @@ class AdmissionQueue:
             overaged=overaged,
         )
         self.prefills += 1
+        if not instance.running:
+            instance.busy_since = now
         instance.running += 1
         instance.reserved += request.reserved
         if instance.reserved > NEAR * instance.quota_tokens:

@@ -36,6 +36,7 @@ from prism.scheduling.admission.release import (
     FULL,
     HELD,
     LOOK_FOR_ROOM_S,
+    PRESSING,
     STARTED,
     STOPPED,
     PrefillBudget,
@@ -74,6 +75,11 @@ class MooreHodgsonAdmission:
         ]
         gather = few_candidates if len(queue) < VECTORISED_FROM else many_candidates
         candidates = gather(queue, engines, release.until_s, now, self._bounds, self._budget, shut)
+        if shut and room.too_many:
+            for request in candidates.overaged:
+                if request.model in shut and self._bounds.waited(request, now) >= PRESSING:
+                    release.make_way(request, room.too_many)
+                    break
         self._release_all(candidates, release, gpu, now)
         if shut:
             release.look_again(now + LOOK_FOR_ROOM_S)

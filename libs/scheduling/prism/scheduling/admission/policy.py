@@ -57,7 +57,8 @@ class EngineCapacity(msgspec.Struct, frozen=True):
 
     `decoding` requests of it are past their prefill; one decode step of them takes `decode_step_s`, and
     `tpot_slo_s` is what each token is promised in (infinite: no promise). `decode_alone_s` is what a step
-    takes, or took lately, while no other engine computes; 0 when that is not known.
+    takes, or took lately, while no other engine computes; 0 when that is not known. It has run something
+    without a break since `busy_since_s`, on the clock of `now`.
     """
 
     running: int
@@ -73,6 +74,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     pass_tokens: int = UNBOUNDED_PASS
     open_tokens: int = 0
     open_due_s: float = inf
+    busy_since_s: float = 0.0
 
     @property
     def prefill_cost(self) -> PrefillCost:

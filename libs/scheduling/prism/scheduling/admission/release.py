@@ -23,8 +23,9 @@ goes all the same: decode is protected as long as there is slack elsewhere.
 
 With a `DecodeRoom` an engine that runs nothing begins only where all engines then keep their promises: being
 late is worse for one request than for all that decode. While some have waited beyond their bound, one engine
-more is kept free for them; who has waited twice that long goes as the only one too many, who has waited three
-times as long as the second, and so on: whatever runs, nobody waits for ever.
+more is kept free for them; who has waited twice that long goes as the only one too many. Where more work
+already than can keep their promises, those longest at work make way for it: they take no younger ones, run
+dry, and take their turn again. So nobody waits for ever.
 """
 
 import enum
@@ -45,6 +46,8 @@ from prism.scheduling.admission.prefill_cost import passes
 
 SHORTEST_WAIT_S = 0.001
 """Nobody looks again sooner: at the same instant there would be the same decision."""
+PRESSING = 2
+"""Who has waited so many times its bound goes as the only one too many, or has others make way."""
 LOOK_FOR_ROOM_S = 0.25
 """When to look again whether an engine that was held back may begin. Nothing need happen for that: prefill's
 share of the time falls, and waits exceed their bounds."""
@@ -100,9 +103,20 @@ STOPPED = (HELD, FULL)
 
 class _Left:
     """What is left of one engine, and its open pass: how many tokens it has, when the first of those that can
-    be on time is due, and up to how much prefill ahead prompts may join it."""
+    be on time is due, and up to how much prefill ahead prompts may join it. It takes those only that came at
+    `youngest_s` at the latest."""
 
-    __slots__ = ("engine", "filled_s", "fixed_s", "idle", "kv_tokens", "open_due_s", "open_tokens", "slots")
+    __slots__ = (
+        "engine",
+        "filled_s",
+        "fixed_s",
+        "idle",
+        "kv_tokens",
+        "open_due_s",
+        "open_tokens",
+        "slots",
+        "youngest_s",
+    )
 
     def __init__(self, engine: EngineCapacity, filled_s: float) -> None:
         self.engine = engine
@@ -113,6 +127,7 @@ class _Left:
         self.open_tokens = engine.open_tokens
         self.open_due_s = engine.open_due_s
         self.filled_s = filled_s
+        self.youngest_s = inf
 
 
 class Release:
@@ -160,7 +175,7 @@ class Release:
         left = self._of(request.model)
         ahead = self.until_s - self._now
         full = ahead >= self._budget.lookahead_s
-        if left is None or left.slots <= 0:
+        if left is None or left.slots <= 0 or request.arrival_s > left.youngest_s:
             return self._full() if full else BLOCKED
         engine = left.engine
         held, tokens = left.open_tokens, request.prompt_tokens
@@ -248,7 +263,16 @@ class Release:
         assert room is not None
         if not bounds_waited:
             return room.has_room(engine, self.engines_kept_free)
-        return room.has_room(engine) or room.too_many + 1 < bounds_waited
+        return room.has_room(engine) or (bounds_waited >= PRESSING and not room.too_many)
+
+    def make_way(self, request: QueuedRequest, engines: int) -> None:
+        """Have so many engines, those longest at work, run dry for `request`, which came before those that
+        they may not take from now on; nor do others begin with such."""
+        at_work = sorted((each.busy_since_s, model) for model, each in self._engines.items() if each.running)
+        staying = {request.model} | {model for _, model in at_work[engines:]}
+        for model in self._engines.keys() - staying:
+            if (left := self._of(model)) is not None:
+                left.youngest_s = request.arrival_s
 
     def offer_alive(self, request: QueuedRequest) -> Offer:
         """As `offer`; one whose deadline has passed is blocked."""
