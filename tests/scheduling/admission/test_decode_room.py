@@ -86,7 +86,7 @@ def test_there_is_another_look_for_those_held_back_though_nothing_happens(waited
 
 def test_there_is_another_look_for_those_for_whom_no_place_was_kept() -> None:
     engines = {"a": decoding(1), "b": decoding(1), "c": decoding(0)}
-    too_large = queued("old", "a", 0.0, 10**12, 1.0)
+    too_large = queued("old", "a", 0.0, 1, 1.0, output=10**12)
     young = queued("young", "c", 8.9, 1, 100.0)
     full = {**engines, "a": msgspec.structs.replace(engines["a"], kv_free_tokens=0)}
     admission = MooreHodgsonAdmission().select([young, too_large], full, IDLE, 9.0)

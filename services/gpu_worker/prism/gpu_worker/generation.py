@@ -166,14 +166,15 @@ class GenerationRequests:
         for rid in admitted.rids:
             queued = self._entries.pop(rid)
             if self._release(self._queued.pop(rid), now):
+                engine = engines[queued.model]
                 self._backlog.released(
                     rid,
                     queued.model,
                     queued.prompt_tokens,
-                    engines[queued.model].prefill_cost,
+                    engine.prefill_cost,
                     now,
                     due_s=queued.first_token_due_s,
-                    overaged=self._bounds.waited(queued, now) > 0,
+                    overaged=self._bounds.waited(queued, engine, now) > 0,
                 )
         if admitted.again_at_s is not None and self._entries:
             # The loop's clock is the one that `now` is on.

@@ -4,7 +4,6 @@ The requests of an instance that is spread over several GPUs queue at its first.
 """
 
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import TYPE_CHECKING
 
 from prism.bench.simulation.engine import Request
@@ -185,9 +184,8 @@ class AdmissionQueue:
             engine.prefill_fixed_s * slowdown, engine.prefill_token_s * slowdown, engine.chunk_tokens
         )
         slo = instance.model.ttft_slo_s
-        overaged = now - request.arrival_s >= BOUNDS.patience * (
-            slo if slo < inf else BOUNDS.unpromised_slo_s
-        )
+        own_s = (request.prompt + request.got) * cost.token_s
+        overaged = now - request.arrival_s >= BOUNDS.of(slo, own_s)
         self._backlog.released(
             request.rid,
             instance.model.name,

@@ -77,7 +77,9 @@ class MooreHodgsonAdmission:
         candidates = gather(queue, engines, release.until_s, now, self._bounds, self._budget, shut)
         if shut and room.too_many:
             for request in candidates.overaged:
-                if request.model in shut and self._bounds.waited(request, now) >= PRESSING:
+                if request.model not in shut:
+                    continue
+                if self._bounds.waited(request, engines[request.model], now) >= PRESSING:
                     release.make_way(request, room.too_many)
                     break
         self._release_all(candidates, release, gpu, now)
@@ -112,7 +114,7 @@ class MooreHodgsonAdmission:
             if theirs_s > share * all_s:
                 break
             before = release.until_s
-            waited = self._bounds.waited(request, now)
+            waited = self._bounds.waited(request, release.engines[request.model], now)
             if release.offer(request, urgent=True, bounds_waited=waited) is FULL:
                 return False
             all_s += release.until_s - before

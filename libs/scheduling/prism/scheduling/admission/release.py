@@ -138,11 +138,11 @@ class Release:
         "_allowed_s",
         "_budget",
         "_decode_room",
-        "_engines",
         "_left",
         "_now",
         "_spent_s",
         "again_at_s",
+        "engines",
         "engines_kept_free",
         "rids",
         "until_s",
@@ -159,7 +159,7 @@ class Release:
         self.rids: list[str] = []
         self.again_at_s: float | None = None
         self.until_s = gpu.prefill_until_s if gpu.prefill_until_s > now else now
-        self._engines = engines
+        self.engines = engines
         self._now = now
         self._budget = budget
         self._decode_room = decode_room
@@ -231,19 +231,19 @@ class Release:
         """Models that have a pass open."""
         return [
             model
-            for model, engine in self._engines.items()
+            for model, engine in self.engines.items()
             if engine.prefill_fixed_s
             and (self._left[model].open_tokens if model in self._left else engine.open_tokens)
         ]
 
     def joining_s(self, request: QueuedRequest) -> float:
         """What `request` adds to an open pass, in seconds."""
-        return request.prompt_tokens / self._engines[request.model].prefill_tokens_per_s
+        return request.prompt_tokens / self.engines[request.model].prefill_tokens_per_s
 
     def _of(self, model: str) -> _Left | None:
         left = self._left.get(model)
         if left is None:
-            engine = self._engines.get(model)
+            engine = self.engines.get(model)
             if engine is None:
                 return None
             filled_s = self._budget.filled_s(engine.prefill_fixed_s)
@@ -268,9 +268,9 @@ class Release:
     def make_way(self, request: QueuedRequest, engines: int) -> None:
         """Have so many engines, those longest at work, run dry for `request`, which came before those that
         they may not take from now on; nor do others begin with such."""
-        at_work = sorted((each.busy_since_s, model) for model, each in self._engines.items() if each.running)
+        at_work = sorted((each.busy_since_s, model) for model, each in self.engines.items() if each.running)
         staying = {request.model} | {model for _, model in at_work[engines:]}
-        for model in self._engines.keys() - staying:
+        for model in self.engines.keys() - staying:
             if (left := self._of(model)) is not None:
                 left.youngest_s = request.arrival_s
 
@@ -284,7 +284,7 @@ class Release:
 
     def _allowed(self) -> float:
         if self._allowed_s is None:
-            share = prefill_share(self._engines)
+            share = prefill_share(self.engines)
             least = self._budget.least_share
             self._allowed_s = inf if share >= 1 else PREFILL_WINDOW_S * max(least, share)
         return self._allowed_s
