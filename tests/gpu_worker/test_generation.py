@@ -102,3 +102,26 @@ async def test_admission_is_never_asked_again_at_once() -> None:
         await asked.enough.wait()
     waits = [after - before for before, after in zip(asked.at_s, asked.at_s[1:], strict=False)]
     assert min(waits) > 0.99 * SHORTEST_WAIT_S
+
+
+async def test_what_waits_is_counted_by_model_however_it_leaves() -> None:
+    told = Told()
+    requests = queue_of(Asked(), told, "m", "n")
+
+    def waiting() -> dict[str, tuple[int, int]]:
+        return {model: (requests.queued(model), requests.kv_tokens(model)[1]) for model in "mn"}
+
+    assert waiting() == {"m": (0, 0), "n": (0, 0)}
+    requests.arrive(asking("1", "m", prompt=3, output=10), "reply")
+    requests.arrive(asking("2", "m", prompt=5, output=10), "reply")
+    requests.arrive(asking("late", "m", prompt=7, output=10, deadline_s=-1.0), "reply")
+    requests.arrive(asking("3", "n", prompt=9, output=20), "reply")
+    assert waiting() == {"m": (3, 13 + 15 + 17), "n": (1, 29)}
+    requests.expire()
+    assert waiting()["m"] == (2, 13 + 15)
+    requests.cancel("1")
+    requests.cancel("1")
+    assert waiting()["m"] == (1, 15)
+    requests.send_away_queued("m")
+    assert waiting() == {"m": (0, 0), "n": (1, 29)}
+    assert [frame.rid for frame in told.frames if frame.error] == ["late", "1", "2"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.scheduling.admission.queues import RATE, engine, queued
 
-from prism.scheduling.admission import Bounds, EngineCapacity, GpuWork, PrefillBudget
+from prism.scheduling.admission import Bounds, EngineCapacity, PrefillBudget
 from prism.scheduling.admission.candidates import LEAST_SLO_S, few_candidates, many_candidates
 
 pytestmark = pytest.mark.core
