@@ -103,7 +103,6 @@ class AdmissionQueue:
             max(1, model.max_new_tokens - request.got),
             request.arrival_s + self._deadline_s,
             model.spec.priority,
-            "default",
             model.ttft_slo_s,
             expected,
         )
@@ -128,7 +127,6 @@ class AdmissionQueue:
             request, instance = self.waiting.pop(rid)
             instance.queued -= 1
             instance.queued_tokens -= request.reserved
-            instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
             together.setdefault(instance.model.name, []).append(request)
         for name, requests in together.items():

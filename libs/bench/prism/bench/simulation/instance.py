@@ -23,7 +23,6 @@ class Instance:
         "idle_since",
         "model",
         "queue",
-        "queue_s",
         "queued",
         "queued_tokens",
         "quota_bytes",
@@ -53,7 +52,6 @@ class Instance:
         self.reserved = 0
         self.queued = 0
         self.queued_tokens = 0
-        self.queue_s = 0.0
         self.busy_since = 0.0
         self.idle_since = 0.0
 

@@ -18,7 +18,7 @@ class QueuedRequest(msgspec.Struct, frozen=True):
     `arrival_s` and `deadline_s` (the end of its whole time budget) are on the clock of `now`.
     `max_new_tokens` is what it may generate at most, `expected_new_tokens` what it probably will (None: not
     known). `ttft_slo_s` is the time from arrival within which its first token is promised; infinite without a
-    promise. `weight` is its tenant's share relative to others', above 0.
+    promise. `weight` is its share relative to others', above 0.
     """
 
     rid: str
@@ -28,7 +28,6 @@ class QueuedRequest(msgspec.Struct, frozen=True):
     max_new_tokens: int
     deadline_s: float
     priority: int = 0
-    tenant: str = "default"
     ttft_slo_s: float = inf
     expected_new_tokens: int | None = None
     weight: float = 1.0
