@@ -71,7 +71,7 @@ class BucketMirror(Generic[T]):
                 except nats.errors.TimeoutError:
                     continue
                 if entry is None:
-                    # nats-py's mark of the end can overtake entries that the server has sent or has yet to send.
+                    # nats-py's mark of the end can overtake entries sent by the server or yet to be sent.
                     state = await watcher._sub.consumer_info()
                     held = bool(state.delivered.consumer_seq or state.num_pending)
                     complete = complete or self._complete(seen, expected=held)
