@@ -8,6 +8,7 @@ import pytest
 
 from prism.common.messages.generation import GenerateRequest, SamplingParams, TokenFrame
 from prism.common.messages.models import ModelSpec, ModelState
+from prism.gpu_worker.engine_protocol import Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import ModelInstance
@@ -27,17 +28,36 @@ pytestmark = pytest.mark.core
 DEADLINE_S = 10.0
 
 
-class Serving:
-    """A model that is active, as far as a queued request asks."""
+class Taking:
+    """An engine that takes what it is given."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def generate(self, request: Generate) -> None:
+        self.given.append(request.rid)
+
+
+class Memory:
+    """Room for all."""
+
+    kv_tokens = 10**6
+
+
+class Serving:
+    """A model that is active, as far as requests ask; with an `engine` it serves."""
+
+    def __init__(self, name: str, engine: Taking | None = None) -> None:
         self.name = name
         self.spec = ModelSpec(name, "/nowhere")
         self.state = ModelState.ACTIVE
         self.record = ServingRecord()
         self.most_kv_tokens = None
-        self.ready = None
-        self.idle_since = 0.0
+        self.engine = engine
+        self.ready = engine
+        self.memory = Memory()
+        self.idle_since = self.busy_since = 0.0
+        self.prompt_tokens = self.generated_tokens = 0
 
 
 class Told:
@@ -74,12 +94,31 @@ class Asked:
         return Admission([])
 
 
-def queue_of(policy: AdmissionPolicy, told: Told, *models: str) -> GenerationRequests:
-    serving = {name: Serving(name) for name in models}
+class Starting:
+    """An admission policy that starts everything and keeps what it saw of engines, and when."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, Mapping[str, EngineCapacity]]] = []
+
+    def select(
+        self,
+        queue: Sequence[QueuedRequest],
+        engines: Mapping[str, EngineCapacity],
+        gpu: GpuWork,
+        now: float,
+    ) -> Admission:
+        self.seen.append((now, engines))
+        return Admission([request.rid for request in queue])
+
+
+def queue_of(
+    policy: AdmissionPolicy, told: Told, *models: str, engine: Taking | None = None
+) -> GenerationRequests:
+    serving = {name: Serving(name, engine) for name in models}
     return GenerationRequests(
         cast(FramePublisher, told),
         policy,
-        find=lambda name: cast(ModelInstance, serving[name]),
+        find=lambda name: cast(ModelInstance, serving.get(name)),
         spawn=lambda coroutine, name: asyncio.create_task(coroutine, name=name),
         max_running_requests=8,
         pass_tokens=1000,
@@ -125,3 +164,29 @@ async def test_what_waits_is_counted_by_model_however_it_leaves() -> None:
     requests.send_away_queued("m")
     assert waiting() == {"m": (0, 0), "n": (1, 29)}
     assert [frame.rid for frame in told.frames if frame.error] == ["late", "1", "2"]
+
+
+async def test_an_engine_is_at_work_from_its_first_request_until_it_has_none() -> None:
+    policy = Starting()
+    requests = queue_of(policy, Told(), "m", engine=Taking())
+    instance = requests._find("m")
+    assert instance is not None
+
+    def goes(rid: str) -> tuple[float, float]:
+        """When it went, and since when its engine had been at work."""
+        requests.arrive(asking(rid), "reply")
+        requests.pump()
+        now, engines = policy.seen[-1]
+        return now, engines["m"].busy_since_s
+
+    def ends(rid: str) -> None:
+        requests.on_outputs(instance, Outputs([TokenOutput(rid, [7], "stop")], 0, 0, 0))
+
+    began, _ = goes("1")
+    assert goes("2")[1] == began
+    ends("1")
+    assert goes("3")[1] == began
+    ends("2")
+    ends("3")
+    again, _ = goes("4")
+    assert goes("5")[1] == again > began
