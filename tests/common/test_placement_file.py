@@ -59,7 +59,11 @@ def test_every_error_of_a_file_is_told_at_once(tmp_path: Path) -> None:
         ({"tp_size": 0}, "[0].tp_size: 0 is not allowed"),
         ({"tp_size": 1.0}, "[0].tp_size: 1.0 is not allowed here; allowed: a whole number"),
         ({"tp_size": True}, "[0].tp_size: true is not allowed here; allowed: a whole number"),
-        ({"ttft_slo_ms": 0}, "[0].ttft_slo_ms: 0 is not allowed here; allowed: a number above 0"),
+        ({"ttft_slo_ms": 0}, "[0].ttft_slo_ms: 0 is not allowed here; allowed: a number from 0.001 to"),
+        (
+            {"tpot_slo_ms": 1e-323},
+            "[0].tpot_slo_ms: 1e-323 is not allowed here; allowed: a number from 0.001",
+        ),
         ({"replicas": 0}, "[0].replicas: 0 is not allowed"),
         (
             {"minimum_tier": "awake"},

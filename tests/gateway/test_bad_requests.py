@@ -77,7 +77,8 @@ WRONG_FIELDS = [
     (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "one of system, developer"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs", "needs logprobs to be true"),
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ; give one"),
-    (GENERATE, {"slo": -1}, "slo", "above 0"),
+    (GENERATE, {"slo": -1}, "slo", "at least 0.001 and at most 86400; got -1"),
+    (GENERATE, {"slo": 1e-323}, "slo", "at least 0.001"),
     (GENERATE, {"input_ids": [1]}, "text", "exactly one of text and input_ids"),
     (GENERATE, {"sampling_params": {"min_p": 2}}, "sampling_params.min_p", "at most 1; got 2"),
     # Not supported, or not known
@@ -173,7 +174,7 @@ async def test_a_prompt_beyond_the_context_is_refused_with_both_lengths(
 
 
 @pytest.mark.parametrize("fields", [{}, {"slo": 1}])
-@pytest.mark.parametrize("objective", ["soon", "-1", "nan", "inf"])
+@pytest.mark.parametrize("objective", ["soon", "-1", "nan", "inf", "0", "1e-323", "0.999", "86400000.1"])
 async def test_a_wrong_objective_is_named(
     shared_stage: Stage, fields: dict[str, Any], objective: str
 ) -> None:
@@ -181,7 +182,9 @@ async def test_a_wrong_objective_is_named(
         response = await shared_stage.http.post(
             GENERATE, json={**BASE[GENERATE], **fields}, headers={header: objective}
         )
-        assert refusal(response, 400)["param"] == header
+        error = refusal(response, 400)
+        assert error["param"] == header
+        assert "from 1 to 86400000 milliseconds" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,10 @@ async def test_metrics_count_what_happened(stage: Stage) -> None:
     await stage.register(ModelSpec("m", "/nowhere", ttft_slo_ms=60_000, tpot_slo_ms=60_000))
     await stage.worker(saying(stage.ids("one "), stage.ids("two")), "m")
     await stage.http.post("/v1/completions", json=PROMPT)
-    await stage.http.post("/v1/completions", json=PROMPT, headers={"X-SLO-TTFT-Ms": "0.001"})
+    await stage.register(ModelSpec("strict", "/nowhere", ttft_slo_ms=0.001))
+    await stage.worker(saying(stage.ids("one")), "strict", name="worker-2")
+    await stage.http.post("/v1/completions", json=PROMPT)
+    await stage.http.post("/v1/completions", json={**PROMPT, "model": "strict"})
     await stage.http.post("/v1/completions", json={**PROMPT, "model": "made-up"})
     response = await stage.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
@@ -105,8 +108,8 @@ async def test_metrics_count_what_happened(stage: Stage) -> None:
     assert value('prompt_tokens_total{model="m"}') == 2 * len(stage.ids("hello"))
     assert value('time_to_first_token_seconds_count{model="m"}') == 2
     assert value('inter_token_seconds_count{model="m"}') == 2
-    assert value('slo_total{model="m",objective="ttft",outcome="attained"}') == 1
-    assert value('slo_total{model="m",objective="ttft",outcome="missed"}') == 1
+    assert value('slo_total{model="m",objective="ttft",outcome="attained"}') == 2
+    assert value('slo_total{model="strict",objective="ttft",outcome="missed"}') == 1
     assert value('slo_total{model="m",objective="tpot",outcome="attained"}') == 2
     assert value("in_flight") == 0
     assert "made-up" not in response.text

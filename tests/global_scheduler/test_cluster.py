@@ -134,7 +134,7 @@ def test_what_an_active_model_held_is_remembered_while_it_dozes() -> None:
 def test_what_a_worker_can_do_is_taken_from_its_reports() -> None:
     told = msgspec.structs.replace(
         load(
-            ModelLoad("a", ACTIVE, kv_quota_bytes=60, kv_used_bytes=50, kv_spare_bytes=45, queue_s=0.5,
+            ModelLoad("a", ACTIVE, kv_quota_bytes=60, kv_used_bytes=50, kv_spare_bytes=45,
                       kv_wanted_bytes=30, prefill_tokens_per_s=900.0, decode_step_s=0.01, gpu_ids=[1]),
             reserved=70,
         ),
@@ -155,7 +155,7 @@ def test_what_a_worker_can_do_is_taken_from_its_reports() -> None:
     assert worker.context_bytes == 7, "what the worker reserves, not what its profile says"
     assert worker.reserved_by_gpu == {0: 70, 1: 20}
     model = worker.models["a"]
-    assert (model.gpu_ids, model.kv_wanted_bytes, model.queue_s) == ((1,), 30, 0.5)
+    assert (model.gpu_ids, model.kv_wanted_bytes) == ((1,), 30)
     assert (model.prefill_tokens_per_s, model.decode_step_s) == (900.0, 0.01)
     assert model.kv_quota_bytes - model.kv_used_bytes == 45, "as much as the worker would take from it"
 

@@ -1,5 +1,7 @@
 """What an engine has shown while it served: speeds and promises kept."""
 
+from math import nan
+
 import pytest
 
 from prism.common.messages.generation import GenerateRequest, SamplingParams
@@ -19,6 +21,11 @@ def test_a_request_s_own_objectives_count_before_its_model_s() -> None:
     own = Objectives(GenerateRequest("r", "m", [1], SamplingParams(1), 1.0, ttft_slo_ms=100), spec)
     assert (own.ttft_s, own.tpot_s) == (0.1, 0.05)
     assert (objectives().ttft_s, objectives().tpot_s) == (None, None)
+
+
+@pytest.mark.parametrize("told_ms", [1e-323, 0.5, -3.0, nan])
+def test_no_objective_is_shorter_than_a_millisecond_whatever_the_bus_brings(told_ms: float) -> None:
+    assert (objectives(told_ms, told_ms).ttft_s, objectives(told_ms, told_ms).tpot_s) == (0.001, 0.001)
 
 
 def test_a_prompt_s_time_counts_from_its_turn() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism.scheduling.quotas import QuotaHolder, QuotaPlan, Shrink, arbitrate
+from prism.scheduling.quotas import QuotaHolder, QuotaPlan, arbitrate
 
 pytestmark = pytest.mark.core
 
@@ -17,7 +17,6 @@ def holder(
     quota: int,
     *,
     used: int = 0,
-    cached: int = 0,
     committed: int = 0,
     wanted: int = 0,
     floor: int = 0,
@@ -25,13 +24,13 @@ def holder(
     granularity: int = 1,
     priority: int = 0,
 ) -> QuotaHolder:
-    return QuotaHolder(model, quota, used, cached, committed, wanted, floor, cap, granularity, priority)
+    return QuotaHolder(model, quota, used, committed, wanted, floor, cap, granularity, priority)
 
 
 def test_idle_memory_goes_to_who_wants_it_once_it_is_free() -> None:
     hot, idle = holder("hot", 50, used=50, committed=50, wanted=80), holder("idle", 50, floor=10)
     plan = arbitrate(100, [hot, idle])
-    assert plan == QuotaPlan({"hot": 80, "idle": 20}, {"idle": Shrink(20)}, {})
+    assert plan == QuotaPlan({"hot": 80, "idle": 20}, {"idle": 20}, {})
     confirmed = [hot, msgspec.structs.replace(idle, quota_bytes=20)]
     assert arbitrate(100, confirmed).grow == {"hot": 80}
 
@@ -69,24 +68,19 @@ def test_equals_share_what_is_scarce() -> None:
 
 def test_an_equal_does_not_push_out_what_runs() -> None:
     plan = arbitrate(100, [holder("a", 90, used=60, committed=80, wanted=200), holder("b", 10, wanted=200)])
-    assert plan.shrink == {"a": Shrink(80)}
+    assert plan.shrink == {"a": 80}
 
 
 def test_a_higher_priority_does() -> None:
-    low = holder("low", 90, used=60, cached=20, committed=80, wanted=80, floor=10)
+    low = holder("low", 90, used=60, committed=80, wanted=80, floor=10)
     plan = arbitrate(100, [low, holder("high", 10, wanted=200, priority=1)])
-    assert plan.shrink == {"low": Shrink(10, evict_bytes=20, retract_bytes=50)}
-
-
-def test_cached_prefixes_go_before_running_requests() -> None:
-    idle = holder("idle", 90, used=30, cached=40, committed=30)
-    assert arbitrate(100, [idle, holder("hot", 10, wanted=50)]).shrink == {"idle": Shrink(50, evict_bytes=20)}
+    assert plan.shrink == {"low": 10}
 
 
 def test_a_smaller_pool_shrinks_idle_memory_and_grows_nobody() -> None:
     busy = holder("busy", 50, used=40, committed=45, wanted=90)
     assert arbitrate(70, [busy, holder("idle", 50, floor=5)]) == QuotaPlan(
-        {"busy": 65, "idle": 5}, {"idle": Shrink(5)}, {}
+        {"busy": 65, "idle": 5}, {"idle": 5}, {}
     )
 
 
@@ -102,11 +96,10 @@ def test_what_it_could_give_away() -> None:
 
 sizes = st.integers(0, 300)
 holders = st.builds(
-    lambda quota, used, cached, committed, queued, floor, room, granularity, priority: QuotaHolder(
+    lambda quota, used, committed, queued, floor, room, granularity, priority: QuotaHolder(
         "",
         quota,
         used,
-        cached,
         max(used, committed),
         max(used, committed) + queued,
         floor,
@@ -114,7 +107,6 @@ holders = st.builds(
         granularity,
         priority,
     ),
-    sizes,
     sizes,
     sizes,
     sizes,
@@ -139,7 +131,7 @@ def carried_out(
     for each in group:
         quota = plan.grow.get(each.model, each.quota_bytes)
         if each.model in plan.shrink:
-            lowest = plan.shrink[each.model].quota_bytes
+            lowest = plan.shrink[each.model]
             quota = lowest if chance is None else chance.randint(lowest, each.quota_bytes)
         after.append(msgspec.structs.replace(each, quota_bytes=quota))
     raised = sum(plan.grow.values()) - sum(each.quota_bytes for each in group if each.model in plan.grow)

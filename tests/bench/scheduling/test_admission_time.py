@@ -25,8 +25,8 @@ def test_loads_are_what_they_are_called() -> None:
 
 
 def test_nobody_has_waited_beyond_the_bound() -> None:
-    bounds = Bounds()
-    assert not any(bounds.exceeded(request, NOW_S) for request in queue_of(200, "late"))
+    bounds, able = Bounds(), engines()
+    assert not any(bounds.waited(request, able[request.model], NOW_S) for request in queue_of(200, "late"))
 
 
 def test_every_policy_is_measured_at_every_length() -> None:

@@ -33,7 +33,6 @@ def queued(
         output,
         deadline,
         priority,
-        "default",
         slo,
         expected,
         weight,

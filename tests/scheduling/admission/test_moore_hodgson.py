@@ -173,7 +173,7 @@ class TestWaiting:
         assert order(queue, bounds=Bounds(8), gpu=had_not)[:2] == ["aged0", "due"]
 
     def test_the_large_one_beyond_its_bound_gets_room_before_small_ones_take_it(self) -> None:
-        queue = [queued("large", arrival=-20, prompt=900, slo=1.0), queued("small", slo=5.0)]
+        queue = [queued("large", arrival=-20, output=900, slo=1.0), queued("small", slo=5.0)]
         assert order(queue, {"a": engine(1, free=500)}, bounds=Bounds(8)) == []
         assert order(queue, {"a": engine(1, free=2000)}, bounds=Bounds(8)) == ["large", "small"]
 
@@ -193,7 +193,7 @@ class TestWaiting:
             queued(f"old{i}", "a", 0.0, seconds * 100, float(slo)) for i, (seconds, slo) in enumerate(drawn)
         ]
         work = sum(seconds for seconds, _ in drawn)
-        latest = 4.0 * 3 + work / bounds.overaged_share + 2 * (4 + 1)
+        latest = 4.0 * 4 + work / bounds.overaged_share + 2 * (4 + 1)
         now, backlog, number = 0.0, PrefillBacklog(), 0
         while any(request.rid.startswith("old") for request in waiting):
             assert now <= latest, f"{waiting} still wait"
@@ -204,8 +204,9 @@ class TestWaiting:
             by_rid = {request.rid: request for request in waiting}
             for rid in admission.rids:
                 request = by_rid[rid]
-                aged = now - request.arrival_s >= bounds.patience * request.ttft_slo_s
-                cost = ENGINES[request.model].prefill_cost
+                capacity = ENGINES[request.model]
+                aged = bounds.waited(request, capacity, now) > 0
+                cost = capacity.prefill_cost
                 backlog.released(rid, request.model, request.prompt_tokens, cost, now, overaged=aged)
             waiting = [request for request in waiting if request.rid not in admission.rids]
             now = max(now + 0.01, backlog.work(now).prefill_until_s - 0.05)

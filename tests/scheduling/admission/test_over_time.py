@@ -65,7 +65,7 @@ def serve(policy_name: str, load: float, seed: int) -> dict[str, Served]:
         admission = policy.select(list(queue.values()), ENGINES, backlog.work(now), now)
         for rid in admission.rids:
             request = queue.pop(rid)
-            overaged = bounds.exceeded(request, now)
+            overaged = bounds.waited(request, ENGINES[request.model], now) > 0
             backlog.released(rid, request.model, request.prompt_tokens, COST, now, overaged=overaged)
             free_at = max(free_at, now) + request.prompt_tokens / RATE
             waited = (free_at - request.arrival_s) / request.ttft_slo_s

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism.scheduling.admission.rates import PrefillRate, StepTime
+from prism.scheduling.admission.rates import FORGOTTEN_AFTER, PrefillRate, StepTime
 
 pytestmark = pytest.mark.core
 
@@ -44,10 +44,29 @@ def test_passes_of_one_size_are_taken_to_be_fixed_for_the_most_part() -> None:
     assert rate.tokens_per_s == pytest.approx(4 * 110 / 0.13, rel=0.1)
 
 
-def test_one_burst_tells_what_a_token_costs_however_many_single_prompts_follow() -> None:
-    rate = learned([(128, 0.0128)] * 40 + [(4096, 0.0525)] + [(128, 0.0128)] * 1000)
+def test_one_burst_tells_what_a_token_costs_though_hundreds_of_single_prompts_follow() -> None:
+    rate = learned([(128, 0.0128)] * 40 + [(4096, 0.0525)] + [(128, 0.0128)] * (FORGOTTEN_AFTER - 10))
     assert rate.tokens_per_s == pytest.approx(100_000, rel=0.05)
     assert rate.fixed_s == pytest.approx(0.0115, rel=0.05)
+
+
+def test_sizes_that_have_not_been_seen_for_long_are_forgotten() -> None:
+    """The burst came while others had the GPU, and nothing as large came since."""
+    contended = [(128, 0.0128)] * 40 + [(4096, 5.0)] * 9
+    assert learned(contended).fixed_s == 0.0
+    rate = learned(contended + [(128, 0.0128)] * (FORGOTTEN_AFTER + 1))
+    assert rate.fixed_s == pytest.approx(0.75 * 0.0128), "it is as if it had never been"
+
+
+def test_a_spell_of_contention_does_not_unlearn_the_fixed_part() -> None:
+    """Large passes took three times as long as usual lately; small ones have come since."""
+    usual = [(n, 0.02 + n / 100_000) for n in (64, 128, 256, 512, 4096) for _ in range(9)]
+    contended = [(4096, 1.0)] * 9 + [(2048, 0.5)] * 9
+    rate = learned(usual + contended)
+    since = [(n, 0.02 + n / 100_000) for n in (64, 512, 128, 256) * 8]
+    for tokens, took_s in since:
+        rate.observe(tokens, took_s)
+    assert rate.fixed_s == pytest.approx(0.02, rel=0.2)
 
 
 def test_one_pass_corrects_what_was_wrongly_taken_to_be_fixed() -> None:

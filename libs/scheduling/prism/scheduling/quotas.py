@@ -29,9 +29,9 @@ GROWTH_SHARE = 0.25
 class QuotaHolder(msgspec.Struct, frozen=True):
     """One engine's KV memory, in bytes.
 
-    `quota_bytes` is what is promised to it and confirmed; `used_bytes` what requests hold of it now,
-    `cached_bytes` what prefixes that can be evicted hold; `committed_bytes` what its running requests will
-    probably hold in the end, `wanted_bytes` the same with those that are queued. It never gets less than
+    `quota_bytes` is what is promised to it and confirmed; `used_bytes` what requests hold of it now;
+    `committed_bytes` what its running requests will probably hold in the end, `wanted_bytes` the same with
+    those that are queued. It never gets less than
     `floor_bytes` while there is enough for all floors, and never more than `cap_bytes`. Quotas are raised and
     lowered to multiples of `granularity`.
     """
@@ -39,7 +39,6 @@ class QuotaHolder(msgspec.Struct, frozen=True):
     model: str
     quota_bytes: int
     used_bytes: int = 0
-    cached_bytes: int = 0
     committed_bytes: int = 0
     wanted_bytes: int = 0
     floor_bytes: int = 0
@@ -59,22 +58,12 @@ class QuotaHolder(msgspec.Struct, frozen=True):
         return max(0, self.quota_bytes - self.needed_bytes)
 
 
-class Shrink(msgspec.Struct, frozen=True):
-    """Lower a quota to `quota_bytes`, by evicting `evict_bytes` of cached prefixes and then retracting
-    requests that hold `retract_bytes`, lowest priority first. Free memory costs nothing and goes before
-    both."""
-
-    quota_bytes: int
-    evict_bytes: int = 0
-    retract_bytes: int = 0
-
-
 class QuotaPlan(msgspec.Struct, frozen=True):
-    """`targets` is what each should have; `shrink` what to lower now; `grow` what may be raised now, all at
-    once and whatever becomes of the shrinks."""
+    """Quotas: `targets` is what each should have; `shrink` to what to lower now; `grow` to what may be raised
+    now, all at once and whatever becomes of the shrinks."""
 
     targets: dict[str, int]
-    shrink: dict[str, Shrink]
+    shrink: dict[str, int]
     grow: dict[str, int]
 
 
@@ -84,7 +73,7 @@ def arbitrate(pool_bytes: int, holders: Sequence[QuotaHolder]) -> QuotaPlan:
     holders = sorted(holders, key=lambda holder: (-holder.priority, holder.model))
     targets = _targets(max(0, pool_bytes), holders)
     shrink = {
-        holder.model: _shrink(holder, targets[holder.model])
+        holder.model: targets[holder.model]
         for holder in holders
         if targets[holder.model] < holder.quota_bytes
     }
@@ -100,12 +89,6 @@ def arbitrate(pool_bytes: int, holders: Sequence[QuotaHolder]) -> QuotaPlan:
         if raised > holder.quota_bytes:
             grow[holder.model] = raised
     return QuotaPlan(targets, shrink, grow)
-
-
-def _shrink(holder: QuotaHolder, quota_bytes: int) -> Shrink:
-    retract = max(0, holder.used_bytes - quota_bytes)
-    evict = max(0, min(holder.cached_bytes, holder.used_bytes + holder.cached_bytes - quota_bytes))
-    return Shrink(quota_bytes, evict, retract)
 
 
 def _targets(pool: int, holders: Sequence[QuotaHolder]) -> dict[str, int]:

@@ -13,10 +13,12 @@ from prism.gateway.completions_api import encode_prompts
 from prism.gateway.plan import Choice, Plan, Planner, Servable, Wanted
 from prism.gateway.request_fields import Allowed, check_ranges, invalid, read_json, refuse_unsupported
 from prism.gateway.sampling import SamplingFields, check_sampling, read_stops
+from prism.gateway.slo_headers import LEAST_MS, MOST_MS
 from prism.gateway.text_assembler import Ending, Piece
 
 DEFAULT_MAX_NEW_TOKENS = 128
 PARAMS = "sampling_params"
+OBJECTIVE_S = Allowed(LEAST_MS / 1000, MOST_MS // 1000)
 
 
 class GenerateSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +62,7 @@ async def plan_generate(body: bytes, headers: Headers, planner: Planner) -> Plan
     refuse_unsupported(msgspec.structs.asdict(request), HARMLESS)
     sampling = request.sampling_params or GenerateSampling()
     check_sampling(request)
-    check_ranges({"slo": request.slo}, {"slo": Allowed(0, 86_400, above=True)})
+    check_ranges({"slo": request.slo}, {"slo": OBJECTIVE_S})
     try:
         check_sampling(sampling)
         stops = read_stops(sampling.stop)

@@ -101,8 +101,8 @@ def _error(status: int) -> dict[str, Any]:
 
 def _generation(summary: str, request: str, answer: str) -> dict[str, Any]:
     objectives = {
-        "X-SLO-TTFT-Ms": "Objective for the time to the first token, in ms; else the model's",
-        "X-SLO-TPOT-Ms": "Objective for the time per token after the first, in ms; else the model's",
+        "X-SLO-TTFT-Ms": "Objective for the time to the first token, from 1 ms to a day; else the model's",
+        "X-SLO-TPOT-Ms": "Objective for the time per token after the first, as long; else the model's",
     }
     streamed = {
         "schema": {},

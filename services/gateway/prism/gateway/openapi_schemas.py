@@ -207,7 +207,7 @@ SCHEMAS: dict[str, Schema] = {
             stop=STOP,
         ),
         stream=_boolean("Answer with server-sent events, each with all the text so far"),
-        slo=_above_zero(_number("Objective for the time to the first token, in seconds", 0, 86_400)),
+        slo=_number("Objective for the time to the first token, in seconds", 0.001, 86_400),
         return_logprob=_boolean("Tell log-probabilities"),
         top_logprobs_num=_integer("Alternatives for each token", minimum=0, maximum=20, default=0),
     ),

@@ -8,6 +8,8 @@ from prism.gateway.request_fields import invalid
 
 TTFT_HEADER = "X-SLO-TTFT-Ms"
 TPOT_HEADER = "X-SLO-TPOT-Ms"
+LEAST_MS, MOST_MS = 1, 86_400_000
+"""The shortest and the longest objective that a request may state: a millisecond and a day."""
 
 
 def read_objective(headers: Headers, name: str) -> float | None:
@@ -19,6 +21,6 @@ def read_objective(headers: Headers, name: str) -> float | None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise invalid(name, f"header {name} must be a number of milliseconds above 0; got {text!r}")
+    if not LEAST_MS <= value <= MOST_MS:
+        raise invalid(name, f"header {name} must be from {LEAST_MS} to {MOST_MS} milliseconds; got {text!r}")
     return value

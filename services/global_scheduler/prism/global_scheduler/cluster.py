@@ -273,11 +273,9 @@ def _view(seen: SeenWorker, profile: GpuProfile | None, now: float) -> WorkerVie
                 idle_s=0.0 if model.queued + model.running else model.idle_s + age,
                 state_s=model.state_s + age,
                 active_bytes=seen.active_bytes.get(model.model, 0),
-                failure=model.failure,
                 gpu_ids=tuple(model.gpu_ids),
                 kv_used_bytes=max(0, model.kv_quota_bytes - model.kv_spare_bytes),
                 kv_wanted_bytes=model.kv_wanted_bytes,
-                queue_s=model.queue_s,
                 prefill_tokens_per_s=model.prefill_tokens_per_s,
                 decode_step_s=model.decode_step_s,
             )

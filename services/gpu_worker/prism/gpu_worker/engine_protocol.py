@@ -153,7 +153,6 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     kv_fd: int
     kv_tokens: int
     kv_bytes_per_token: int
-    max_prompt_tokens: int
     imaged: bool
     seconds: dict[str, float]
     weights_bytes: int = 0

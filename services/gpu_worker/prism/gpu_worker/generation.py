@@ -19,8 +19,9 @@ from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import PLANNED_NEW_TOKENS, Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
-from prism.gpu_worker.serving_record import Objectives
+from prism.gpu_worker.serving_record import Objectives, objective_s
 from prism.scheduling.admission import (
+    SHORTEST_WAIT_S,
     AdmissionPolicy,
     Bounds,
     EngineCapacity,
@@ -165,25 +166,30 @@ class GenerationRequests:
         for rid in admitted.rids:
             queued = self._entries.pop(rid)
             if self._release(self._queued.pop(rid), now):
+                engine = engines[queued.model]
                 self._backlog.released(
                     rid,
                     queued.model,
                     queued.prompt_tokens,
-                    engines[queued.model].prefill_cost,
+                    engine.prefill_cost,
                     now,
                     due_s=queued.first_token_due_s,
-                    overaged=self._bounds.exceeded(queued, now),
+                    overaged=self._bounds.waited(queued, engine, now) > 0,
                 )
         if admitted.again_at_s is not None and self._entries:
             # The loop's clock is the one that `now` is on.
-            self._again = asyncio.get_running_loop().call_at(admitted.again_at_s, self.pump)
+            again_at = max(admitted.again_at_s, now + SHORTEST_WAIT_S)
+            self._again = asyncio.get_running_loop().call_at(again_at, self.pump)
 
     def _release(self, entry: RunningRequest, now: float) -> bool:
         request = entry.request
         assert entry.instance.engine is not None
         entry.released_at = now
         self._running[request.rid] = entry
-        self._of_model.setdefault(request.model, {})[request.rid] = entry
+        mine = self._of_model.setdefault(request.model, {})
+        if not mine:
+            entry.instance.busy_since = now
+        mine[request.rid] = entry
         entry.instance.record.released(now - entry.arrived_at)
         try:
             entry.instance.engine.generate(
@@ -220,8 +226,8 @@ class GenerationRequests:
         mine = self._of_model.get(model, {}).values()
         decoding = [running for running in mine if running.first_token_at is not None]
         promised = [running.objectives.tpot_s for running in decoding]
-        if not decoding and instance.spec.tpot_slo_ms is not None:
-            promised.append(instance.spec.tpot_slo_ms / 1000)
+        if not decoding:
+            promised.append(objective_s(instance.spec.tpot_slo_ms))
         record = instance.record
         waiting = self._backlog.open_pass(model, now)
         return EngineCapacity(
@@ -238,6 +244,7 @@ class GenerationRequests:
             pass_tokens=self._pass_tokens,
             open_tokens=waiting.tokens,
             open_due_s=waiting.due_s,
+            busy_since_s=instance.busy_since,
         )
 
     def kv_tokens(self, model: str) -> tuple[int, int]:

@@ -163,7 +163,6 @@ class InstanceMemory:
             self._name,
             quota,
             used_bytes=kv_bytes_of(ready, load.kv_used_tokens),
-            cached_bytes=load.kv_cached_tokens * ready.kv_bytes_per_token,
             committed_bytes=kv_bytes_of(ready, running_tokens),
             wanted_bytes=kv_bytes_of(ready, wanted_tokens),
             floor_bytes=min(quota, self._kv_floor),

@@ -70,6 +70,7 @@ class ModelInstance:
         self.state = ModelState.COLD
         self.state_since = time.monotonic()
         self.idle_since = time.monotonic()
+        self.busy_since = 0.0
         self.failure: str | None = None
         self.engine: EngineProcess | None = None
         self.ready: Ready | None = None

@@ -74,7 +74,7 @@ class QuotaArbiter:
         promised = sum(holder.quota_bytes for holder in holders.values())
         claimed = max(0, sum(self._claims.values()) - sum(self._under_way.values()))
         plan = arbitrate(self._ledger.free_bytes + promised - claimed, list(holders.values()))
-        changes = {model: shrink.quota_bytes for model, shrink in plan.shrink.items()} | plan.grow
+        changes = plan.shrink | plan.grow
         for instance in self._instances():
             if instance.name in changes and instance.name not in self._under_way:
                 kv_bytes = changes[instance.name]

@@ -7,6 +7,13 @@ from prism.scheduling.admission.prefill_cost import UNBOUNDED_PASS, passes
 from prism.scheduling.admission.rates import PrefillRate, StepTime
 
 QUEUE_WEIGHT = 0.2
+LEAST_OBJECTIVE_S = 0.001
+
+
+def objective_s(told_ms: float | None) -> float | None:
+    """In seconds; None without one. Shares of an objective are computed with, so it is never close to 0,
+    whatever the bus or a placement file brings."""
+    return max(LEAST_OBJECTIVE_S, told_ms / 1000) if told_ms else None
 
 
 class Objectives:
@@ -15,10 +22,8 @@ class Objectives:
     __slots__ = ("tpot_s", "ttft_s")
 
     def __init__(self, request: GenerateRequest, spec: ModelSpec) -> None:
-        ttft_ms = request.ttft_slo_ms or spec.ttft_slo_ms
-        tpot_ms = request.tpot_slo_ms or spec.tpot_slo_ms
-        self.ttft_s = ttft_ms / 1000 if ttft_ms else None
-        self.tpot_s = tpot_ms / 1000 if tpot_ms else None
+        self.ttft_s = objective_s(request.ttft_slo_ms or spec.ttft_slo_ms)
+        self.tpot_s = objective_s(request.tpot_slo_ms or spec.tpot_slo_ms)
 
 
 class ServingRecord:

@@ -22,9 +22,8 @@ DEADLINE_S = 120.0
 
 
 class Timed(msgspec.Struct, frozen=True):
-    """One request as its client saw it, in seconds. `began_s` is when it was sent, on the caller's clock."""
+    """One request as its client saw it, in seconds."""
 
-    began_s: float
     ttft_s: float
     total_s: float
     output_tokens: int
@@ -68,7 +67,7 @@ async def generate(
                 first = first or time.perf_counter()
     except httpx.HTTPError as error:
         raise PrismError(ErrorCode.INTERNAL, f"{model}: the gateway did not answer: {error!r}") from error
-    return Timed(began, first - began, time.perf_counter() - began, output_tokens)
+    return Timed(first - began, time.perf_counter() - began, output_tokens)
 
 
 async def probe(

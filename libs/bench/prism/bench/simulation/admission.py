@@ -4,12 +4,12 @@ The requests of an instance that is spread over several GPUs queue at its first.
 """
 
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import TYPE_CHECKING
 
 from prism.bench.simulation.engine import Request
 from prism.bench.simulation.events import EventQueue
 from prism.scheduling.admission import (
+    SHORTEST_WAIT_S,
     AdmissionPolicy,
     Bounds,
     EngineCapacity,
@@ -21,7 +21,6 @@ from prism.scheduling.admission import (
 if TYPE_CHECKING:
     from prism.bench.simulation.instance import Instance
 
-SHORTEST_WAIT_S = 1e-3
 BOUNDS = Bounds()
 NEAR = 0.8
 """An engine whose requests may take this share of its quota is about to want more."""
@@ -104,7 +103,6 @@ class AdmissionQueue:
             max(1, model.max_new_tokens - request.got),
             request.arrival_s + self._deadline_s,
             model.spec.priority,
-            "default",
             model.ttft_slo_s,
             expected,
         )
@@ -129,7 +127,6 @@ class AdmissionQueue:
             request, instance = self.waiting.pop(rid)
             instance.queued -= 1
             instance.queued_tokens -= request.reserved
-            instance.queue_s += 0.1 * (now - request.queued_s - instance.queue_s)
             self._started(instance, request, now)
             together.setdefault(instance.model.name, []).append(request)
         for name, requests in together.items():
@@ -168,6 +165,7 @@ class AdmissionQueue:
             engine.chunk_tokens,
             waiting.tokens,
             waiting.due_s,
+            instance.busy_since,
         )
 
     def _again(self, now: float) -> None:
@@ -184,9 +182,8 @@ class AdmissionQueue:
             engine.prefill_fixed_s * slowdown, engine.prefill_token_s * slowdown, engine.chunk_tokens
         )
         slo = instance.model.ttft_slo_s
-        overaged = now - request.arrival_s >= BOUNDS.patience * (
-            slo if slo < inf else BOUNDS.unpromised_slo_s
-        )
+        own_s = (request.prompt + request.got) * cost.token_s
+        overaged = now - request.arrival_s >= BOUNDS.of(slo, own_s)
         self._backlog.released(
             request.rid,
             instance.model.name,
@@ -197,6 +194,8 @@ class AdmissionQueue:
             overaged=overaged,
         )
         self.prefills += 1
+        if not instance.running:
+            instance.busy_since = now
         instance.running += 1
         instance.reserved += request.reserved
         if instance.reserved > NEAR * instance.quota_tokens:

@@ -12,17 +12,17 @@ NO_LIMIT = 1 << 60
 class Instance:
     """Bytes are held on each of its `gpus`; `reserved` are KV tokens that its running requests may come to
     take, `quota_tokens` those that its quota holds. `queue` is the admission queue that its requests go
-    through."""
+    through; its engine has run something without a break since `busy_since`."""
 
     __slots__ = (
         "active_bytes",
+        "busy_since",
         "context_bytes",
         "engine",
         "gpus",
         "idle_since",
         "model",
         "queue",
-        "queue_s",
         "queued",
         "queued_tokens",
         "quota_bytes",
@@ -52,7 +52,7 @@ class Instance:
         self.reserved = 0
         self.queued = 0
         self.queued_tokens = 0
-        self.queue_s = 0.0
+        self.busy_since = 0.0
         self.idle_since = 0.0
 
     @property

@@ -389,11 +389,9 @@ def _resident(instance: Instance, now: float) -> ResidentModel:
         0.0 if instance.load else now - instance.idle_since,
         now - instance.state_at,
         instance.active_bytes,
-        None,
         tuple(gpu.index for gpu in instance.gpus),
         instance.used_bytes,
         instance.wanted_bytes,
-        instance.queue_s,
         1.0 / (engine.prefill_token_s * engine.slowdown),
         engine.step_s * engine.share if engine.ends else None,
     )

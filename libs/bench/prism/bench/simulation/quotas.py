@@ -45,8 +45,8 @@ class QuotaShell:
             plan = arbitrate(
                 _pool(gpu), [_holder(each) for each in gpu.residents.values() if each.quota_bytes]
             )
-            for name, shrink in plan.shrink.items():
-                _resize(gpu.residents[name], shrink.quota_bytes, now)
+            for name, quota_bytes in plan.shrink.items():
+                _resize(gpu.residents[name], quota_bytes, now)
             for name, quota_bytes in plan.grow.items():
                 instance = gpu.residents[name]
                 room = min(each.free_bytes for each in instance.gpus)
@@ -85,8 +85,8 @@ class QuotaShell:
             plans.append((gpu, plan))
             found = min(found, max(floor, plan.targets[""]))
         for gpu, plan in plans:
-            for name, shrink in plan.shrink.items():
-                _resize(gpu.residents[name], shrink.quota_bytes, now)
+            for name, quota_bytes in plan.shrink.items():
+                _resize(gpu.residents[name], quota_bytes, now)
         return max(0, min(found, min(gpu.free_bytes for gpu in gpus) - fixed))
 
 

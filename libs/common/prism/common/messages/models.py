@@ -38,7 +38,7 @@ class ModelState(enum.StrEnum):
 MOST = 1_000_000
 """Beyond any count, size in GB, time in seconds or priority that makes sense: keeps typing errors out."""
 
-Milliseconds = Annotated[float, Meta(gt=0, le=3_600_000)]
+Milliseconds = Annotated[float, Meta(ge=0.001, le=3_600_000)]
 
 
 class InitialPlacement(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ from prism.scheduling.admission.policy import (
 )
 from prism.scheduling.admission.prefill_backlog import OpenPass, PrefillBacklog
 from prism.scheduling.admission.prefill_cost import PrefillCost
-from prism.scheduling.admission.release import PrefillBudget
+from prism.scheduling.admission.release import SHORTEST_WAIT_S, PrefillBudget
 
 policies: dict[str, type[AdmissionPolicy]] = {
     "moore_hodgson": MooreHodgsonAdmission,
@@ -32,6 +32,7 @@ def make_policy(name: str, bounds: Bounds) -> AdmissionPolicy:
 __all__ = [
     "DEFAULT_POLICY",
     "PREFILL_WINDOW_S",
+    "SHORTEST_WAIT_S",
     "Admission",
     "AdmissionPolicy",
     "Bounds",

@@ -20,19 +20,30 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
+LEAST_SLO_S = 0.05
+"""Shorter objectives count as this where waits are bounded: whoever asks for the impossible does not go ahead
+of everybody else."""
+
+
 class Bounds(msgspec.Struct, frozen=True):
     """How long a request may wait: `patience` times its objective, which is taken as `unpromised_slo_s`
-    seconds where it has none. `overaged_share` is the share of prefill time for those who have waited
-    longer; 1 puts them before everybody else whatever that costs."""
+    seconds where it has none, and as no shorter than its own prefill and LEAST_SLO_S. `overaged_share` is the
+    share of prefill time for those who have waited longer; 1 puts them before everybody else whatever that
+    costs."""
 
     patience: float = 8.0
     unpromised_slo_s: float = 10.0
     overaged_share: float = 0.5
 
-    def exceeded(self, request: QueuedRequest, now: float, times: float = 1.0) -> bool:
-        """Whether it has waited beyond its bound, or so many times that."""
-        slo = request.ttft_slo_s if request.ttft_slo_s < inf else self.unpromised_slo_s
-        return now - request.arrival_s >= times * self.patience * slo
+    def of(self, slo_s: float, prefill_s: float) -> float:
+        """How many seconds a request with this objective and so much prefill of its own may wait."""
+        objective_s = slo_s if slo_s < inf else self.unpromised_slo_s
+        return self.patience * max(objective_s, prefill_s, LEAST_SLO_S)
+
+    def waited(self, request: QueuedRequest, engine: EngineCapacity, now: float) -> int:
+        """How many times its bound it has waited, 0 as long as it is not beyond it."""
+        prefill_s = request.prompt_tokens * (1.0 / engine.prefill_tokens_per_s)
+        return int((now - request.arrival_s) / self.of(request.ttft_slo_s, prefill_s))
 
 
 class Family:
@@ -213,7 +224,6 @@ def few_candidates(
     begins at `start_s`. Engines that are `shut` take only those beyond their bound."""
     rows: list[_Row] = []
     overaged: list[tuple[float, str, QueuedRequest]] = []
-    patience, unpromised = bounds.patience, bounds.unpromised_slo_s
     found: dict[str, Family] = {}
     for request in queue:
         engine = engines.get(request.model)
@@ -224,15 +234,15 @@ def few_candidates(
             or request.deadline_s <= now
         ):
             continue
+        family = found.get(request.model)
+        if family is None:
+            family = found[request.model] = Family(len(found), engine, budget)
         arrival = request.arrival_s
         slo = request.ttft_slo_s
-        if now - arrival >= patience * (slo if slo < inf else unpromised):
+        work_s = request.prompt_tokens * family.token_s
+        if now - arrival >= bounds.of(slo, work_s):
             overaged.append((arrival, request.rid, request))
         elif request.model not in shut:
-            family = found.get(request.model)
-            if family is None:
-                family = found[request.model] = Family(len(found), engine, budget)
-            work_s = request.prompt_tokens * family.token_s
             rows.append((arrival + slo, arrival, request.rid, work_s, family.number, request))
     families = list(found.values())
     rows.sort()
@@ -292,7 +302,12 @@ def many_candidates(
     slo = np.array([request.ttft_slo_s for request in queue])
     deadline = np.array([request.deadline_s for request in queue])
     able = (number >= 0) & (deadline > now)
-    old = now - arrival >= bounds.patience * np.where(slo < inf, slo, bounds.unpromised_slo_s)
+    tokens = np.array([request.prompt_tokens for request in queue])
+    # The last one is for requests of models that have no engine.
+    token_s = np.array([*(family.token_s for family in every), 0.0])
+    seconds = tokens * token_s[number]
+    objective = np.where(slo < inf, slo, bounds.unpromised_slo_s)
+    old = now - arrival >= bounds.patience * np.maximum(np.maximum(objective, seconds), LEAST_SLO_S)
     oldest_first = _sorted(queue, np.flatnonzero(old & able), arrival, arrival)
     overaged = [queue[place] for place in oldest_first.tolist()]
     due = arrival + slo
@@ -301,8 +316,6 @@ def many_candidates(
     index = _sorted(queue, np.flatnonzero(able & ~old), due, arrival)
     if not len(index):
         return Candidates([], [], [], [], [], overaged)
-    tokens = np.array([request.prompt_tokens for request in queue])
-    seconds = tokens * np.array([family.token_s for family in every])[number]
     if any(family.fixed_s for family in every):
         margin, share = _many_together(
             tokens[index], seconds[index], due[index], number[index], every, start_s

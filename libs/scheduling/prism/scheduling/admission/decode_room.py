@@ -4,7 +4,8 @@ Engines that compute at once take turns, so a decode step of one among k takes a
 alone, and what prefill takes of the GPU comes on top: k * s / (1 - p) <= T for every engine with a step of s
 seconds and a promise of T seconds a token, where p is the share that prefill had lately. One more request in
 a batch costs little; one more engine costs everybody a k-th. So requests for an engine that runs nothing are
-those that may have to wait, for an engine to run dry.
+those that may have to wait, for an engine to run dry. A promise that its engine can't keep even alone is lost
+whoever waits, so it holds nobody back.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ MOST_PREFILL_SHARE = 0.5
 
 class DecodeRoom:
     """Kept up to date while requests are released, in one decision. `working` engines run something;
-    `tightest` is the largest share that a step of one of them alone takes of what it was promised."""
+    `tightest` is the largest share that a step of one of them alone takes of what it was promised, of those
+    that can keep their promise alone."""
 
     __slots__ = ("_share", "tightest", "working")
 
@@ -27,25 +29,31 @@ class DecodeRoom:
         for engine in engines.values():
             if engine.running:
                 working += 1
-                share = engine.decode_alone_s / engine.tpot_slo_s
-                if share > tightest:
-                    tightest = share
+                tightest = max(tightest, _share(engine))
         self.working = working
         self.tightest = tightest
 
     def begins(self, engine: EngineCapacity) -> None:
         """It has work from now on."""
         self.working += 1
-        self.tightest = max(self.tightest, engine.decode_alone_s / engine.tpot_slo_s)
+        self.tightest = max(self.tightest, _share(engine))
 
     def has_room(self, engine: EngineCapacity, kept_free: int = 0) -> bool:
         """Whether `engine`, which runs nothing, may begin, and `kept_free` others after it. The first may."""
         if not self.working:
             return True
-        tightest = max(self.tightest, engine.decode_alone_s / engine.tpot_slo_s)
+        tightest = max(self.tightest, _share(engine))
         return (self.working + 1 + kept_free) * tightest <= self._share
 
     @property
-    def overdrawn(self) -> bool:
-        """Whether more engines work than can keep their promises."""
-        return self.working > 1 and self.working * self.tightest > self._share
+    def too_many(self) -> int:
+        """By how many more engines work than can keep their promises together."""
+        together = self.working
+        while together > 1 and together * self.tightest > self._share:
+            together -= 1
+        return self.working - together
+
+
+def _share(engine: EngineCapacity) -> float:
+    share = engine.decode_alone_s / engine.tpot_slo_s
+    return share if share <= 1.0 else 0.0

@@ -35,10 +35,10 @@ from prism.scheduling.admission.policy import Admission, EngineCapacity, GpuWork
 from prism.scheduling.admission.release import (
     FULL,
     HELD,
-    ONCE_OVERAGED,
+    LOOK_FOR_ROOM_S,
+    PRESSING,
     STARTED,
     STOPPED,
-    TWICE_OVERAGED,
     PrefillBudget,
     Release,
 )
@@ -75,7 +75,16 @@ class MooreHodgsonAdmission:
         ]
         gather = few_candidates if len(queue) < VECTORISED_FROM else many_candidates
         candidates = gather(queue, engines, release.until_s, now, self._bounds, self._budget, shut)
+        if shut and room.too_many:
+            for request in candidates.overaged:
+                if request.model not in shut:
+                    continue
+                if self._bounds.waited(request, engines[request.model], now) >= PRESSING:
+                    release.make_way(request, room.too_many)
+                    break
         self._release_all(candidates, release, gpu, now)
+        if shut:
+            release.look_again(now + LOOK_FOR_ROOM_S)
         return release.admission()
 
     def _release_all(self, candidates: Candidates, release: Release, gpu: GpuWork, now: float) -> None:
@@ -105,9 +114,8 @@ class MooreHodgsonAdmission:
             if theirs_s > share * all_s:
                 break
             before = release.until_s
-            twice = self._bounds.exceeded(request, now, times=2.0)
-            overage = TWICE_OVERAGED if twice else ONCE_OVERAGED
-            if release.offer(request, urgent=True, overaged=overage) is FULL:
+            waited = self._bounds.waited(request, release.engines[request.model], now)
+            if release.offer(request, urgent=True, bounds_waited=waited) is FULL:
                 return False
             all_s += release.until_s - before
             theirs_s += release.until_s - before

@@ -18,7 +18,7 @@ class QueuedRequest(msgspec.Struct, frozen=True):
     `arrival_s` and `deadline_s` (the end of its whole time budget) are on the clock of `now`.
     `max_new_tokens` is what it may generate at most, `expected_new_tokens` what it probably will (None: not
     known). `ttft_slo_s` is the time from arrival within which its first token is promised; infinite without a
-    promise. `weight` is its tenant's share relative to others', above 0.
+    promise. `weight` is its share relative to others', above 0.
     """
 
     rid: str
@@ -28,7 +28,6 @@ class QueuedRequest(msgspec.Struct, frozen=True):
     max_new_tokens: int
     deadline_s: float
     priority: int = 0
-    tenant: str = "default"
     ttft_slo_s: float = inf
     expected_new_tokens: int | None = None
     weight: float = 1.0
@@ -57,7 +56,8 @@ class EngineCapacity(msgspec.Struct, frozen=True):
 
     `decoding` requests of it are past their prefill; one decode step of them takes `decode_step_s`, and
     `tpot_slo_s` is what each token is promised in (infinite: no promise). `decode_alone_s` is what a step
-    takes, or took lately, while no other engine computes; 0 when that is not known.
+    takes, or took lately, while no other engine computes; 0 when that is not known. It has run something
+    without a break since `busy_since_s`, on the clock of `now`.
     """
 
     running: int
@@ -73,6 +73,7 @@ class EngineCapacity(msgspec.Struct, frozen=True):
     pass_tokens: int = UNBOUNDED_PASS
     open_tokens: int = 0
     open_due_s: float = inf
+    busy_since_s: float = 0.0
 
     @property
     def prefill_cost(self) -> PrefillCost:

@@ -5,20 +5,31 @@ so each figure is a median over the last steps, not a mean.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from math import inf, isfinite
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 REMEMBERED = 31
 ENOUGH = 3
 REMEMBERED_OF_A_SIZE = 9
+FORGOTTEN_AFTER = 500
+"""After so many passes without one of a size, what was seen of that size is forgotten: it may have been while
+others had the GPU."""
 FIT_SPREAD = 4.0
 """A line is fitted only through passes of which some are so many times larger than others."""
 LEAST_TOKEN_SHARE = 0.25
 """Of the time of the passes with the least time a token, what the tokens take at least. The rest is taken to
 be fixed until larger passes tell: a pass that is bound by launching kernels takes the same for 100 tokens as
 for 500, and only whoever lets more prompts go together finds out."""
+
+
+class _Pass(NamedTuple):
+    number: int
+    tokens: float
+    seconds: float
 
 
 class PrefillRate:
@@ -33,12 +44,14 @@ class PrefillRate:
     is the median of what that leaves of the last passes. Until sizes differ enough nobody knows the slope,
     and LEAST_TOKEN_SHARE is assumed: that errs towards letting too many prompts go at once, by a factor of
     1 / LEAST_TOKEN_SHARE at most, and that very pass corrects it. An error the other way would last: prompts
-    that are never let go together never show that they could be.
+    that are never let go together never show that they could be. So a line with a fixed part below 0, as one
+    through large passes of a time when others had the GPU too, is drawn again through the more recent half.
     """
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
-        self._by_size: dict[int, deque[tuple[float, float]]] = {}
+        self._count = 0
+        self._recent: deque[_Pass] = deque(maxlen=REMEMBERED)
+        self._by_size: dict[int, deque[_Pass]] = {}
         self._token_s = 0.0
         self._fixed_s = 0.0
         self._stale = False
@@ -46,9 +59,10 @@ class PrefillRate:
     def observe(self, tokens: int, seconds: float, passes: int = 1) -> None:
         """So many tokens took so long, in so many passes. Impossible observations are left out."""
         if tokens > 0 and passes > 0 and 0 < seconds < inf and isfinite(seconds):
-            seen = (tokens / passes, seconds / passes)
+            self._count += 1
+            seen = _Pass(self._count, tokens / passes, seconds / passes)
             self._recent.append(seen)
-            of_size = self._by_size.setdefault(int(seen[0]).bit_length(), deque(maxlen=REMEMBERED_OF_A_SIZE))
+            of_size = self._by_size.setdefault(_size(seen), deque(maxlen=REMEMBERED_OF_A_SIZE))
             of_size.append(seen)
             self._stale = True
 
@@ -74,25 +88,52 @@ class PrefillRate:
         """Tokens a second that the last passes reached, the fixed part included; infinite before enough."""
         if not self.known:
             return inf
-        return 1.0 / median(seconds / tokens for tokens, seconds in self._recent)
+        return 1.0 / median(each.seconds / each.tokens for each in self._recent)
 
     def _fit(self) -> None:
         if not self._stale or not self.known:
             return
         self._stale = False
-        seen = np.array([each for of_size in self._by_size.values() for each in of_size])
-        tokens, seconds = seen[:, 0], seen[:, 1]
-        cheapest_s = min(median(took / size for size, took in each) for each in self._by_size.values())
-        token_s = LEAST_TOKEN_SHARE * cheapest_s
-        if tokens.max() >= FIT_SPREAD * tokens.min():
-            first, second = np.triu_indices(len(seen), 1)
-            apart = tokens[second] - tokens[first]
-            first, second, apart = first[apart != 0], second[apart != 0], apart[apart != 0]
-            token_s = max(token_s, float(np.median((seconds[second] - seconds[first]) / apart)))
-        fixed_s = median(took - token_s * size for size, took in self._recent)
+        for size, of_size in list(self._by_size.items()):
+            if of_size[-1].number <= self._count - FORGOTTEN_AFTER:
+                del self._by_size[size]
+        seen = sorted(each for of_size in self._by_size.values() for each in of_size)
+        token_s = _token_s(seen)
+        fixed_s = self._left_by(token_s)
+        if fixed_s < 0 and _spread(half := seen[len(seen) // 2 :]):
+            token_s = _token_s(half)
+            fixed_s = self._left_by(token_s)
         if fixed_s < 0:
             fixed_s, token_s = 0.0, 1.0 / self.reached_tokens_per_s
         self._fixed_s, self._token_s = fixed_s, token_s
+
+    def _left_by(self, token_s: float) -> float:
+        return median(each.seconds - token_s * each.tokens for each in self._recent)
+
+
+def _size(seen: _Pass) -> int:
+    return int(seen.tokens).bit_length()
+
+
+def _spread(seen: Sequence[_Pass]) -> bool:
+    tokens = [each.tokens for each in seen]
+    return max(tokens) >= FIT_SPREAD * min(tokens)
+
+
+def _token_s(seen: Sequence[_Pass]) -> float:
+    """Seconds a token: the median slope, or where sizes differ too little the least share."""
+    by_size: dict[int, list[float]] = {}
+    for each in seen:
+        by_size.setdefault(_size(each), []).append(each.seconds / each.tokens)
+    least_s = LEAST_TOKEN_SHARE * min(median(of_size) for of_size in by_size.values())
+    if not _spread(seen):
+        return least_s
+    rows = np.array(seen)
+    tokens, seconds = rows[:, 1], rows[:, 2]
+    first, second = np.triu_indices(len(rows), 1)
+    apart = tokens[second] - tokens[first]
+    first, second, apart = first[apart != 0], second[apart != 0], apart[apart != 0]
+    return max(least_s, float(np.median((seconds[second] - seconds[first]) / apart)))
 
 
 class StepTime:

@@ -23,7 +23,9 @@ goes all the same: decode is protected as long as there is slack elsewhere.
 
 With a `DecodeRoom` an engine that runs nothing begins only where all engines then keep their promises: being
 late is worse for one request than for all that decode. While some have waited beyond their bound, one engine
-more is kept free for them; who has waited twice that long goes as the only one too many.
+more is kept free for them; who has waited twice that long goes as the only one too many. Where more work
+already than can keep their promises, those longest at work make way for it: they take no younger ones, run
+dry, and take their turn again. So nobody waits for ever.
 """
 
 import enum
@@ -43,6 +45,12 @@ from prism.scheduling.admission.policy import (
 from prism.scheduling.admission.prefill_cost import passes
 
 SHORTEST_WAIT_S = 0.001
+"""Nobody looks again sooner: at the same instant there would be the same decision."""
+PRESSING = 2
+"""Who has waited so many times its bound goes as the only one too many, or has others make way."""
+LOOK_FOR_ROOM_S = 0.25
+"""When to look again whether an engine that was held back may begin. Nothing need happen for that: prefill's
+share of the time falls, and waits exceed their bounds."""
 
 
 class PrefillBudget(msgspec.Struct, frozen=True):
@@ -75,7 +83,7 @@ class PrefillBudget(msgspec.Struct, frozen=True):
             if engine.open_tokens:
                 ahead_s = max(ahead_s, self.filled_s(engine.prefill_fixed_s) / 2)
         full_until_s = gpu.prefill_until_s - ahead_s
-        return Admission([], full_until_s) if full_until_s >= now else None
+        return Admission([], max(full_until_s, now + SHORTEST_WAIT_S)) if full_until_s >= now else None
 
 
 class Offer(enum.Enum):
@@ -93,22 +101,22 @@ STARTED, BLOCKED, HELD, FULL = Offer.STARTED, Offer.BLOCKED, Offer.HELD, Offer.F
 STOPPED = (HELD, FULL)
 
 
-class Overage(enum.Enum):
-    """Whether a request has waited beyond its bound, or beyond twice its bound."""
-
-    NONE = enum.auto()
-    ONCE = enum.auto()
-    TWICE = enum.auto()
-
-
-NOT_OVERAGED, ONCE_OVERAGED, TWICE_OVERAGED = Overage.NONE, Overage.ONCE, Overage.TWICE
-
-
 class _Left:
     """What is left of one engine, and its open pass: how many tokens it has, when the first of those that can
-    be on time is due, and up to how much prefill ahead prompts may join it."""
+    be on time is due, and up to how much prefill ahead prompts may join it. It takes those only that came at
+    `youngest_s` at the latest."""
 
-    __slots__ = ("engine", "filled_s", "fixed_s", "idle", "kv_tokens", "open_due_s", "open_tokens", "slots")
+    __slots__ = (
+        "engine",
+        "filled_s",
+        "fixed_s",
+        "idle",
+        "kv_tokens",
+        "open_due_s",
+        "open_tokens",
+        "slots",
+        "youngest_s",
+    )
 
     def __init__(self, engine: EngineCapacity, filled_s: float) -> None:
         self.engine = engine
@@ -119,6 +127,7 @@ class _Left:
         self.open_tokens = engine.open_tokens
         self.open_due_s = engine.open_due_s
         self.filled_s = filled_s
+        self.youngest_s = inf
 
 
 class Release:
@@ -129,11 +138,11 @@ class Release:
         "_allowed_s",
         "_budget",
         "_decode_room",
-        "_engines",
         "_left",
         "_now",
         "_spent_s",
         "again_at_s",
+        "engines",
         "engines_kept_free",
         "rids",
         "until_s",
@@ -150,7 +159,7 @@ class Release:
         self.rids: list[str] = []
         self.again_at_s: float | None = None
         self.until_s = gpu.prefill_until_s if gpu.prefill_until_s > now else now
-        self._engines = engines
+        self.engines = engines
         self._now = now
         self._budget = budget
         self._decode_room = decode_room
@@ -159,15 +168,14 @@ class Release:
         self._spent_s = gpu.recent_prefill_s
         self._allowed_s: float | None = None
 
-    def offer(
-        self, request: QueuedRequest, *, urgent: bool = False, overaged: Overage = NOT_OVERAGED
-    ) -> Offer:
-        """Start `request` if it can be. After HELD, offer it again as urgent or let it wait; after FULL
-        only what `joins` an open pass is worth offering. `again_at_s` says then when to look again."""
+    def offer(self, request: QueuedRequest, *, urgent: bool = False, bounds_waited: int = 0) -> Offer:
+        """Start `request` if it can be; it has waited so many times its bound. After HELD, offer it again as
+        urgent or let it wait; after FULL only what `joins` an open pass is worth offering. `again_at_s` says
+        then when to look again."""
         left = self._of(request.model)
         ahead = self.until_s - self._now
         full = ahead >= self._budget.lookahead_s
-        if left is None or left.slots <= 0:
+        if left is None or left.slots <= 0 or request.arrival_s > left.youngest_s:
             return self._full() if full else BLOCKED
         engine = left.engine
         held, tokens = left.open_tokens, request.prompt_tokens
@@ -177,21 +185,22 @@ class Release:
             return self._full()
         until_s = self.until_s + seconds
         makes_late = left.fixed_s > 0 and not opened and self.until_s <= left.open_due_s < until_s
-        if makes_late and overaged is NOT_OVERAGED:
+        if makes_late and not bounds_waited:
             # The pass begins at once, or with the first tokens that the engine brings next.
-            self.look_again(self._now + SHORTEST_WAIT_S if not engine.open_tokens else self.until_s)
+            self.look_again(self.until_s if engine.open_tokens else self._now)
             return self._full() if full else BLOCKED
         kv_tokens = request.tokens
         if kv_tokens > left.kv_tokens and not left.idle:
             left.slots = 0
             return BLOCKED
-        if left.idle and self._decode_room is not None and not self._may_begin(engine, overaged):
+        if left.idle and self._decode_room is not None and not self._may_begin(engine, bounds_waited):
+            self.look_again(self._now + LOOK_FOR_ROOM_S)
             return BLOCKED
         if self._spent_s > 0 and not urgent:
             beyond = self._spent_s + seconds - self._allowed()
             if beyond > 0:
                 # The window forgets a second of prefill in a second at best.
-                self.again_at_s = self._now + max(SHORTEST_WAIT_S, min(beyond, self._spent_s))
+                self.again_at_s = self._now + min(beyond, self._spent_s)
                 return HELD
         left.slots -= 1
         left.kv_tokens -= kv_tokens
@@ -222,19 +231,19 @@ class Release:
         """Models that have a pass open."""
         return [
             model
-            for model, engine in self._engines.items()
+            for model, engine in self.engines.items()
             if engine.prefill_fixed_s
             and (self._left[model].open_tokens if model in self._left else engine.open_tokens)
         ]
 
     def joining_s(self, request: QueuedRequest) -> float:
         """What `request` adds to an open pass, in seconds."""
-        return request.prompt_tokens / self._engines[request.model].prefill_tokens_per_s
+        return request.prompt_tokens / self.engines[request.model].prefill_tokens_per_s
 
     def _of(self, model: str) -> _Left | None:
         left = self._left.get(model)
         if left is None:
-            engine = self._engines.get(model)
+            engine = self.engines.get(model)
             if engine is None:
                 return None
             filled_s = self._budget.filled_s(engine.prefill_fixed_s)
@@ -249,12 +258,21 @@ class Release:
             self.again_at_s = self.until_s - self._budget.lookahead_s
         return FULL
 
-    def _may_begin(self, engine: EngineCapacity, overaged: Overage) -> bool:
+    def _may_begin(self, engine: EngineCapacity, bounds_waited: int) -> bool:
         room = self._decode_room
         assert room is not None
-        if overaged is NOT_OVERAGED:
+        if not bounds_waited:
             return room.has_room(engine, self.engines_kept_free)
-        return room.has_room(engine) or (overaged is TWICE_OVERAGED and not room.overdrawn)
+        return room.has_room(engine) or (bounds_waited >= PRESSING and not room.too_many)
+
+    def make_way(self, request: QueuedRequest, engines: int) -> None:
+        """Have so many engines, those longest at work, run dry for `request`, which came before those that
+        they may not take from now on; nor do others begin with such."""
+        at_work = sorted((each.busy_since_s, model) for model, each in self.engines.items() if each.running)
+        staying = {request.model} | {model for _, model in at_work[engines:]}
+        for model in self.engines.keys() - staying:
+            if (left := self._of(model)) is not None:
+                left.youngest_s = request.arrival_s
 
     def offer_alive(self, request: QueuedRequest) -> Offer:
         """As `offer`; one whose deadline has passed is blocked."""
@@ -266,14 +284,17 @@ class Release:
 
     def _allowed(self) -> float:
         if self._allowed_s is None:
-            share = prefill_share(self._engines)
+            share = prefill_share(self.engines)
             least = self._budget.least_share
             self._allowed_s = inf if share >= 1 else PREFILL_WINDOW_S * max(least, share)
         return self._allowed_s
 
     def admission(self) -> Admission:
         """What was started."""
-        return Admission(self.rids, self.again_at_s)
+        again_at_s = self.again_at_s
+        if again_at_s is not None:
+            again_at_s = max(again_at_s, self._now + SHORTEST_WAIT_S)
+        return Admission(self.rids, again_at_s)
 
 
 def prefill_share(engines: Mapping[str, EngineCapacity]) -> float:

@@ -17,8 +17,7 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `gpu_ids` are those of the worker's GPUs that it is on, none for all of them. Of its KV quota, requests
     hold or will come to hold `kv_used_bytes`, and those here, queued ones included, would take
-    `kv_wanted_bytes`. `queue_s` is how long requests waited lately before an engine had them. Prefill rate
-    and the time of a decode step are as measured, None before that.
+    `kv_wanted_bytes`. Prefill rate and the time of a decode step are as measured, None before that.
     """
 
     state: ModelState
@@ -29,11 +28,9 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
     idle_s: float = 0.0
     state_s: float = 0.0
     active_bytes: int = 0
-    failure: str | None = None
     gpu_ids: tuple[int, ...] = ()
     kv_used_bytes: int = 0
     kv_wanted_bytes: int = 0
-    queue_s: float = 0.0
     prefill_tokens_per_s: float | None = None
     decode_step_s: float | None = None
 

@@ -138,7 +138,6 @@ class SimulatedEngine:
                 kv_fd=self._memory.kv_fd,
                 kv_tokens=self._kv_tokens,
                 kv_bytes_per_token=costs.kv_bytes_per_token,
-                max_prompt_tokens=self._cap_tokens - 1,
                 imaged=True,
                 kv_page_bytes=costs.kv_bytes_per_token,
                 seconds={"stage": staged - began, "build": time.perf_counter() - staged},

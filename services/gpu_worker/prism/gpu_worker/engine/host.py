@@ -169,7 +169,6 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
                 kv_fd=kv_fd,
                 kv_tokens=kv.limit_tokens,
                 kv_bytes_per_token=ranks.size * _per_token(scheduler.model_config, ranks),
-                max_prompt_tokens=scheduler.max_req_input_len,
                 imaged=imaged,
                 seconds={**weights.seconds, "prime": primed - built, "build": primed - began},
                 weights_bytes=weights.nbytes,
