@@ -206,6 +206,22 @@ class TestMoves:
         assert self.overloaded(comfortable=0.95).step() == []
         assert self.overloaded(margin=0.6, free_margin=0.6).step() == []
 
+    @pytest.mark.parametrize(("replicas", "sleep"), [(1, 1), (2, 0)])
+    def test_no_replica_sleeps_for_one_that_its_operator_would_have_back_first(
+        self, replicas: int, sleep: int
+    ) -> None:
+        seldom = msgspec.structs.replace(
+            view("seldom", 33, replicas=replicas), traffic=traffic(0.0, last_s=1e4)
+        )
+        policy = BalancedPlacement(comfortable=0.4, margin=0.1, most_replicas=1)
+        it = cluster([view("a", 8, 6.0), view("b", 8, 6.0), seldom], gpus=replicas + 1, policy=policy)
+        active(it, "a", "w0")
+        active(it, "b", "w0")
+        for number in range(replicas):
+            active(it, "seldom", f"w{number + 1}", idle_s=1e4)
+        it.running = {"a", "b"}
+        assert [kind for kind, _, _ in told(it)] == ["Doze"] * sleep
+
     def test_a_pinned_model_stays(self) -> None:
         it = cluster([view("a", 8, 6.0, pin=True), view("b", 8, 6.0, pin=True)])
         active(it, "a", "w0")

@@ -104,7 +104,11 @@ class Balancing:
             wanted = Wanted(
                 name, view, reason, home=home, gpu_ids=tuple(placement.gpu_ids), moves_from=source.worker.id
             )
-            self._reconciler.bring_up(wanted, self._judge, lambda option: option.step <= Step.EVICT_IDLE)
+            self._reconciler.bring_up(wanted, self._judge, self._hinders_nobody)
+
+    def _hinders_nobody(self, option: Option) -> bool:
+        again = any(map(self._reconciler.is_called_for_again, option.victims))
+        return option.step <= Step.EVICT_IDLE and not again
 
     def move(self) -> None:
         """Take models from the GPUs under most pressure to others, the best move of each GPU."""
@@ -182,8 +186,11 @@ class Balancing:
         return option.pressure_with(work, self._board.fixed_bytes(view, place.worker))
 
     def _cheap(self, victims: Iterable[Instance]) -> bool:
-        """Whether hardly anyone will miss those that must sleep for a move."""
-        return all(self._chance(victim) < self._policy.doubtful for victim in victims)
+        """Whether hardly anyone will miss those that must sleep for a move, nor have them back before it."""
+        return all(
+            self._chance(victim) < self._policy.doubtful and not self._reconciler.is_called_for_again(victim)
+            for victim in victims
+        )
 
     def _chance(self, instance: Instance) -> float:
         assert instance.view is not None
@@ -213,7 +220,7 @@ class Balancing:
                 for one in gpu.instances
                 if reconciler.is_idle(one)
                 and reconciler.may_doze(one)
-                and not self._called_for_again(one)
+                and not reconciler.is_called_for_again(one)
                 and self._chance(one) < policy.doubtful
             ]
             idle.sort(key=self._judge.victim_rank)
@@ -221,8 +228,3 @@ class Balancing:
                 if gpu.kv_wanted <= policy.kv_short * gpu.kv_space:
                     break
                 reconciler.doze(instance, "its neighbours lack memory for KV cache")
-
-    def _called_for_again(self, instance: Instance) -> bool:
-        """Whether the operator asked for so many replicas that this one would come back."""
-        view = instance.view
-        return view is not None and 1 < view.spec.replicas >= len(self._board.serving[instance.model])

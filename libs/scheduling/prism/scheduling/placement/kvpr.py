@@ -120,7 +120,9 @@ class KvprPlacement:
         reason = f"moves from {instance.place.worker.id}: KV pressure ratio"
         wanted = Wanted(instance.model, view, reason, moves_from=instance.place.worker.id)
         option = reconciler.option(wanted, place, judge)
-        if option is not None and option.step <= Step.EVICT_IDLE:
+        if option is None or any(map(reconciler.is_called_for_again, option.victims)):
+            return
+        if option.step <= Step.EVICT_IDLE:
             reconciler.take(wanted, option)
 
 

@@ -270,6 +270,12 @@ class Prospects:
         priority = instance.view.spec.priority if instance.view is not None else 0
         return (priority, not self.is_idle(instance), -instance.resident.state_s)
 
+    def is_called_for_again(self, instance: Instance) -> bool:
+        """Whether the operator asked for so many replicas that, put to sleep, this one would come back into
+        the memory that it left, before those who move do."""
+        view = instance.view
+        return view is not None and 1 < view.spec.replicas >= len(self.board.serving[instance.model])
+
     def _is_extra(self, instance: Instance) -> bool:
         """Whether the model is served by more instances than its operator asked for, and not because it is
         about to move."""
