@@ -9,7 +9,7 @@ from tests.scheduling.admission.queues import engine, queued
 from prism.scheduling.admission import Bounds, EngineCapacity, GpuWork
 from prism.scheduling.admission.decode_room import DecodeRoom
 from prism.scheduling.admission.moore_hodgson import MooreHodgsonAdmission
-from prism.scheduling.admission.release import LOOK_FOR_ROOM_S
+from prism.scheduling.admission.release import LOOK_FOR_ROOM_S, PRESSING
 
 pytestmark = pytest.mark.core
 
@@ -101,15 +101,15 @@ def test_one_beyond_its_bound_goes_before_others_begin() -> None:
     assert MooreHodgsonAdmission().select([young, old], engines, IDLE, 9.0).rids == ["old"]
 
 
-def test_one_that_waited_twice_as_long_goes_as_the_only_one_too_many() -> None:
+def test_one_that_has_waited_for_many_times_its_bound_goes_as_the_only_one_too_many() -> None:
     engines = {"a": decoding(1), "b": decoding(1), "c": decoding(1), "d": decoding(0), "e": decoding(0)}
     waiting = [queued("d", "d", 0.0, 1, 1.0), queued("e", "e", 0.1, 1, 1.0)]
     admission = MooreHodgsonAdmission()
     assert admission.select(waiting, engines, IDLE, 12.0).rids == []
-    assert admission.select(waiting, engines, IDLE, 20.0).rids == ["d"]
+    assert admission.select(waiting, engines, IDLE, PRESSING * PATIENCE + 0.05).rids == ["d"]
 
 
-def test_where_too_many_work_those_longest_at_work_take_no_younger_ones_than_who_has_waited_twice() -> None:
+def test_where_too_many_work_those_longest_at_work_take_no_younger_ones_than_who_has_waited_as_long() -> None:
     """Here one engine is too many already, so it is a, until it has run dry."""
     engines = {
         "a": busy_since(3.0, tpot=0.012),
@@ -124,13 +124,13 @@ def test_where_too_many_work_those_longest_at_work_take_no_younger_ones_than_who
     )
     admission = MooreHodgsonAdmission()
     queue = [old, *before, *after]
-    assert set(admission.select(queue, engines, IDLE, 1.0 + 2 * PATIENCE).rids) == {
+    assert set(admission.select(queue, engines, IDLE, 1.0 + PRESSING * PATIENCE).rids) == {
         "before a",
         "before b",
         "after b",
     }
     dry = engines | {"a": decoding(0, tpot=0.012)}
-    assert "old" in admission.select(queue, dry, IDLE, 1.0 + 2 * PATIENCE).rids
+    assert "old" in admission.select(queue, dry, IDLE, 1.0 + PRESSING * PATIENCE).rids
 
 
 @given(
@@ -153,7 +153,7 @@ def test_whatever_others_do_nobody_waits_for_ever(
     queue = [queued("r", "idle", 0.0, 1, 1.0)]
     now, number = 0.0, 0
     while any(request.rid == "r" for request in queue):
-        assert now <= 2 * PATIENCE + takes_s + 2 * LOOK_FOR_ROOM_S
+        assert now <= PRESSING * PATIENCE + takes_s + 2 * LOOK_FOR_ROOM_S
         now += LOOK_FOR_ROOM_S
         engines = {"idle": decoding(0, share, 1.0)}
         for model, each in zip(others, shares, strict=True):

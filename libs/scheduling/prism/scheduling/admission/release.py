@@ -23,7 +23,7 @@ goes all the same: decode is protected as long as there is slack elsewhere.
 
 With a `DecodeRoom` an engine that runs nothing begins only where all engines then keep their promises: being
 late is worse for one request than for all that decode. While some have waited beyond their bound, one engine
-more is kept free for them; who has waited twice that long goes as the only one too many. Where more work
+more is kept free for them; who has waited four times that long goes as the only one too many. Where more work
 already than can keep their promises, those longest at work make way for it: they take no younger ones, run
 dry, and take their turn again. So nobody waits for ever.
 """
@@ -46,9 +46,9 @@ from prism.scheduling.admission.prefill_cost import passes
 
 SHORTEST_WAIT_S = 0.001
 """Nobody looks again sooner: at the same instant there would be the same decision."""
-PRESSING = 2
+PRESSING = 4
 """Who has waited so many times its bound goes as the only one too many, or has others make way."""
-LOOK_FOR_ROOM_S = 0.25
+LOOK_FOR_ROOM_S = 1.0
 """When to look again whether an engine that was held back may begin. Nothing need happen for that: prefill's
 share of the time falls, and waits exceed their bounds."""
 
