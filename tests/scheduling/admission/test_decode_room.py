@@ -15,6 +15,8 @@ pytestmark = pytest.mark.core
 
 IDLE = GpuWork()
 PATIENCE = Bounds().patience
+BEYOND_S = PATIENCE + 1.0
+"""For so long has one waited whose objective is a second and whose bound is exceeded."""
 
 
 def decoding(running: int, alone_s: float = 0.01, tpot: float = 0.03) -> EngineCapacity:
@@ -75,7 +77,7 @@ def test_an_engine_that_could_not_keep_its_promise_even_alone_may_begin_where_ot
     assert started({"a": decoding(1), "b": decoding(1), "d": decoding(1), "c": hopeless}, "c") == []
 
 
-@pytest.mark.parametrize("waited_s", [0.0, 9.0], ids=["in time", "beyond its bound"])
+@pytest.mark.parametrize("waited_s", [0.0, BEYOND_S], ids=["in time", "beyond its bound"])
 def test_there_is_another_look_for_those_held_back_though_nothing_happens(waited_s: float) -> None:
     """Prefill's share of the time falls while nothing happens, and waits come to exceed their bounds."""
     engines = {"a": decoding(1), "b": decoding(1), "c": decoding(1), "d": decoding(0)}
@@ -87,25 +89,25 @@ def test_there_is_another_look_for_those_held_back_though_nothing_happens(waited
 def test_there_is_another_look_for_those_for_whom_no_place_was_kept() -> None:
     engines = {"a": decoding(1), "b": decoding(1), "c": decoding(0)}
     too_large = queued("old", "a", 0.0, 1, 1.0, output=10**12)
-    young = queued("young", "c", 8.9, 1, 100.0)
+    young = queued("young", "c", BEYOND_S - 0.1, 1, 100.0)
     full = {**engines, "a": msgspec.structs.replace(engines["a"], kv_free_tokens=0)}
-    admission = MooreHodgsonAdmission().select([young, too_large], full, IDLE, 9.0)
+    admission = MooreHodgsonAdmission().select([young, too_large], full, IDLE, BEYOND_S)
     assert admission.rids == []
-    assert admission.again_at_s == pytest.approx(9.0 + LOOK_FOR_ROOM_S)
+    assert admission.again_at_s == pytest.approx(BEYOND_S + LOOK_FOR_ROOM_S)
 
 
 def test_one_beyond_its_bound_goes_before_others_begin() -> None:
     engines = {"a": decoding(1), "b": decoding(1), "c": decoding(0), "d": decoding(0)}
     old = queued("old", "d", 0.0, 1, 1.0)
-    young = queued("young", "c", 8.9, 1, 100.0)
-    assert MooreHodgsonAdmission().select([young, old], engines, IDLE, 9.0).rids == ["old"]
+    young = queued("young", "c", BEYOND_S - 0.1, 1, 100.0)
+    assert MooreHodgsonAdmission().select([young, old], engines, IDLE, BEYOND_S).rids == ["old"]
 
 
 def test_one_that_has_waited_for_many_times_its_bound_goes_as_the_only_one_too_many() -> None:
     engines = {"a": decoding(1), "b": decoding(1), "c": decoding(1), "d": decoding(0), "e": decoding(0)}
     waiting = [queued("d", "d", 0.0, 1, 1.0), queued("e", "e", 0.1, 1, 1.0)]
     admission = MooreHodgsonAdmission()
-    assert admission.select(waiting, engines, IDLE, 12.0).rids == []
+    assert admission.select(waiting, engines, IDLE, BEYOND_S).rids == []
     assert admission.select(waiting, engines, IDLE, PRESSING * PATIENCE + 0.05).rids == ["d"]
 
 

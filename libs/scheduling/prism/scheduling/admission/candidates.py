@@ -31,7 +31,7 @@ class Bounds(msgspec.Struct, frozen=True):
     share of prefill time for those who have waited longer; 1 puts them before everybody else whatever that
     costs."""
 
-    patience: float = 8.0
+    patience: float = 12.0
     unpromised_slo_s: float = 10.0
     overaged_share: float = 0.5
 
