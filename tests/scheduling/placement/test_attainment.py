@@ -213,6 +213,14 @@ class TestWithholding:
         (note,) = [note for note in it.policy.plan(it.snapshot(), it.now).notes if note.model == "tail"]
         assert note.text.startswith("waits: of")
 
+    def test_nobody_waits_where_there_is_time(self) -> None:
+        for withhold_above, expected in ((0.0, []), (0.7, [("Activate", "tail", "w0")])):
+            it = crowded({"a": 0.5}, least_gain=1e9, withhold_above=withhold_above)
+            it.views["tail"] = hot("tail", 0.02)
+            it.held["w0", "tail"] = Held(ModelState.DOZING, (0,))
+            it.ask(["tail"])
+            assert told(it) == expected
+
     def test_but_not_for_longer_than_patience(self) -> None:
         it = self.seven()
         it.ask(["tail"])

@@ -54,8 +54,9 @@ class BalancedPlacement:
 
     Where all concerned are promised a first token in time, patience is `promised_patience_s` for each request
     that the memory serves for one that the model brings, up to `longest_patience_s` (see
-    `Prospects.patience_s`). Until then it also waits where, of the requests that it brings, less than the
-    share `least_gain` would be on time beyond those that others lose by it. An idle one of them that could be
+    `Prospects.patience_s`). Until then, where pressure as it is felt is more than `withhold_above`, it also
+    waits if, of the requests that it brings, less than the share `least_gain` would be on time beyond those
+    that others lose by it. An idle one of them that could be
     back within the share `back_within` of its objective loses nothing by giving its memory away, as long as
     pressure as it is felt (`attainment.felt`) is at most `turns_below`; beyond that nobody takes turns.
 
@@ -92,6 +93,7 @@ class BalancedPlacement:
     pause_s: float = 5.0
     pausing: float = 0.2
     least_gain: float = 0.3
+    withhold_above: float = 0.7
     back_within: float = 1.0
     turns_below: float = 1.0
 
@@ -212,6 +214,8 @@ class BalancedJudge:
             return None
         if option.victims and not all(map(self._has_time, place.gpus)):
             return "waits: its GPUs have more work than they can do in time, so nobody sleeps for it yet"
+        if all(felt(gpu.pressure, gpu.queued) <= self.policy.withhold_above for gpu in place.gpus):
+            return None
         work = self.reconciler.expected_work(wanted.view, place)
         fixed = self.reconciler.board.fixed_bytes(wanted.view, place.worker)
         in_turns = [one for one in option.victims if self._can_be_back(one)]
