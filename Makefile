@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 PARTS := libs/common libs/scheduling libs/cli libs/bench services/gateway services/global_scheduler services/gpu_worker services/model_store
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-clients test-compose fuzz test-core chaos lint format clean bench-gateway bench-activation bench-decode bench-scheduling bench-calibration
+.PHONY: setup demo test test-clients test-compose fuzz test-core explore chaos lint format clean bench-gateway bench-activation bench-decode bench-scheduling bench-calibration
 
 setup: $(READY)
 
@@ -59,6 +59,14 @@ fuzz: setup
 
 test-core: setup
 	@for run in 1 2 3 4 5; do $(BIN)/python -m pytest tests --ignore=tests/clients -q -m core || exit 1; done
+
+# Property tests on examples of chance: what fails becomes a test of its own.
+RUNS ?= 10
+
+explore: setup
+	@for run in $$(seq $(RUNS)); do \
+		$(BIN)/python -m pytest tests/scheduling tests/gateway tests/common tests/model_store tests/bench -q -m core \
+			--hypothesis-profile=exploring || exit 1; done
 
 SEED ?= 1
 

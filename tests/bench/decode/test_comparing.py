@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from prism.bench.decode.comparing import comparable_tokens, decode_rate, likeness
 
+pytestmark = pytest.mark.core
+
 
 def test_what_a_request_costs_beside_its_tokens_is_no_part_of_the_rate() -> None:
     # 8 streams at 100 tok/s each, half a second of everything else.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from prism.scheduling.placement.snapshot import (
     ResidentModel,
     WorkerView,
 )
+
+pytestmark = pytest.mark.core
 
 LIMIT = 100
 KV = 10
