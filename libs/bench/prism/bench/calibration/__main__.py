@@ -31,7 +31,8 @@ from prism.scheduling.profiles import FOLDER
 def main(root: Path, folder: Path, device: str, admission: str, log: Path, keep_profile: bool) -> None:
     """Fit the simulator to this machine's worker, and check it on another workload."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    rows, profile, costs = asyncio.run(check(SETUPS[device], folder, admission, log))
+    checked = asyncio.run(check(SETUPS[device], folder, admission, log))
+    rows = checked.rows
     # A missed target says why, and that is the usual reason here.
     busy = os.getloadavg()[1]
     cores = len(os.sched_getaffinity(0))
@@ -39,7 +40,7 @@ def main(root: Path, folder: Path, device: str, admission: str, log: Path, keep_
         said = f"; load average {busy:.1f} on {cores} cores: others used the machine meanwhile"
         rows = [replace(each, note=each.note + said) for each in rows]
     if keep_profile:
-        write_profile(profile, FOLDER / f"{device}.json", costs)
+        write_profile(checked.profile, FOLDER / f"{device}.json", checked.costs)
     path = write_results(
         "calibration" if device == "cpu" else f"calibration_{device}",
         rows,
@@ -47,10 +48,11 @@ def main(root: Path, folder: Path, device: str, admission: str, log: Path, keep_
         root=root.resolve(),
         packages=("sglang", "torch", "numpy"),
         details={
-            "profile": msgspec.to_builtins(profile),
-            "models": msgspec.to_builtins(costs),
+            "profile": msgspec.to_builtins(checked.profile),
+            "models": msgspec.to_builtins(checked.costs),
             "admission": admission,
             "objectives": f"{SCALE:g} times what each model reaches alone",
+            "requests": msgspec.to_builtins(checked.requests),
         },
     )
     click.echo(table(rows))

@@ -108,9 +108,45 @@ def compared(name: str, seen: list[Timed], outcome: Outcome, models: Sequence[Si
     ]  # fmt: skip
 
 
-async def check(
-    setup: Setup, folder: Path, admission: str, log: Path
-) -> tuple[list[Row], GpuProfile, dict[str, ModelCost]]:
+class CheckedRequest(msgspec.Struct, frozen=True):
+    """One request of a check: when it came, in seconds, its tokens, and both times to its first token."""
+
+    load: float
+    arrival_s: float
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+    measured_ttft_s: float
+    simulated_ttft_s: float
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What a check found, and what it was found with."""
+
+    rows: list[Row]
+    profile: GpuProfile
+    costs: dict[str, ModelCost]
+    requests: list[CheckedRequest]
+
+
+def checked_requests(load: float, seen: list[Timed], outcome: Outcome) -> list[CheckedRequest]:
+    """Each request, to find out where the two part."""
+    trace = outcome.trace
+    return [
+        CheckedRequest(
+            load,
+            round(trace.arrival_s[index], 3),
+            trace.models[trace.model[index]],
+            trace.prompt_tokens[index],
+            trace.output_tokens[index],
+            round(timed.ttft_s, 4),
+            round(outcome.ttft_s[index], 4),
+        )
+        for index, timed in enumerate(seen)
+    ]
+
+
+async def check(setup: Setup, folder: Path, admission: str, log: Path) -> Checked:
     """Calibrate and check on one system, in one go: the machine may be another one tomorrow. `log` gets what
     the services say."""
     paths = await asyncio.to_thread(setup.models, folder)
@@ -120,6 +156,7 @@ async def check(
         read_profile("h200"), memory_bytes=round(setup.worker_gb * 1e9), context_bytes=setup.context_bytes
     )
     rows: list[Row] = []
+    requests: list[CheckedRequest] = []
     with tempfile.TemporaryDirectory(prefix="prism-calibration-") as temporary:
         placement = Path(temporary) / "placement.json"
         placement.write_bytes(msgspec.json.encode(specs))
@@ -165,4 +202,5 @@ async def check(
                         promised = with_objectives(models, alone, SCALE, SCALE)
                         outcome = simulated(trace, promised, profile, admission, setup)
                         rows += compared(f"load_{round(100 * load)}", seen, outcome, promised)
-    return rows, profile, costs
+                        requests += checked_requests(load, seen, outcome)
+    return Checked(rows, profile, costs, requests)

@@ -99,12 +99,19 @@ def warm_up(gpu: int) -> None:
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     footprint.note("cublas_cleared")
+    from sglang.srt.layers.attention import triton_backend  # noqa: F401
     from sglang.srt.managers import tp_worker  # noqa: F401
     from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)
 
-    import prism.gpu_worker.engine.host  # noqa: F401
+    from prism.gpu_worker.engine import cuda_platform, host  # noqa: F401
+    from prism.gpu_worker.engine.torch_kernels import load_common_kernels
+    from prism.gpu_worker.engine.triton_start import start_triton
 
     footprint.note("imported")
+    start_triton()
+    load_common_kernels()
+    torch.cuda.empty_cache()
+    footprint.note("kernels")
     gc.collect()
     gc.freeze()
 
