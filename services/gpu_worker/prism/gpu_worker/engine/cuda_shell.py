@@ -99,6 +99,8 @@ def warm_up(gpu: int) -> None:
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     footprint.note("cublas_cleared")
+    from kvcached.integration.sglang import interfaces  # noqa: F401
+    from sglang.srt.dllm import algorithm  # noqa: F401
     from sglang.srt.layers.attention import triton_backend  # noqa: F401
     from sglang.srt.managers import tp_worker  # noqa: F401
     from sglang.srt.models import registry  # noqa: F401  (imports every model class that can be)

@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 EXIT_FAILED = 3
 PRIMING_RID = "priming"
 PRIMING_PROMPT_TOKENS = 128
-PRIMING_NEW_TOKENS = 3
+# One by the prompt, one by a decode step.
+PRIMING_NEW_TOKENS = 2
 
 # Prompts are token ids, never images. Left unset, the first request of each engine would import SGLang's
 # tokenizer manager only to find this out.
