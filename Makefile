@@ -98,7 +98,7 @@ bench-activation: setup
 	@$(BIN)/python -m prism.bench.activation merge $(CELLS:%=build/bench-activation/%.json)
 
 # Beside plain SGLang; CELLS=decode_tiny tries it on a CPU.
-DECODE_CELLS := decode_1b decode_8b colocated colocated_mps
+DECODE_CELLS := decode_1b decode_8b colocated colocated_mps moving_kv
 bench-decode: CELLS = $(DECODE_CELLS)
 bench-decode: setup
 	@$(BIN)/python -m prism.bench.decode cell $(CELLS)

@@ -52,6 +52,16 @@ async def test_waking(tmp_path: Path) -> None:
     assert {"wake_8b_first_token_s", "wake_8b_copy_share", "doze_8b_s"} <= rows.keys()
 
 
+async def test_waking_in_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The simulated device has no ranks.
+    on_cpu = partial(commanded_system, device="cpu", worker_memory_gb=1.0, store_memory_gb=1.0)
+    monkeypatch.setattr(woken, "commanded_system", on_cpu)
+    rows = await measured("wake_8b_tp2", tmp_path)
+    assert rows["wake_8b_tp2_mismatches"].value == 0
+    assert {"wake_8b_tp2_first_token_s", "wake_8b_tp2_copy_share", "doze_8b_tp2_s"} <= rows.keys()
+    assert "dozing_footprint_mib" not in rows, "that is an engine's on one GPU"
+
+
 async def test_freezing(tmp_path: Path) -> None:
     rows = await measured("freeze_8b", tmp_path)
     assert rows["frozen_footprint_mib"].met

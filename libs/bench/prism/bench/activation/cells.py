@@ -25,6 +25,8 @@ def cells(models: Path, log: Path) -> dict[str, Cell]:
     named |= {f"wake_{size}": partial(wake_cell, [size], models, log) for size in SHAPES}
     named |= {
         "wake_small": partial(wake_cell, SMALL, models, log),
+        "wake_1b_tp2": partial(wake_cell, ["1b"], models, log, tp_size=2),
+        "wake_8b_tp2": partial(wake_cell, ["8b"], models, log, tp_size=2),
         "freeze_8b": partial(freeze_cell, "8b", models, log),
         "freeze_1b": partial(freeze_cell, "1b", models, log),
         "staged_8b": partial(staged_cell, "8b", models, log, deferred=True),

@@ -121,6 +121,11 @@ class CommandedSystem:
                 await asyncio.sleep(0.005)
 
 
+def _worker_gpus(device: str, count: int) -> dict[str, str]:
+    """The variables that give a worker several GPUs."""
+    return {"PRISM_GPU": ",".join(map(str, range(count)))} if device == "cuda" and count > 1 else {}
+
+
 @asynccontextmanager
 async def commanded_system(
     models: dict[str, Path],
@@ -133,11 +138,12 @@ async def commanded_system(
     store_memory_gb: float = 100.0,
     image_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    tp_size: int = 1,
 ) -> AsyncIterator[CommandedSystem]:
     """NATS, store, worker and gateway; `models` registered, none of them started.
 
     Services get `environment` on top of ours. Memory in 10^9 bytes; without `worker_memory_gb` the device's
-    own.
+    own. Each model is spread over `tp_size` GPUs, from the first on, and the worker has as many.
     """
     placement = folder / "placement.json"
     placement.write_text("[]")
@@ -149,9 +155,9 @@ async def commanded_system(
         device=device,
         schedulers=0,
         log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
-        environment=dict(environment or {}),
+        environment={**_worker_gpus(device, tp_size), **(environment or {})},
     )
-    place = [{"gpu_ids": [0], "on": False, "max_memory_pool_size": kv_gb}]
+    place = [{"gpu_ids": list(range(tp_size)), "on": False, "max_memory_pool_size": kv_gb}]
     with log.open("w", buffering=1) as lines:
         async with (
             running_system(settings, lambda name, line: print(name, line, file=lines)) as system,
@@ -161,7 +167,13 @@ async def commanded_system(
             bucket = await bus.bucket(subjects.BUCKET_MODELS)
             specs = {
                 name: convert(
-                    {"model_name": name, "model_path": str(path), "init_placements": place}, ModelSpec
+                    {
+                        "model_name": name,
+                        "model_path": str(path),
+                        "init_placements": place,
+                        "tp_size": tp_size,
+                    },
+                    ModelSpec,
                 )
                 for name, path in models.items()
             }

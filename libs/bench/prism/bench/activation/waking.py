@@ -33,19 +33,29 @@ FOOTPRINT_TARGET_MIB = 800
 COPY_SHARE_TARGET = 0.97
 
 
-async def wake_cell(sizes: list[str], models: Path, log: Path) -> list[Row]:
-    """Starting, dozing and waking models one by one: times, memory, and whether they say the same then."""
+async def wake_cell(sizes: list[str], models: Path, log: Path, *, tp_size: int = 1) -> list[Row]:
+    """Starting, dozing and waking models one by one: times, memory, and whether they say the same then.
+
+    Of a model on `tp_size` GPUs memory is that of the first, and the floor what one GPU's bus takes for its
+    part of the weights.
+    """
     bandwidth = await asyncio.to_thread(pinned_bandwidth)
     rows = [row("pinned_bandwidth_gb_per_s", round(bandwidth / 1e9, 2), "GB/s")]
     began = time.monotonic()
-    async with system_of(sizes, models, log) as system:
-        rows.append(row(f"worker_up_{sizes[0]}_s", round(time.monotonic() - began, 2), "s"))
+    async with system_of(sizes, models, log, tp_size=tp_size) as system:
+        rows.append(row(f"worker_up_{_named(sizes[0], tp_size)}_s", round(time.monotonic() - began, 2), "s"))
         for size in sizes:
-            rows += await _woken_again_and_again(system, size, bandwidth)
+            rows += await _woken_again_and_again(system, size, bandwidth, tp_size)
     return rows
 
 
-async def _woken_again_and_again(system: CommandedSystem, size: str, bandwidth: float) -> list[Row]:
+def _named(size: str, tp_size: int) -> str:
+    return size if tp_size == 1 else f"{size}_tp{tp_size}"
+
+
+async def _woken_again_and_again(
+    system: CommandedSystem, size: str, bandwidth: float, tp_size: int
+) -> list[Row]:
     started = await system.command(CommandKind.ACTIVATE, size)
     prompt = prompt_of(1)
     undisturbed = (await system.complete(size, prompt, ANSWER_TOKENS)).text
@@ -63,51 +73,52 @@ async def _woken_again_and_again(system: CommandedSystem, size: str, bandwidth: 
         await asyncio.sleep(SETTLE_S)
         wakes.append(await wake(system, size, prompt))
     await system.command(CommandKind.DOZE, size)
-    weights = weights_bytes(system.facts[size], None)
+    weights = weights_bytes(system.facts[size], None, tp_size)
     first = median(each.first_token_s for each in wakes)
     copy_s = median(each.copy_s for each in wakes)
     floor = weights / bandwidth
-    target = WAKE_TARGETS_S.get(size, round(floor + WAKE_OVERHEAD_S, 3))
+    target = WAKE_TARGETS_S.get(_named(size, tp_size), round(floor + WAKE_OVERHEAD_S, 3))
     note = f"{weights / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s take {floor:.3f} s; median of {WAKES}"
     share_note = "of the pinned bandwidth measured in the same run; mapping the memory included"
     said_note = f"answers of {ANSWER_TOKENS} greedy tokens that differ from that before the first doze"
     mismatches = sum(each.text != undisturbed for each in wakes)
+    name = _named(size, tp_size)
     return [
         *(
-            row(f"first_build_{size}_{phase}_s", round(seconds, 3), "s")
+            row(f"first_build_{name}_{phase}_s", round(seconds, 3), "s")
             for phase, seconds in sorted(started.seconds.items())
         ),
         row(
-            f"wake_{size}_first_token_s",
+            f"wake_{name}_first_token_s",
             first,
             "s",
             target=target,
             note=note,
         ),
-        row(f"wake_{size}_command_s", median(w.command_s for w in wakes), "s"),
-        row(f"wake_{size}_to_request_s", median(w.to_request_s for w in wakes), "s"),
-        row(f"wake_{size}_to_token_frame_s", median(w.to_token_frame_s for w in wakes), "s"),
-        row(f"awake_{size}_first_token_s", median(awake), "s", note="the same request to an active model"),
-        row(f"wake_{size}_copy_s", copy_s, "s"),
+        row(f"wake_{name}_command_s", median(w.command_s for w in wakes), "s"),
+        row(f"wake_{name}_to_request_s", median(w.to_request_s for w in wakes), "s"),
+        row(f"wake_{name}_to_token_frame_s", median(w.to_token_frame_s for w in wakes), "s"),
+        row(f"awake_{name}_first_token_s", median(awake), "s", note="the same request to an active model"),
+        row(f"wake_{name}_copy_s", copy_s, "s"),
         row(
-            f"wake_{size}_copy_share",
+            f"wake_{name}_copy_share",
             round(floor / copy_s, 4) if copy_s else None,
             "ratio",
             target=COPY_SHARE_TARGET,
             better="higher",
             note=share_note,
         ),
-        row(f"doze_{size}_s", median(dozes), "s", target=DOZE_TARGET_S, note="memory confirmed free"),
-        row(f"doze_{size}_worst_s", round(max(dozes), 4), "s"),
+        row(f"doze_{name}_s", median(dozes), "s", target=DOZE_TARGET_S, note="memory confirmed free"),
+        row(f"doze_{name}_worst_s", round(max(dozes), 4), "s"),
         row(
-            f"dozing_footprint_{size}_mib",
+            f"dozing_footprint_{name}_mib",
             round(max(dozing_bytes) / MIB),
             "MiB",
             note="as the driver counts it",
         ),
-        *(_dozing_footprint(dozing_bytes) if size == FOOTPRINT_SIZE else ()),
-        row(f"active_{size}_mib", round(active_bytes / MIB), "MiB"),
-        row(f"wake_{size}_mismatches", mismatches, "count", target=0, better="equal", note=said_note),
+        *(_dozing_footprint(dozing_bytes) if name == FOOTPRINT_SIZE else ()),
+        row(f"active_{name}_mib", round(active_bytes / MIB), "MiB"),
+        row(f"wake_{name}_mismatches", mismatches, "count", target=0, better="equal", note=said_note),
     ]
 
 

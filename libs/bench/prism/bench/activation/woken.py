@@ -45,15 +45,23 @@ async def system_of(
     *,
     image_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    tp_size: int = 1,
 ) -> AsyncIterator[CommandedSystem]:
-    """A system with random models of these sizes, none of them started; images outlive it in `image_dir`."""
+    """A system with random models of these sizes, each on `tp_size` GPUs, none of them started; images
+    outlive it in `image_dir`."""
     paths = {}
     for seed, size in enumerate(sizes):
         paths[size] = models / size
         await asyncio.to_thread(write_random_model, paths[size], SHAPES[size], seed + 1)
     with tempfile.TemporaryDirectory(prefix="prism-bench-") as scratch:
         async with commanded_system(
-            paths, Path(scratch), kv_gb=KV_GB, log=log, image_dir=image_dir, environment=environment
+            paths,
+            Path(scratch),
+            kv_gb=KV_GB,
+            log=log,
+            image_dir=image_dir,
+            environment=environment,
+            tp_size=tp_size,
         ) as system:
             yield system
 

@@ -19,9 +19,11 @@ from prism.bench.decode.measured_systems import (
     prompts_of,
     system_of,
 )
+from prism.bench.decode.moving_kv import MOVED_ON_CPU, MOVED_ON_GPU, moving_kv_cell
 from prism.bench.decode.plain_engine import Batch, PlainSettings
 from prism.bench.decode.sides import GatewaySide, Side, plain_side
 from prism.bench.results import Row, row
+from prism.cli.tiny_models import make_tiny_models
 from prism.common.messages.placement import CommandKind
 
 RATIO_TARGET = 0.97
@@ -29,6 +31,7 @@ REPEATS = 3
 CHECKED_PROMPTS = 16
 CHECKED_TOKENS = 64
 PAIR = ("1b", "8b")
+MOVED = ("1b", "3b")
 # Its step is a millisecond: fewer, and the times of the prefills before them would show in the difference.
 LONG_TOKENS_1B = 1552
 
@@ -119,13 +122,28 @@ def likeness_rows(size: str, like: Likeness, near_tie: float, differ_after_wake:
     ]
 
 
+async def moving_kv(models: Path, log: Path) -> list[Row]:
+    """A 1B and a 3B on a GPU."""
+    paths = {size: await asyncio.to_thread(model_folder, size, models) for size in MOVED}
+    return await moving_kv_cell(paths, ON_GPU, MOVED_ON_GPU, log, name="moving_kv")
+
+
+async def moving_kv_tiny(models: Path, log: Path) -> list[Row]:
+    """Two tiny models on a CPU."""
+    folders = await asyncio.to_thread(make_tiny_models, models / TINY, report=print)
+    paths = {folder.name: folder for folder in folders[:2]}
+    return await moving_kv_cell(paths, ON_CPU, MOVED_ON_CPU, log, name="moving_kv_tiny")
+
+
 def cells(models: Path, log: Path) -> dict[str, Cell]:
-    """Every cell by name. `decode_tiny` runs on a CPU, to try the benchmark itself."""
+    """Every cell by name. Those of tiny models run on a CPU, to try the benchmark itself."""
     named: dict[str, Cell] = {
         "decode_1b": partial(decode_cell, "1b", replace(ON_GPU, long_tokens=LONG_TOKENS_1B), models, log),
         "decode_8b": partial(decode_cell, "8b", ON_GPU, models, log),
     }
     named["colocated"] = partial(colocated_cell, PAIR, ON_GPU, models, log, False)
     named["colocated_mps"] = partial(colocated_cell, PAIR, ON_GPU, models, log, True)
+    named["moving_kv"] = partial(moving_kv, models, log)
+    named[f"moving_kv_{TINY}"] = partial(moving_kv_tiny, models, log)
     named[f"decode_{TINY}"] = partial(decode_cell, TINY, ON_CPU, models, log)
     return named
