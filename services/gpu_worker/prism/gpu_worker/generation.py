@@ -19,6 +19,7 @@ from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import PLANNED_NEW_TOKENS, Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
+from prism.gpu_worker.request_queue import RequestQueue
 from prism.gpu_worker.serving_record import Objectives, objective_s
 from prism.scheduling.admission import (
     SHORTEST_WAIT_S,
@@ -79,7 +80,7 @@ class GenerationRequests:
         self._max_running_requests = max_running_requests
         self._pass_tokens = pass_tokens
         self._queued: dict[str, RunningRequest] = {}
-        self._entries: dict[str, QueuedRequest] = {}
+        self._entries = RequestQueue()
         self._running: dict[str, RunningRequest] = {}
         self._of_model: dict[str, dict[str, RunningRequest]] = {}
         self._bounds = bounds
@@ -103,7 +104,7 @@ class GenerationRequests:
             frames.fail(refusal)
             return
         entry = self._queued[request.rid] = RunningRequest(request, frames, instance)
-        self._entries[request.rid] = _queued_request(entry)
+        self._entries.add(_queued_request(entry))
         # The gateway waits for tokens with patience only once it knows that the request is here.
         frames.alive()
         self._on_demand()
@@ -113,7 +114,7 @@ class GenerationRequests:
         """Forget a queued request, abort a running one; unknown ones are done already."""
         waiting = self._queued.pop(rid, None)
         if waiting is not None:
-            self._entries.pop(rid)
+            self._entries.remove(rid)
             waiting.frames.fail(ErrorBody(ErrorCode.CANCELLED, "cancelled"))
             self._note_change(waiting.instance)
         elif rid in self._running and rid not in self._aborting:
@@ -162,9 +163,9 @@ class GenerationRequests:
             return
         now = time.monotonic()
         engines = self._capacities(now)
-        admitted = self._admission.select(list(self._entries.values()), engines, self._backlog.work(now), now)
+        admitted = self._admission.select(list(self._entries), engines, self._backlog.work(now), now)
         for rid in admitted.rids:
-            queued = self._entries.pop(rid)
+            queued = self._entries.remove(rid)
             if self._release(self._queued.pop(rid), now):
                 engine = engines[queued.model]
                 self._backlog.released(
@@ -215,9 +216,8 @@ class GenerationRequests:
 
     def _capacities(self, now: float) -> dict[str, EngineCapacity]:
         """Of every engine that has requests here: those that decode bound the prefill of the others."""
-        waiting = {entry.model for entry in self._entries.values()}
         working = {model for model, running in self._of_model.items() if running}
-        return {model: self._capacity(model, now) for model in waiting | working}
+        return {model: self._capacity(model, now) for model in self._entries.models() | working}
 
     def _capacity(self, model: str, now: float) -> EngineCapacity:
         instance = self._find(model)
@@ -250,8 +250,7 @@ class GenerationRequests:
     def kv_tokens(self, model: str) -> tuple[int, int]:
         """KV tokens that requests of `model` will probably take: those that run, and all of them."""
         running = sum(entry.kv_tokens for entry in self._of_model.get(model, {}).values())
-        queued = sum(entry.tokens for entry in self._entries.values() if entry.model == model)
-        return running, running + queued
+        return running, running + self._entries.tokens(model)
 
     def on_outputs(self, instance: ModelInstance, message: Outputs) -> None:
         """Tokens of an engine on to their gateways."""
@@ -342,12 +341,12 @@ class GenerationRequests:
 
     def queued(self, model: str) -> int:
         """Requests of `model` that no engine has yet."""
-        return sum(1 for entry in self._entries.values() if entry.model == model)
+        return self._entries.count(model)
 
     def send_away_queued(self, model: str) -> None:
         """Answer every queued request of `model` with moved: its gateway finds it another place."""
-        for rid in [entry.rid for entry in self._entries.values() if entry.model == model]:
-            del self._entries[rid]
+        for rid in self._entries.ids(model):
+            self._entries.remove(rid)
             self._queued.pop(rid).frames.fail(
                 ErrorBody(ErrorCode.MOVED, f"{model} is going to sleep here", retry=True)
             )
@@ -389,7 +388,7 @@ class GenerationRequests:
         now = time.monotonic()
         for rid, waiting in list(self._queued.items()):
             if waiting.expires < now:
-                del self._entries[rid]
+                self._entries.remove(rid)
                 del self._queued[rid]
                 waiting.instance.record.never_began(waiting.objectives)
                 waiting.frames.fail(ErrorBody(ErrorCode.DEADLINE_EXCEEDED, "not started before its deadline"))
