@@ -107,7 +107,7 @@ async def moving_kv_cell(
                 short += await _burst(system, model, moving, seed)
                 loads = watched.of(model, since)
                 follows[model].append(follow_s(loads, begun))
-                peaks[model] = max(peaks[model], *(load.kv_quota_bytes for _, load in loads))
+                peaks[model] = max([peaks[model], *(load.kv_quota_bytes for _, load in loads)])
         finally:
             if sampler is not None:
                 sampler.cancel()
