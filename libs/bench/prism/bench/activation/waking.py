@@ -77,12 +77,12 @@ async def _woken_again_and_again(
     first = median(each.first_token_s for each in wakes)
     copy_s = median(each.copy_s for each in wakes)
     floor = weights / bandwidth
-    target = WAKE_TARGETS_S.get(_named(size, tp_size), round(floor + WAKE_OVERHEAD_S, 3))
+    name = _named(size, tp_size)
+    target = WAKE_TARGETS_S.get(name, round(floor + WAKE_OVERHEAD_S, 3))
     note = f"{weights / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s take {floor:.3f} s; median of {WAKES}"
     share_note = "of the pinned bandwidth measured in the same run; mapping the memory included"
     said_note = f"answers of {ANSWER_TOKENS} greedy tokens that differ from that before the first doze"
     mismatches = sum(each.text != undisturbed for each in wakes)
-    name = _named(size, tp_size)
     return [
         *(
             row(f"first_build_{name}_{phase}_s", round(seconds, 3), "s")

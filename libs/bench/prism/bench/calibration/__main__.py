@@ -29,9 +29,13 @@ from prism.scheduling.profiles import FOLDER
     "--keep-profile", is_flag=True, help="Have the fitted profile come with Prism, by the device's name."
 )
 def main(root: Path, folder: Path, device: str, admission: str, log: Path, keep_profile: bool) -> None:
-    """Fit the simulator to this machine's worker, and check it on another workload."""
+    """Fit the simulator to this machine's worker, and check it on another workload.
+
+    Beside the log, in a file of its own, both times of each request of the check.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     checked = asyncio.run(check(SETUPS[device], folder, admission, log))
+    log.with_suffix(".requests.json").write_bytes(msgspec.json.encode(checked.requests))
     rows = checked.rows
     # A missed target says why, and that is the usual reason here.
     busy = os.getloadavg()[1]
@@ -52,7 +56,6 @@ def main(root: Path, folder: Path, device: str, admission: str, log: Path, keep_
             "models": msgspec.to_builtins(checked.costs),
             "admission": admission,
             "objectives": f"{SCALE:g} times what each model reaches alone",
-            "requests": msgspec.to_builtins(checked.requests),
         },
     )
     click.echo(table(rows))

@@ -1,6 +1,7 @@
 """KV memory that moves between two models of one GPU: how soon it follows demand, and what it costs."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from prism.scheduling.memory import kv_bytes_per_token, weights_bytes
 
 FOLLOW_TARGET_S = 0.3
 SAMPLE_S = 0.02
+# What a worker on a GPU leaves free beside the memory that it hands out, and counts for an engine.
 ACTIVATION_SLACK_MIB = 4096
+ENGINE_GB = 1.08
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Moving:
     new_tokens: int
 
 
-MOVED_ON_GPU = Moving(14.0, 12.0, 9.0, 1.08, None, requests=64, new_tokens=256)
+MOVED_ON_GPU = Moving(14.0, 12.0, 9.0, ENGINE_GB, None, requests=64, new_tokens=256)
 MOVED_ON_CPU = Moving(0.045, 0.04, 0.03, 0.0, 4, requests=12, new_tokens=48)
 
 
@@ -111,7 +114,8 @@ async def moving_kv_cell(
         finally:
             if sampler is not None:
                 sampler.cancel()
-                await asyncio.gather(sampler, return_exceptions=True)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await sampler
     return _rows(name, watched, follows, peaks, short, moving, worker_gb)
 
 
@@ -194,7 +198,7 @@ def _rows(
     ]
     if watched.used_bytes:
         above = max(0, max(watched.used_bytes) - worker_gb * 1e9) / MIB
-        note = f"at most, of {len(watched.used_bytes)} samples; kept for activations: {ACTIVATION_SLACK_MIB}"
+        note = f"warm shells included; the most of {len(watched.used_bytes)} samples"
         rows.append(
             row(f"{name}_gpu_over_worker_mib", round(above), "MiB", target=ACTIVATION_SLACK_MIB, note=note)
         )
