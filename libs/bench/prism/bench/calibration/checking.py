@@ -54,9 +54,10 @@ def check_trace(costs: dict[str, ModelCost], setup: Setup, load: float, seed: in
     return synthetic_trace(tuple(costs), shape, seed)
 
 
-async def replay(client: httpx.AsyncClient, trace: Trace, seed: int) -> list[Timed]:
-    """The trace against the running system, each request sent when it is due."""
-    random_ = random.Random(seed)
+async def replay(client: httpx.AsyncClient, trace: Trace, load: float) -> list[Timed]:
+    """The trace against the running system, each request sent when it is due. Each load has prompts of its
+    own: the engines' caches still hold those of the one before."""
+    random_ = random.Random(f"{PROMPT_SEED}/{load:g}")
     began = time.perf_counter()
 
     async def one(index: int) -> Timed:
@@ -196,7 +197,7 @@ async def check(setup: Setup, folder: Path, admission: str, log: Path) -> Checke
                     for load in setup.loads:
                         click.echo(f"checking at a load of {load:g}", err=True)
                         trace = check_trace(costs, setup, load, TRACE_SEED)
-                        seen = await replay(client, trace, PROMPT_SEED)
+                        seen = await replay(client, trace, load)
                         memory = round(setup.worker_gb * 1e9)
                         alone = [measure_alone(trace, model, profile, memory) for model in models]
                         promised = with_objectives(models, alone, SCALE, SCALE)
