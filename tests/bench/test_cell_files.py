@@ -52,3 +52,11 @@ def test_cells_of_different_commits_or_gpus_are_refused(tmp_path: Path) -> None:
         merge_cells("activation", [one, cell(tmp_path, "b", commit="d")], tmp_path)
     with pytest.raises(ValueError, match="different GPUs"):
         merge_cells("activation", [one, cell(tmp_path, "b", gpus=("H100",))], tmp_path)
+
+
+def test_cells_of_hosts_with_one_kind_of_gpu_stand_together(tmp_path: Path) -> None:
+    one = cell(tmp_path, "a", Row("x", 1, "s"))
+    two = cell(tmp_path, "b", Row("y", 2, "s"), gpus=("H200", "H200"))
+    merged = json.loads(merge_cells("activation", [one, two], tmp_path).read_text())
+    assert [row["figure"] for row in merged["rows"]] == ["x", "y"]
+    assert merged["details"]["machines"] == {"a": {"gpus": ["H200"]}, "b": {"gpus": ["H200", "H200"]}}

@@ -38,16 +38,17 @@ def is_measured(path: Path, root: Path) -> bool:
 def merge_cells(name: str, files: Sequence[Path], root: Path) -> Path:
     """Write `<root>/docs/results/<name>.json` from cells; a figure that several have is kept from the first.
 
-    Raises ValueError when they come from different commits, or kinds of machine.
+    Cells of several hosts stand in one file when their GPUs are of one kind; it says which cell came from
+    which. Raises ValueError when they come from different commits, or kinds of GPU.
     """
     cells = [json.loads(path.read_text()) for path in files]
     for key in ("commit", "versions"):
         if len({json.dumps(cell[key], sort_keys=True) for cell in cells}) > 1:
             values = ", ".join(f"{cell['cell']}: {cell[key]}" for cell in cells)
             raise ValueError(f"these cells do not belong together, their {key} differs: {values}")
-    gpus = {json.dumps(cell["machine"].get("gpus")) for cell in cells}
+    gpus = {", ".join(sorted(set(cell["machine"].get("gpus", [])))) for cell in cells}
     if len(gpus) > 1:
-        raise ValueError(f"these cells were measured on different GPUs: {', '.join(sorted(gpus))}")
+        raise ValueError(f"these cells were measured on different GPUs: {' and '.join(sorted(gpus))}")
     rows: dict[str, object] = {}
     for cell in cells:
         for row in cell["rows"]:
@@ -60,6 +61,8 @@ def merge_cells(name: str, files: Sequence[Path], root: Path) -> Path:
         "versions": cells[0]["versions"],
         "rows": list(rows.values()),
     }
+    if any(cell["machine"] != cells[0]["machine"] for cell in cells):
+        content["details"] = {"machines": {cell["cell"]: cell["machine"] for cell in cells}}
     path = root / "docs" / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

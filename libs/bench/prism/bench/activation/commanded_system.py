@@ -19,7 +19,7 @@ from nats.aio.msg import Msg
 from prism.cli.system import SystemSettings, running_system
 from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
-from prism.common.errors import PrismError
+from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelFacts, ModelSpec
@@ -29,6 +29,9 @@ from prism.scheduling.memory import kv_reservation
 
 COMMAND_DEADLINE_S = 400.0
 ANSWER_DEADLINE_S = 120.0
+IMAGE_DEADLINE_S = 300.0
+DISK_DEADLINE_S = 150.0
+DISK_POLL_S = 0.2
 EPOCH = 1
 
 
@@ -53,6 +56,7 @@ class CommandedSystem:
     http: httpx.AsyncClient
     specs: dict[str, ModelSpec]
     facts: dict[str, ModelFacts]
+    image_dir: Path
     worker: str = ""
     ready: bool = False
     reported: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,6 +80,28 @@ class CommandedSystem:
         if outcome.error is not None:
             raise PrismError.from_body(outcome.error)
         return outcome
+
+    async def doze_once_imaged(self, model: str) -> CommandOutcome:
+        """Have a model doze that was just built: as soon as the store has its image. Raises PrismError."""
+        deadline = time.monotonic() + IMAGE_DEADLINE_S
+        while True:
+            try:
+                return await self.command(CommandKind.DOZE, model)
+            except PrismError as error:
+                # The worker has waited by then: no need to wait here.
+                if error.code is not ErrorCode.STORE_UNAVAILABLE or time.monotonic() > deadline:
+                    raise
+
+    async def images_written(self, count: int) -> bool:
+        """Wait until the store has written so many images to disk: a disk that is written to slows copies
+        down. False when that takes longer than DISK_DEADLINE_S."""
+        deadline = time.monotonic() + DISK_DEADLINE_S
+        # A folder gets its name once the image in it is whole.
+        while len(list(self.image_dir.glob("*/[!.]*/manifest.json"))) < count:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(DISK_POLL_S)
+        return True
 
     async def complete(self, model: str, prompt: list[int], tokens: int) -> Answer:
         """A greedy streamed completion of token ids."""
@@ -147,11 +173,12 @@ async def commanded_system(
     """
     placement = folder / "placement.json"
     placement.write_text("[]")
+    images = image_dir or folder / "images"
     settings = SystemSettings(
         placement=placement,
         store_memory_gb=store_memory_gb,
         worker_memory_gb=worker_memory_gb,
-        image_dir=image_dir or folder / "images",
+        image_dir=images,
         device=device,
         schedulers=0,
         log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
@@ -179,7 +206,7 @@ async def commanded_system(
             }
             for name, spec in specs.items():
                 await bucket.put(subjects.spec_key(name), encode(spec))
-            commanded = CommandedSystem(bus, http, specs, {})
+            commanded = CommandedSystem(bus, http, specs, {}, images)
 
             async def on_load(message: Msg) -> None:
                 report = decode(message.data, LoadReport)

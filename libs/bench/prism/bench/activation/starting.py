@@ -28,8 +28,7 @@ async def staged_cell(size: str, models: Path, log: Path, *, deferred: bool) -> 
     async with system_of([size], models, log, environment=environment) as system:
         await system.command(CommandKind.ACTIVATE, size)
         said = (await system.complete(size, prompt_of(1), ANSWER_TOKENS)).text
-        # It dozes only once its image is in the store.
-        await system.command(CommandKind.DOZE, size)
+        await system.doze_once_imaged(size)
         for _ in range(STARTS):
             await system.command(CommandKind.RELEASE, size)
             await system.shell_is_warm()

@@ -44,8 +44,8 @@ async def wake_cell(sizes: list[str], models: Path, log: Path, *, tp_size: int =
     began = time.monotonic()
     async with system_of(sizes, models, log, tp_size=tp_size) as system:
         rows.append(row(f"worker_up_{_named(sizes[0], tp_size)}_s", round(time.monotonic() - began, 2), "s"))
-        for size in sizes:
-            rows += await _woken_again_and_again(system, size, bandwidth, tp_size)
+        for count, size in enumerate(sizes, 1):
+            rows += await _woken_again_and_again(system, size, bandwidth, tp_size, count * tp_size)
     return rows
 
 
@@ -54,8 +54,9 @@ def _named(size: str, tp_size: int) -> str:
 
 
 async def _woken_again_and_again(
-    system: CommandedSystem, size: str, bandwidth: float, tp_size: int
+    system: CommandedSystem, size: str, bandwidth: float, tp_size: int, images: int
 ) -> list[Row]:
+    """`images`: how many the store has, this model's among them."""
     started = await system.command(CommandKind.ACTIVATE, size)
     prompt = prompt_of(1)
     undisturbed = (await system.complete(size, prompt, ANSWER_TOKENS)).text
@@ -65,6 +66,9 @@ async def _woken_again_and_again(
         awake.append((await system.complete(size, prompt_of(seed), ANSWER_TOKENS)).first_byte_at - asked)
     pid = engine_pid(size)
     active_bytes = gpu_used_bytes()[pid]
+    await system.doze_once_imaged(size)
+    written = await system.images_written(images)
+    await system.command(CommandKind.ACTIVATE, size)
     wakes, dozes, dozing_bytes = [], [], []
     for _ in range(WAKES):
         outcome = await system.command(CommandKind.DOZE, size)
@@ -80,6 +84,7 @@ async def _woken_again_and_again(
     name = _named(size, tp_size)
     target = WAKE_TARGETS_S.get(name, round(floor + WAKE_OVERHEAD_S, 3))
     note = f"{weights / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s take {floor:.3f} s; median of {WAKES}"
+    note += "" if written else "; the image was not on disk by then"
     share_note = "of the pinned bandwidth measured in the same run; mapping the memory included"
     said_note = f"answers of {ANSWER_TOKENS} greedy tokens that differ from that before the first doze"
     mismatches = sum(each.text != undisturbed for each in wakes)

@@ -19,6 +19,7 @@ MIB = 1 << 20
 PROMPT_TOKENS = 128
 ANSWER_TOKENS = 16
 KV_GB = 2.0
+LEAST_STORE_GB = 100.0
 SETTLE_S = 0.5
 
 
@@ -50,15 +51,19 @@ async def system_of(
     """A system with random models of these sizes, each on `tp_size` GPUs, none of them started; images
     outlive it in `image_dir`."""
     paths = {}
+    weights = []
     for seed, size in enumerate(sizes):
         paths[size] = models / size
-        await asyncio.to_thread(write_random_model, paths[size], SHAPES[size], seed + 1)
+        weights.append(await asyncio.to_thread(write_random_model, paths[size], SHAPES[size], seed + 1))
+    # Room for the last checkpoint beside the images of all: else an image goes to disk and is read again.
+    store_gb = max(LEAST_STORE_GB, (sum(weights) + max(weights)) / 1e9 + 1)
     with tempfile.TemporaryDirectory(prefix="prism-bench-") as scratch:
         async with commanded_system(
             paths,
             Path(scratch),
             kv_gb=KV_GB,
             log=log,
+            store_memory_gb=store_gb,
             image_dir=image_dir,
             environment=environment,
             tp_size=tp_size,
