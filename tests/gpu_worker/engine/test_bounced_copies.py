@@ -1,6 +1,7 @@
 """Copies by way of pinned buffers; the driver's calls are stood in for by copies in host memory."""
 
 import ctypes
+import mmap
 import threading
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from prism.common.errors import ErrorCode, PrismError
 from prism.gpu_worker.engine import bounced_copies as module
 from prism.gpu_worker.engine import cuda_driver
-from prism.gpu_worker.engine.bounced_copies import bounced_copies, bouncing_threads
+from prism.gpu_worker.engine.bounced_copies import bounced_copies, bounced_copies_out, bouncing_threads
 
 BUFFER = 1 << 16
 NBYTES = 40 * BUFFER + 4096
@@ -64,6 +65,8 @@ class FakeDriver:
                 raise PrismError(ErrorCode.INTERNAL, "the bus is gone")
             self.pending.append((target, source, nbytes))
 
+    copy_to_host = copy_to_device
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
@@ -99,6 +102,52 @@ def test_a_copy_that_fails_is_told_of_and_nothing_stays_pinned(driver: FakeDrive
     assert not driver.registered
     assert driver.events == 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("bounce")]
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_everything_comes_out_into_memory_that_was_not_there(driver: FakeDriver, threads: int) -> None:
+    source, _ = buffers()
+    with mmap.mmap(-1, NBYTES) as target:
+        view = (ctypes.c_char * NBYTES).from_buffer(target)
+        with bounced_copies_out(7, threads) as copy:
+            copy(ctypes.addressof(view), ctypes.addressof(source), NBYTES)
+        assert view.raw == source.raw
+        del view
+    assert not driver.registered
+    assert driver.events == 0
+
+
+def test_only_its_own_buffers_are_pinned_while_an_image_comes_out(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = buffers()
+    pinned: list[int] = []
+    register = driver.register_host
+
+    def registering(address: int, nbytes: int) -> None:
+        pinned.append(nbytes)
+        register(address, nbytes)
+
+    monkeypatch.setattr(cuda_driver, "register_host", registering)
+    with bounced_copies_out(7, 3) as copy:
+        copy(ctypes.addressof(target), ctypes.addressof(source), NBYTES)
+    assert target.raw == source.raw
+    assert pinned == [BUFFER] * len(pinned)
+    assert 1 <= len(pinned) <= 3
+
+
+def test_a_host_without_memory_for_what_comes_out_says_so(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(address: int, nbytes: int) -> None:
+        if nbytes < BUFFER:
+            raise PrismError(ErrorCode.OUT_OF_MEMORY, "no host memory for the image")
+
+    monkeypatch.setattr(module, "populate", none)
+    source, target = buffers()
+    with pytest.raises(PrismError, match="no host memory"), bounced_copies_out(7) as copy:
+        copy(ctypes.addressof(target), ctypes.addressof(source), NBYTES)
+    assert not driver.registered
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 0), (7, 0), (8, 6), (16, 14), (128, 14)])

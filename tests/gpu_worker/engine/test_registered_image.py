@@ -51,6 +51,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     return fake
 
 
+def pin(image: RegisteredImage) -> None:
+    """Have all of it pinned."""
+    assert sum(size for _, size in image.pinned_pieces()) == NBYTES
+
+
 @pytest.fixture
 def image(driver: FakeDriver) -> Iterator[RegisteredImage]:
     fd = create_memfd("test-image", NBYTES)
@@ -87,11 +92,11 @@ def test_a_piece_can_be_used_while_later_ones_are_being_pinned(
 
 
 def test_unpinned_it_stays_mapped_and_can_be_pinned_again(image: RegisteredImage, driver: FakeDriver) -> None:
-    image.pin()
+    pin(image)
     address = image.address
     image.unpin()
     assert not driver.registered
-    image.pin()
+    pin(image)
     assert image.address == address
     assert sum(driver.registered.values()) == NBYTES
 
@@ -101,10 +106,10 @@ def test_what_was_pinned_before_a_failure_stays_and_is_not_pinned_twice(
 ) -> None:
     driver.fails_at = 3
     with pytest.raises(PrismError, match="no memory to pin"):
-        image.pin()
+        pin(image)
     assert len(driver.registered) == 3
     driver.fails_at = -1
-    image.pin()
+    pin(image)
     assert image.pinned_bytes == NBYTES
 
 

@@ -19,6 +19,8 @@ SHELL_MODULE = "prism.gpu_worker.engine.cuda_shell"
 # A context with cuBLAS, graphs, SGLang's buffers and torch's cache: an 8B model's take 738 MiB, those of one
 # with 80 layers about 200 more (docs/gpu.md).
 FIXED_BYTES = 1024 * MIB
+# NCCL's and SGLang's buffers for all-reduce, of each rank of an engine on several GPUs (measured on two).
+RANKS_BYTES = 1536 * MIB
 ACTIVATION_SLACK_BYTES = 4096 * MIB
 MOST_COPY_THREADS = 16
 
@@ -30,7 +32,6 @@ class CudaDevice:
     name = "cuda"
     element_bytes: int | None = None
     dtype = "auto"
-    fixed_bytes = FIXED_BYTES
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class CudaDevice:
     ) -> None:
         self.memories = list(memories)
         self.rank_counts: tuple[int, ...] = (len(self.memories),)
+        self.fixed_bytes = FIXED_BYTES + (RANKS_BYTES if len(self.memories) > 1 else 0)
         self.profile = profile_of(self.memories[0].name)
         self.shells: ShellSource = shells
         self.freezer = freezer

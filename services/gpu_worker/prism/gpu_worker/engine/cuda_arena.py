@@ -12,7 +12,7 @@ import torch
 
 from prism.gpu_worker.engine import cuda_driver
 from prism.gpu_worker.engine.arena import align
-from prism.gpu_worker.engine.bounced_copies import bounced_copies, bouncing_threads
+from prism.gpu_worker.engine.bounced_copies import bounced_copies, bounced_copies_out, bouncing_threads
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 
 TENSOR_ALIGNMENT = 256
@@ -133,14 +133,10 @@ class CudaArena:
             yield offset, size
 
     def copy_out(self, target: RegisteredImage, nbytes: int) -> None:
-        """Copy the first `nbytes` into host memory; done when this returns."""
-        stream = self._stream.cuda_stream
-        try:
-            for offset, size in target.pinned_pieces():
-                size = min(size, nbytes - offset)
-                cuda_driver.copy_to_host(target.address + offset, self.address + offset, size, stream)
-        finally:
-            self._stream.synchronize()
+        """Copy the first `nbytes` into host memory; done when this returns. Nothing of it is pinned."""
+        with bounced_copies_out(self._stream.cuda_stream) as copy:
+            for offset, size in target.pieces():
+                copy(target.address + offset, self.address + offset, min(size, nbytes - offset))
 
 
 class _DeviceBytes:

@@ -182,8 +182,8 @@ class CudaModelWeights(ModelWeights):
     def _export_image(self) -> None:
         super()._export_image()
         assert self._lease is not None
-        # The store lends what it was given, or an equal image that it had already.
-        self._image(self._lease.fd, end_of(self._layout)).pin()
+        # The store lends what it was given, or an equal image that it had already. Pinned while it sleeps.
+        self._image(self._lease.fd, end_of(self._layout))
 
 
 class _PlaceIn(TorchFunctionMode):  # type: ignore[misc]

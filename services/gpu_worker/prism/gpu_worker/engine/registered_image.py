@@ -62,11 +62,6 @@ class RegisteredImage:
         """Whether the piece at `offset` is pinned now."""
         return offset in self._registered
 
-    def pin(self) -> None:
-        """Have all of it pinned. Raises as `pinned_pieces` does."""
-        for _ in self.pinned_pieces():
-            pass
-
     def pinned_pieces(self, threads: int = 1) -> Iterator[tuple[int, int]]:
         """Offset and size of each piece, in order, each once it is pinned; later ones are pinned meanwhile,
         by `threads` threads.
