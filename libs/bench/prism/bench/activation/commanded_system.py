@@ -30,7 +30,7 @@ from prism.scheduling.memory import kv_reservation
 COMMAND_DEADLINE_S = 400.0
 ANSWER_DEADLINE_S = 120.0
 IMAGE_DEADLINE_S = 300.0
-DISK_DEADLINE_S = 150.0
+DISK_DEADLINE_S = 60.0
 DISK_POLL_S = 0.2
 EPOCH = 1
 

@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ MIB = 1 << 20
 PROMPT_TOKENS = 128
 ANSWER_TOKENS = 16
 KV_GB = 2.0
-LEAST_STORE_GB = 100.0
 SETTLE_S = 0.5
 
 
@@ -51,19 +51,15 @@ async def system_of(
     """A system with random models of these sizes, each on `tp_size` GPUs, none of them started; images
     outlive it in `image_dir`."""
     paths = {}
-    weights = []
     for seed, size in enumerate(sizes):
         paths[size] = models / size
-        weights.append(await asyncio.to_thread(write_random_model, paths[size], SHAPES[size], seed + 1))
-    # Room for the last checkpoint beside the images of all: else an image goes to disk and is read again.
-    store_gb = max(LEAST_STORE_GB, (sum(weights) + max(weights)) / 1e9 + 1)
+        await asyncio.to_thread(write_random_model, paths[size], SHAPES[size], seed + 1)
     with tempfile.TemporaryDirectory(prefix="prism-bench-") as scratch:
         async with commanded_system(
             paths,
             Path(scratch),
             kv_gb=KV_GB,
             log=log,
-            store_memory_gb=store_gb,
             image_dir=image_dir,
             environment=environment,
             tp_size=tp_size,
@@ -77,16 +73,17 @@ def prompt_of(seed: int) -> list[int]:
 
 
 def gpu_used_bytes() -> dict[int, int]:
-    """GPU memory by process, as the driver counts it."""
+    """GPU memory by process, of all GPUs, as the driver counts it."""
     # It is installed where GPUs are; elsewhere cells without one are run all the same.
     import pynvml
 
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    return {
-        int(process.pid): int(process.usedGpuMemory or 0)
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    }
+    used: Counter[int] = Counter()
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            used[int(process.pid)] += int(process.usedGpuMemory or 0)
+    return used
 
 
 def engine_pid(model: str) -> int:

@@ -45,7 +45,7 @@ def bouncing_threads(cores: int | None = None) -> int:
 
 @contextmanager
 def bounced_copies(threads: int, stream: int) -> Iterator[Copy]:
-    """Gives what enqueues copies to the GPU on `stream`; when this is left, all are enqueued and not yet done.
+    """Gives what enqueues copies to the GPU on `stream`; all are enqueued when this is left, not yet done.
 
     Raises PrismError with the first copy's that failed, or with why there is no pinned memory.
     """

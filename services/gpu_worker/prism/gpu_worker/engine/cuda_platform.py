@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from prism.gpu_worker.engine import cuda_ranks
 from prism.gpu_worker.engine.cuda_weights import CudaModelWeights
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 from prism.gpu_worker.engine.kvcached_memory import KvcachedMemory
@@ -35,7 +36,7 @@ class CudaPlatform:
         if self._defers:
             self.graphs = DeferredGraphs(ModelRunner)
         if self._ranks.size > 1:
-            _map_own_pages()
+            cuda_ranks.prepare(self.gpu)
 
     def server_args(self, start: StartEngine) -> dict[str, Any]:
         """Decode graphs for the chosen batch sizes, none for prefill, batches prepared while one runs."""
@@ -60,16 +61,3 @@ class CudaPlatform:
     def arenas(self, weights: ModelWeights) -> tuple[int, int]:
         """The driver counts this memory, no file does."""
         return -1, -1
-
-
-def _map_own_pages() -> None:
-    """Have each rank map the pages of its own pool. kvcached would have every rank map those of all others,
-    over sockets; but SGLang's ranks each run the same scheduler, and come to the same pages by themselves."""
-    from kvcached.integration.sglang import interfaces
-
-    init = interfaces.init_kvcached
-
-    def init_alone(*, async_sched: bool = False, **_: Any) -> None:
-        init(async_sched=async_sched)
-
-    interfaces.init_kvcached = init_alone

@@ -183,6 +183,9 @@ class ModelWeights:
         fd = create_memfd("prism-image", nbytes)
         try:
             self._copy_to_image(fd, nbytes)
+            # Given back first: the store may need the checkpoint's room for the image.
+            self._lease.close()
+            self._lease = None
             deposit(
                 self._start.store_socket,
                 self._start.model,
@@ -192,9 +195,6 @@ class ModelWeights:
             )
         finally:
             os.close(fd)
-        # Given back first: the store may need the checkpoint's room for the image.
-        self._lease.close()
-        self._lease = None
         self._lease = self._take_lease(self._start.layout)
 
     def require_image(self, *, wait: bool = False) -> None:
