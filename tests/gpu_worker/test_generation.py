@@ -56,7 +56,7 @@ class Serving:
         self.engine = engine
         self.ready = engine
         self.memory = Memory()
-        self.idle_since = self.busy_since = 0.0
+        self.idle_since = self.busy_since = self.weights_arrived_at = 0.0
         self.prompt_tokens = self.generated_tokens = 0
 
 

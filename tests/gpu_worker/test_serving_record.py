@@ -46,6 +46,21 @@ def test_prompts_of_one_step_tell_what_a_pass_takes() -> None:
     assert record.prefill.tokens_per_s == pytest.approx(10_000)
 
 
+def test_a_prefill_that_waited_for_weights_is_a_guess_while_there_is_no_better() -> None:
+    record = ServingRecord()
+    for number in range(3):
+        record.stepped(1.0 + number, number, (100, 0.0), decoded=False, held_back=True)
+    assert record.prefill.reached_tokens_per_s == pytest.approx(100.0)
+    for number in range(3, 9):
+        record.stepped(10.0 * number, number, (100, 0.0), decoded=False, held_back=True)
+    assert record.prefill.reached_tokens_per_s == pytest.approx(100.0)
+    record.stepped(80.5, 9, (100, 80.0), decoded=False)
+    record.stepped(81.0, 10, (100, 80.0), decoded=False)
+    record.stepped(81.5, 11, (100, 80.0), decoded=False)
+    record.stepped(82.0, 12, (100, 80.0), decoded=False)
+    assert record.prefill.reached_tokens_per_s == pytest.approx(200.0)
+
+
 def test_only_one_step_after_another_tells_how_long_a_step_takes() -> None:
     record = ServingRecord()
     for now, steps in ((1.0, 1), (1.02, 2), (1.04, 3), (9.0, 14), (9.02, 15)):

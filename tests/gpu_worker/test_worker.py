@@ -27,7 +27,7 @@ from prism.common.mirror import mirror_bucket
 from prism.gpu_worker.devices.cpu import CpuDevice
 from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.model_instance import EngineLimits
-from prism.gpu_worker.shells import ForkServerShells
+from prism.gpu_worker.shells import ForkServerShells, ShellSource
 from prism.gpu_worker.worker import Worker, WorkerIdentity, run_worker
 from prism.scheduling.admission import FirstComeAdmission
 
@@ -182,7 +182,7 @@ async def store(session_nats: NatsServer, tmp_path_factory: pytest.TempPathFacto
 
 @asynccontextmanager
 async def worker_rig(
-    nats: NatsServer, store: Path, shells: ForkServerShells, models: dict[str, Path]
+    nats: NatsServer, store: Path, shells: ShellSource, models: dict[str, Path]
 ) -> AsyncIterator[Rig]:
     identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
     async with (

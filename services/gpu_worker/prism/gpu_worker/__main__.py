@@ -133,6 +133,16 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
     help="cuda: capture CUDA graphs once an engine is idle, not before its first token.",
 )
 @click.option(
+    "--wake-lead-ms",
+    type=click.FloatRange(min=0),
+    envvar="PRISM_WAKE_LEAD_MS",
+    show_envvar=True,
+    default=150.0,
+    show_default=True,
+    help="cuda: how long before its last weights are there a woken engine takes requests; each layer waits "
+    "for its own. 0: not before.",
+)
+@click.option(
     "--worker-memory-gb",
     type=float,
     envvar="PRISM_WORKER_MEMORY_GB",
@@ -233,6 +243,7 @@ def main(
     attention_backend: str,
     decode_graph_sizes: list[int],
     defer_graphs: bool,
+    wake_lead_ms: float,
     worker_memory_gb: float | None,
     store_socket: str,
     mode: str,
@@ -271,7 +282,13 @@ def main(
             connect_bus(nats_url, name=identity.worker) as bus,
             # Engines begin their imports, which take longer than ids do.
             _device(
-                device, gpus, warm_shells, attention_backend, decode_graph_sizes, defer_graphs
+                device,
+                gpus,
+                warm_shells,
+                attention_backend,
+                decode_graph_sizes,
+                defer_graphs,
+                wake_lead_ms / 1000,
             ) as engines,
             claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id, count=owned),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
@@ -317,6 +334,7 @@ def _device(
     attention_backend: str,
     decode_graph_sizes: list[int],
     defer_graphs: bool,
+    wake_lead_s: float,
 ) -> AbstractAsyncContextManager[Device]:
     if name == "simulated":
         return simulated_device(costs_from(os.environ))
@@ -330,6 +348,7 @@ def _device(
             attention_backend=attention_backend,
             decode_graph_sizes=decode_graph_sizes,
             defer_graphs=defer_graphs,
+            wake_lead_s=wake_lead_s,
         )
     return cpu_device()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.gpu_worker.engine_protocol import (
     Abort,
+    Arrived,
     Done,
     Doze,
     Dying,
@@ -81,6 +82,7 @@ class EngineProcess:
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._reason = ""
+        self._arrived: asyncio.Future[Arrived] | None = None
 
     async def open(self) -> None:
         """Begin to read what the engine says."""
@@ -101,8 +103,24 @@ class EngineProcess:
 
     async def wake(self, deadline_s: float) -> Done:
         """Take memory and weights again. Raises PrismError; the engine then dozes still, or (without an
-        answer in time) ended."""
+        answer in time) ended. When weights are under way at its end, `weights_arrived` waits for them."""
+        # Before it is asked: what it says twice may come at once.
+        self._arrived = asyncio.get_running_loop().create_future()
         return await self._transition(Wake, deadline_s)
+
+    async def weights_arrived(self, deadline_s: float) -> dict[str, float]:
+        """Wait for the weights that were under way when a wake was done. Returns the seconds of each phase.
+        Raises PrismError: the engine has ended, or ends."""
+        assert self._arrived is not None
+        try:
+            async with asyncio.timeout(deadline_s):
+                arrived = await asyncio.shield(self._arrived)
+        except TimeoutError as error:
+            raise self._give_up(f"had not all of its weights after {deadline_s:.1f} s") from error
+        if arrived.error is not None:
+            self.kill(arrived.error.message)
+            raise PrismError.from_body(arrived.error)
+        return arrived.seconds
 
     async def prepare_freeze(self, deadline_s: float) -> Done:
         """Have a dozing engine ready for its process to be frozen. Raises PrismError; the engine then dozes
@@ -174,12 +192,14 @@ class EngineProcess:
             async with asyncio.timeout(deadline_s):
                 return await answer
         except TimeoutError as error:
-            why = f"did not answer within {deadline_s:.1f} s"
-            # Whatever it is at, it can't be told to let go of it.
-            self.kill(f"stuck: it {why}")
-            raise PrismError(ErrorCode.DEADLINE_EXCEEDED, f"engine {self.pid} {why}", retry=True) from error
+            raise self._give_up(f"did not answer within {deadline_s:.1f} s") from error
         finally:
             self._calls.pop(call, None)
+
+    def _give_up(self, why: str) -> PrismError:
+        # Whatever it is at, it can't be told to let go of it.
+        self.kill(f"stuck: it {why}")
+        return PrismError(ErrorCode.DEADLINE_EXCEEDED, f"engine {self.pid} {why}", retry=True)
 
     def _send(self, message: ToEngine) -> None:
         if self._writer is None or self.ended.done() or self._writer.is_closing():
@@ -215,6 +235,9 @@ class EngineProcess:
                 answer = self._calls.get(message.call)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
+            case Arrived():
+                if self._arrived is not None and not self._arrived.done():
+                    self._arrived.set_result(message)
             case Failed():
                 self._fail(self._calls.get(message.call), message.error)
             case Progress():
@@ -235,5 +258,8 @@ class EngineProcess:
             return
         how = f"{self._reason} ({how})" if self._reason else how
         self.ended.set_result(how)
+        lost = ErrorBody(ErrorCode.ENGINE_LOST, f"engine {self.pid}: {how}", retry=True)
         for answer in self._calls.values():
-            self._fail(answer, ErrorBody(ErrorCode.ENGINE_LOST, f"engine {self.pid}: {how}", retry=True))
+            self._fail(answer, lost)
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(Arrived({}, lost))

@@ -31,13 +31,16 @@ class EngineOptions(msgspec.Struct, frozen=True):
     """What all engines of a device are told. CUDA graphs are kept for decode batches of
     `decode_graph_sizes`, ascending; none without any. With `defer_graphs` they are captured when the engine
     is idle first, not before it serves. With `prime` an engine answers a request of its own before it serves:
-    kernels are compiled and loaded then."""
+    kernels are compiled and loaded then. A woken engine takes requests `wake_lead_s` seconds before its last
+    weights are there: about what launching a prefill takes. Longer, and a prefill that waits would hold up
+    those of other models."""
 
     device: EngineDevice = EngineDevice.CPU
     attention_backend: str = ""
     decode_graph_sizes: list[int] = []
     defer_graphs: bool = False
     prime: bool = False
+    wake_lead_s: float = 0.15
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):
@@ -95,7 +98,8 @@ class Doze(msgspec.Struct, frozen=True, tag="doze"):
 
 
 class Wake(msgspec.Struct, frozen=True, tag="wake"):
-    """Take the memory again and copy the weights back from the store's image. Answered by `Done`."""
+    """Take the memory again and copy the weights back from the store's image. Answered by `Done`, and by
+    `Arrived` after it when the last weights are under way then."""
 
     call: int
 
@@ -180,9 +184,18 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """A doze or wake has happened, or not: then `error` is set and the state is what it was before."""
+    """A doze or wake has happened, or not: then `error` is set and the state is what it was before. With
+    `under_way` requests may come though the last weights are still being copied."""
 
     call: int
+    seconds: dict[str, float]
+    error: ErrorBody | None = None
+    under_way: bool = False
+
+
+class Arrived(msgspec.Struct, frozen=True, tag="arrived"):
+    """The weights that were under way when a wake was done are there, or (`error`) never will be."""
+
     seconds: dict[str, float]
     error: ErrorBody | None = None
 
@@ -227,7 +240,7 @@ class Dying(msgspec.Struct, frozen=True, tag="dying"):
     reason: str
 
 
-FromEngine = Progress | WeightsSized | Ready | Failed | Done | QuotaSet | Outputs | Imaged | Dying
+FromEngine = Progress | WeightsSized | Ready | Failed | Done | Arrived | QuotaSet | Outputs | Imaged | Dying
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -291,9 +291,16 @@ class GenerationRequests:
             else:
                 decoded = True
         prefilled = (tokens, released_at) if tokens else None
+        waited_for_weights = released_at < instance.weights_arrived_at
         at_work = sum(1 for running in self._of_model.values() if running)
         instance.record.stepped(
-            now, message.steps, prefilled, decoded=decoded, at_work=at_work, pass_tokens=self._pass_tokens
+            now,
+            message.steps,
+            prefilled,
+            decoded=decoded,
+            at_work=at_work,
+            pass_tokens=self._pass_tokens,
+            held_back=waited_for_weights,
         )
 
     def _began(self, running: RunningRequest, now: float) -> None:

@@ -6,9 +6,11 @@ start leaves no process.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from prism.common.errors import ErrorCode, PrismError
@@ -17,7 +19,7 @@ from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.common.telemetry import about
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
-from prism.gpu_worker.engine_protocol import Imaged, Outputs, Progress, Ready, StartEngine
+from prism.gpu_worker.engine_protocol import Done, Imaged, Outputs, Progress, Ready, StartEngine
 from prism.gpu_worker.instance_memory import InstanceMemory, Room, kv_bytes_of
 from prism.gpu_worker.serving_record import ServingRecord
 from prism.scheduling.ledger import MemoryLedger
@@ -71,6 +73,8 @@ class ModelInstance:
         self.state_since = time.monotonic()
         self.idle_since = time.monotonic()
         self.busy_since = 0.0
+        # Infinity while weights are under way to an engine that has requests already.
+        self.weights_arrived_at = 0.0
         self.failure: str | None = None
         self.engine: EngineProcess | None = None
         self.ready: Ready | None = None
@@ -112,39 +116,64 @@ class ModelInstance:
         self.state_since = time.monotonic()
         self._on_state(self)
 
-    async def activate(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
+    async def activate(
+        self, kv_bytes: int, deadline_s: float, on_serving: Callable[[], Awaitable[None]]
+    ) -> dict[str, float]:
         """Serve: wake if dozing or frozen, else start an engine. Returns the seconds of each phase.
 
-        The caller holds the lock. Raises PrismError; the model is then dozing (a wake that rolled back),
-        frozen (there was no room to thaw it), cold or failed, and holds no memory beyond that.
+        `on_serving` is awaited as soon as requests may come, which may be before the last weights have. The
+        caller holds the lock. Raises PrismError; the model is then dozing (a wake that rolled back),
+        frozen (there was no room to thaw it), cold or failed, and holds no memory beyond that; or its engine
+        ends, and requests that it has are lost with it.
         """
         began = time.perf_counter()
         if self.state is ModelState.ACTIVE:
+            await on_serving()
             return {}
         if self.state in (ModelState.DOZING, ModelState.FROZEN):
-            seconds = await self._wake(kv_bytes, deadline_s)
+            seconds = await self._wake(kv_bytes, deadline_s, on_serving)
         elif self.state in STARTABLE:
             seconds = await self._start(kv_bytes, deadline_s)
+            await self._serve(on_serving)
         else:
             raise PrismError(ErrorCode.INTERNAL, f"{self.name} is {self.state} already", retry=True)
-        self.idle_since = time.monotonic()
-        self.set_state(ModelState.ACTIVE)
         return {**seconds, "total": time.perf_counter() - began}
 
-    async def _wake(self, kv_bytes: int, deadline_s: float) -> dict[str, float]:
+    async def _serve(self, on_serving: Callable[[], Awaitable[None]]) -> None:
+        self.idle_since = time.monotonic()
+        self.set_state(ModelState.ACTIVE)
+        await on_serving()
+
+    async def _wake(
+        self, kv_bytes: int, deadline_s: float, on_serving: Callable[[], Awaitable[None]]
+    ) -> dict[str, float]:
         assert self.engine is not None
         kept = self.memory.kept_kv_bytes(kv_bytes)
         kv_bytes = await self.memory.reserve(self.memory.weights_bytes, kept)
         frozen = self.state is ModelState.FROZEN
         self.set_state(ModelState.WAKING)
+        async with contextlib.AsyncExitStack() as turn:
+            thawed, done = await self._woken(turn, frozen, kv_bytes, deadline_s)
+            if done.under_way:
+                arrived = await self._serve_while_weights_come(on_serving)
+            else:
+                arrived = {}
+                await self._serve(on_serving)
+        return {**thawed, **done.seconds, **arrived}
+
+    async def _woken(
+        self, turn: contextlib.AsyncExitStack, frozen: bool, kv_bytes: int, deadline_s: float
+    ) -> tuple[dict[str, float], Done]:
+        assert self.engine is not None
         thawed: dict[str, float] = {}
         try:
-            async with self._device.copying:
-                if frozen:
-                    thawed = await self._device.freezer.thaw(self.engine.pid, deadline_s)
-                if kv_bytes != self.memory.kv_bytes:
-                    await self._have_quota(kv_bytes)
-                done = await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
+            # Two wakes that copy at once would take twice as long each.
+            await turn.enter_async_context(self._device.copying)
+            if frozen:
+                thawed = await self._device.freezer.thaw(self.engine.pid, deadline_s)
+            if kv_bytes != self.memory.kv_bytes:
+                await self._have_quota(kv_bytes)
+            return thawed, await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
         except BaseException as error:
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
             rolled_back = isinstance(error, PrismError) and error.code in ROLLED_BACK
@@ -154,7 +183,16 @@ class ModelInstance:
             else:
                 await self.discard_engine(*_after(error, "wake failed"))
             raise
-        return {**thawed, **done.seconds}
+
+    async def _serve_while_weights_come(self, on_serving: Callable[[], Awaitable[None]]) -> dict[str, float]:
+        assert self.engine is not None
+        engine = self.engine
+        self.weights_arrived_at = math.inf
+        try:
+            await self._serve(on_serving)
+            return await engine.weights_arrived(self._copy_deadline_s())
+        finally:
+            self.weights_arrived_at = time.monotonic()
 
     def quota_holder(self) -> QuotaHolder | None:
         """What the arbiter needs to know of it; None while its quota can't be changed."""

@@ -57,15 +57,19 @@ class ServingRecord:
         decoded: bool,
         at_work: int = 1,
         pass_tokens: int = UNBOUNDED_PASS,
+        held_back: bool = False,
     ) -> None:
         """The engine spoke after its step number `steps`. `prefilled`: prompts are done that had so many
         tokens to prefill together and the first of which was released at that time, in passes of up to
         `pass_tokens`; `decoded`: others got a token. So many engines were `at_work` on the GPU, which take
-        turns: alone a step would have taken that part of the time."""
+        turns: alone a step would have taken that part of the time. A prefill that was `held_back`, by weights
+        that were not there yet, says little of how fast the engine is."""
         if prefilled is not None:
             tokens, released_at = prefilled
             seconds = now - max(released_at, self._prefilled_at)
-            self.prefill.observe(tokens, seconds, passes(tokens, pass_tokens))
+            # A rough guess is better than none: some models are only asked when they sleep.
+            if not held_back or not self.prefill.known:
+                self.prefill.observe(tokens, seconds, passes(tokens, pass_tokens))
             self._prefilled_at = now
         elif decoded and self._decoded_at is not None and steps == self._decoded_steps + 1:
             self.step.observe(now - self._decoded_at)

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -128,7 +130,7 @@ class Worker:
 
     def _end_if_stuck(self, instance: ModelInstance, watch: StallWatch) -> None:
         engine = instance.engine
-        if engine is None:
+        if engine is None or instance.weights_arrived_at == math.inf:
             return
         silence_s = watch.silence_s(engine.heard_at, self.requests.working_since(instance))
         if silence_s is not None:
@@ -204,8 +206,8 @@ class Worker:
             before = instance.state
             match command.kind:
                 case CommandKind.ACTIVATE:
-                    seconds = await instance.activate(command.kv_bytes, command.deadline_s)
-                    await self.routes.open(instance.name)
+                    open_route = partial(self.routes.open, instance.name)
+                    seconds = await instance.activate(command.kv_bytes, command.deadline_s, open_route)
                 case CommandKind.DOZE:
                     seconds = await self._doze(instance, command.drain_s, command.deadline_s)
                 case CommandKind.FREEZE:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from prism.gpu_worker.devices import arena_memory
 from prism.gpu_worker.devices.freezing import Freezer, NoFreezer
 from prism.gpu_worker.engine_protocol import EngineOptions, Ready
-from prism.gpu_worker.shells import ForkServerShells, ShellSource, fork_server_shells
+from prism.gpu_worker.shells import ShellSource, fork_server_shells
 
 FLOAT32_BYTES = 4
 MOST_COPY_THREADS = 8
@@ -28,7 +28,7 @@ class CpuDevice:
     options = EngineOptions()
     default_memory_bytes = 4_000_000_000
 
-    def __init__(self, shells: ForkServerShells) -> None:
+    def __init__(self, shells: ShellSource) -> None:
         self.shells: ShellSource = shells
         self.copying = asyncio.Semaphore(COPIES_AT_ONCE)
         self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)

@@ -84,10 +84,16 @@ async def cuda_device(
     attention_backend: str,
     decode_graph_sizes: Sequence[int],
     defer_graphs: bool,
+    wake_lead_s: float,
 ) -> AsyncIterator[CudaDevice]:
     """GPUs `indices` of this machine, with `warm` shells, each on all of them, kept for the next models."""
     options = EngineOptions(
-        EngineDevice.CUDA, attention_backend, sorted(set(decode_graph_sizes)), defer_graphs, prime=True
+        EngineDevice.CUDA,
+        attention_backend,
+        sorted(set(decode_graph_sizes)),
+        defer_graphs,
+        prime=True,
+        wake_lead_s=wake_lead_s,
     )
     with ExitStack() as opened:
         memories = [opened.enter_context(gpu_memory(index)) for index in indices]

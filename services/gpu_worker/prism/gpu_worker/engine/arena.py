@@ -10,10 +10,15 @@ import ctypes
 import errno
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from prism.gpu_worker.engine.arrivals import Arrivals
 
 PAGE = mmap.PAGESIZE
 TENSOR_ALIGNMENT = 64
@@ -140,6 +145,16 @@ class MemoryArena:
 
     def copy_in(self, source_fd: int, nbytes: int, *, threads: int) -> None:
         """Fill the first `nbytes` from the start of `source_fd`, by several threads."""
+        arrivals = self.begin_copy_in(source_fd, nbytes, threads=threads)
+        try:
+            arrivals.wait()
+        finally:
+            arrivals.close()
+
+    def begin_copy_in(self, source_fd: int, nbytes: int, *, threads: int) -> Arrivals:
+        """Have the first `nbytes` filled from the start of `source_fd`, which stays open meanwhile, by
+        several threads. The copies that fail raise OSError."""
+        began = time.perf_counter()
         target: Any = memoryview(self._buffer).cast("B")
 
         def copy(offset: int) -> None:
@@ -150,9 +165,14 @@ class MemoryArena:
                     raise OSError(f"image ends at {offset} of {nbytes} bytes")
                 offset += got
 
-        with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-            for done in [pool.submit(copy, offset) for offset in range(0, nbytes, COPY_CHUNK_BYTES)]:
-                done.result()
+        pool = ThreadPoolExecutor(max(1, threads), "copy in")
+        offsets = range(0, nbytes, COPY_CHUNK_BYTES)
+        copies = [pool.submit(copy, offset) for offset in offsets]
+        pieces = [
+            (min(offset + COPY_CHUNK_BYTES, nbytes), _CopiedPieces(copies[: index + 1]))
+            for index, offset in enumerate(offsets)
+        ]
+        return Arrivals(pieces, began, lambda: pool.shutdown(cancel_futures=True))
 
     def copy_out(self, target_fd: int, nbytes: int) -> None:
         """Write the first `nbytes` to the start of `target_fd`."""
@@ -160,3 +180,17 @@ class MemoryArena:
         offset = 0
         while offset < nbytes:
             offset += os.pwrite(target_fd, source[offset : min(offset + COPY_CHUNK_BYTES, nbytes)], offset)
+
+
+@dataclass(frozen=True)
+class _CopiedPieces:
+    """See arrivals.Piece: all copies up to one."""
+
+    copies: "Sequence[Future[None]]"
+
+    def hold_back(self) -> None:
+        self.wait()
+
+    def wait(self) -> None:
+        for copy in self.copies:
+            copy.result()

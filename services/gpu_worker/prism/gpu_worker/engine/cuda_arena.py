@@ -5,13 +5,16 @@ built in it; dozing unmaps all of it, waking maps it again and fills it at the s
 """
 
 import math
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prism.gpu_worker.engine import cuda_driver
 from prism.gpu_worker.engine.arena import align
+from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine.bounced_copies import bounced_copies, bounced_copies_out, bouncing_threads
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 
@@ -99,15 +102,36 @@ class CudaArena:
         self.mapped_bytes = 0
 
     def copy_in(self, source: RegisteredImage, nbytes: int) -> None:
-        """Fill the first `nbytes` from the image, with memory behind them where there is none yet.
+        """Fill the first `nbytes` from the image, as `begin_copy_in` does; done when this returns."""
+        arrivals = self.begin_copy_in(source, nbytes)
+        try:
+            arrivals.wait()
+        finally:
+            arrivals.close()
+
+    def begin_copy_in(self, source: RegisteredImage, nbytes: int) -> Arrivals:
+        """Have the first `nbytes` filled from the image, with memory behind them where there is none yet;
+        there is memory behind all when this returns, and every copy is enqueued.
 
         Mapping goes on while the pieces before are copied. What is not pinned goes through pinned buffers
-        where there are cores enough for that, else it is pinned on the way. Done when this returns; on
-        failure what was mapped stays so, and nothing is copied any more. Raises PrismError(out_of_memory).
+        where there are cores enough for that, else it is pinned on the way. On failure what was mapped stays
+        so, and nothing is copied any more. Raises PrismError(out_of_memory).
         """
+        began = time.perf_counter()
         stream = self._stream.cuda_stream
-        threads = 0 if source.pinned_bytes == source.nbytes else bouncing_threads()
+        pieces: list[tuple[int, _CopiedPiece]] = []
+
+        def reached(end: int) -> None:
+            pieces.append((end, _CopiedPiece(cuda_driver.create_event(), self._device)))
+            cuda_driver.record_event(pieces[-1][1].event, stream)
+
+        def end() -> None:
+            self._stream.synchronize()
+            for _, piece in pieces:
+                cuda_driver.destroy_event(piece.event)
+
         try:
+            threads = 0 if source.pinned_bytes == source.nbytes else bouncing_threads()
             if threads:
                 with bounced_copies(threads, stream) as copy:
                     for offset, size in self._mapping(source.pieces(), nbytes):
@@ -116,12 +140,17 @@ class CudaArena:
                             cuda_driver.copy_to_device(target, begin, size, stream)
                         else:
                             copy(target, begin, size)
+                # Its threads enqueue in no order.
+                reached(nbytes)
             else:
                 for offset, size in self._mapping(source.pinned_pieces(PINNING_THREADS), nbytes):
                     begin = source.address + offset
                     cuda_driver.copy_to_device(self.address + offset, begin, size, stream)
-        finally:
-            self._stream.synchronize()
+                    reached(offset + size)
+        except BaseException:
+            end()
+            raise
+        return Arrivals(pieces, began, end)
 
     def _mapping(self, pieces: Iterator[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
         """The parts of `pieces` within `nbytes`, each once there is memory behind it."""
@@ -137,6 +166,20 @@ class CudaArena:
         with bounced_copies_out(self._stream.cuda_stream) as copy:
             for offset, size in target.pieces():
                 copy(target.address + offset, self.address + offset, min(size, nbytes - offset))
+
+
+@dataclass(frozen=True)
+class _CopiedPiece:
+    """See arrivals.Piece: `event` happens behind its copy."""
+
+    event: Any
+    device: int
+
+    def hold_back(self) -> None:
+        cuda_driver.hold_back(torch.cuda.current_stream(self.device).cuda_stream, self.event)
+
+    def wait(self) -> None:
+        cuda_driver.wait_for_event(self.event)
 
 
 class _DeviceBytes:

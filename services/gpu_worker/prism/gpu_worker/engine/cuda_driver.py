@@ -133,6 +133,11 @@ def wait_for_event(event: Any) -> None:
     check(driver.cuEventSynchronize(event), "waiting for an event")
 
 
+def hold_back(stream: int, event: Any) -> None:
+    """Have what is enqueued on the stream from here on begin once the event has happened."""
+    check(driver.cuStreamWaitEvent(stream, event, 0), "waiting for an event on a stream")
+
+
 def destroy_event(event: Any) -> None:
     """Give an event back."""
     check(driver.cuEventDestroy(event), "destroying an event")

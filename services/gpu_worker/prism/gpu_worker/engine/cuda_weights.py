@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.store import ImageKind, TensorEntry
 from prism.gpu_worker.engine import cuda_driver
+from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine.cuda_arena import UNTOUCHED, CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 from prism.gpu_worker.engine.tensor_factories import asked_for
@@ -156,16 +157,19 @@ class CudaModelWeights(ModelWeights):
         assert self._registered is not None
         self._registered.pin_behind()
 
-    def restore(self) -> None:
-        """Map memory again and copy the weights back; on failure nothing is held."""
+    def restore(self, left_s: float = 0.0) -> Arrivals:
+        """See ModelWeights; memory is behind all of them when this returns."""
         assert self._lease is not None
         assert self._registered is not None
         self._registered.end_pinning_behind()
+        nbytes = end_of(self._layout)
+        image = self._image(self._lease.fd, nbytes)
         try:
-            self._copy_from_image(end_of(self._layout))
+            arrivals = self.arena.begin_copy_in(image, nbytes)
         except BaseException:
             self.arena.unmap()
             raise
+        return self._awaited(arrivals, left_s)
 
     def _copy_to_image(self, fd: int, nbytes: int) -> None:
         torch.cuda.set_device(self._gpu)

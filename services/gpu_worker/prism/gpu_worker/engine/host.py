@@ -147,7 +147,13 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
         decoupled_spec_ipc_config=None,
     )
     scheduler = EngineScheduler(
-        server_args, ports, link=link, weights=weights, platform=platform, ranks=ranks
+        server_args,
+        ports,
+        link=link,
+        weights=weights,
+        platform=platform,
+        ranks=ranks,
+        wake_lead_s=start.options.wake_lead_s,
     )
     built = time.perf_counter()
     footprint.note("built")

@@ -4,8 +4,10 @@ Subclassed rather than patched: the request receiver is the only place where req
 sender the only place where outputs leave.
 """
 
+import contextlib
 import dataclasses
 import math
+import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -26,12 +28,16 @@ from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams as WireSamplingParams
 from prism.common.messages.generation import TokenLogprob
 from prism.gpu_worker.engine import footprint
+from prism.gpu_worker.engine.arrivals import Arrivals
+from prism.gpu_worker.engine.layer_gate import LayerGate
+from prism.gpu_worker.engine.link import WorkerGone
 from prism.gpu_worker.engine.platform import KvMemory, Platform
 from prism.gpu_worker.engine.ranks import Link, Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import (
     PLANNED_NEW_TOKENS,
     Abort,
+    Arrived,
     Done,
     Doze,
     Generate,
@@ -66,7 +72,8 @@ class StopTokens:
 
 
 class EngineScheduler(Scheduler):  # type: ignore[misc]
-    """One model's scheduler. `kv` and `weights` are what it gives back while dozing.
+    """One model's scheduler. `kv` and `weights` are what it gives back while dozing; woken, it takes requests
+    `wake_lead_s` seconds before its last weights are there.
 
     While there is an `on_primed`, what requests say is kept from the worker: it is called when the engine is
     idle, and nothing of them is left in the cache.
@@ -81,6 +88,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         weights: ModelWeights,
         platform: Platform,
         ranks: Ranks,
+        wake_lead_s: float,
     ) -> None:
         self.link = link
         self.ranks = ranks
@@ -94,6 +102,9 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._doze_when_idle: Doze | None = None
         super().__init__(server_args, port_args, platform.gpu, ranks.rank, 0, 0, 0, 0, None)
         self.kv = platform.kv_memory(self)
+        self._gate = LayerGate(self.tp_worker.model_runner, weights.end_of, wake_lead_s)
+        self._arrivals: Arrivals | None = None
+        self._arrival: threading.Thread | None = None
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         """Our socket instead of SGLang's ZMQ channels."""
@@ -207,7 +218,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self.tell([])
         if self._doze_when_idle is not None:
             self.handle_doze(self._doze_when_idle)
-        if self._graphs is not None and not self.dozing:
+        if self._graphs is not None and not self.dozing and not self._gate.closed:
             self._graphs.idle(self.forward_ct, time.monotonic())
         super().on_idle()
 
@@ -248,8 +259,24 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self._transition(request.call, self._doze)
 
     def handle_wake(self, request: Wake) -> None:
-        """Take memory again, weights copied back from the image."""
+        """Take memory again, weights copied back from the image: the last of them while requests may come."""
+        began = time.perf_counter()
         self._transition(request.call, self._wake)
+        if self._arrivals is not None:
+            told = (self._arrivals, began)
+            self._arrival = threading.Thread(
+                target=self._tell_arrival, args=told, name="arrival", daemon=True
+            )
+            self._arrival.start()
+
+    def _tell_arrival(self, arrivals: Arrivals, began: float) -> None:
+        error = None
+        try:
+            arrivals.wait()
+        except Exception as problem:
+            error = ErrorBody(ErrorCode.INTERNAL, f"copying the weights back failed: {problem}", retry=True)
+        with contextlib.suppress(WorkerGone):
+            self.link.send(Arrived({"copy": time.perf_counter() - began}, error))
 
     def handle_set_quota(self, request: SetQuota) -> None:
         """Bound the KV cache, between two steps."""
@@ -266,7 +293,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
 
     def _transition(self, call: int, run: Callable[[], dict[str, float]]) -> None:
         try:
-            self.link.send(Done(call, run()))
+            self.link.send(Done(call, run(), under_way=self._arrivals is not None))
         except PrismError as error:
             self.link.send(Done(call, {}, error.body))
 
@@ -276,6 +303,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         began = time.perf_counter()
         assert self.kv is not None
         self.ranks.together(lambda: self.weights.require_image(wait=self.ranks.rank > 0))
+        self._end_arrivals()
         self.weights.unmap()
         self.flush_cache(empty_cache=False)
         self.kv.unmap()
@@ -295,12 +323,33 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             return {}
         assert self.kv is not None
         began = time.perf_counter()
-        self.ranks.together(self.weights.restore, undo=self.weights.unmap)
+
+        def restore() -> None:
+            arrivals = self.weights.restore(self._gate.lead_s)
+            self._arrivals = None if arrivals.all_here else arrivals
+
+        def undo() -> None:
+            self._end_arrivals()
+            self.weights.unmap()
+
+        self.ranks.together(restore, undo)
         copied = time.perf_counter()
+        if self._arrivals is not None:
+            self._gate.close(self._arrivals)
         self.kv.map()
         self.dozing = False
         footprint.note("woken")
         return {"copy": copied - began, "kv": time.perf_counter() - copied}
+
+    def _end_arrivals(self) -> None:
+        arrivals, self._arrivals = self._arrivals, None
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            arrival.join()
+        if arrivals is not None:
+            arrivals.wait()
+            self._gate.open()
+            arrivals.close()
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)

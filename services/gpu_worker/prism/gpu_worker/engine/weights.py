@@ -27,6 +27,7 @@ from prism.common.memfd import create_memfd
 from prism.common.messages.store import ImageKind, ImageManifest, LeaseRequest, TensorEntry
 from prism.common.store_client import Lease, deposit, lease
 from prism.gpu_worker.engine.arena import TENSOR_ALIGNMENT, MemoryArena, align
+from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine_protocol import Progress, StartEngine
 
 KEPT_INITIAL_VALUE_BYTES = 1 << 20
@@ -216,18 +217,44 @@ class ModelWeights:
     def unpin(self) -> None:
         """Nothing is pinned on a CPU."""
 
-    def restore(self) -> None:
-        """Take memory again and copy the weights back; on failure nothing is held."""
+    def end_of(self, module: nn.Module, parts: bool) -> int:
+        """See layer_gate.EndOf."""
+        assert self.arena is not None
+        tensors = [*module.parameters(recurse=parts), *module.buffers(recurse=parts)]
+        return max((self._end_in_arena(tensor) for tensor in tensors), default=0)
+
+    def _end_in_arena(self, tensor: torch.Tensor) -> int:
+        offset = int(tensor.data_ptr()) - int(self.arena.address)
+        if not tensor.numel() or not 0 <= offset < self.arena.used:
+            return 0
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in steps)
+        return offset + int(tensor.element_size() * span)
+
+    def restore(self, left_s: float = 0.0) -> Arrivals:
+        """Take memory again and have the weights copied back: all but what takes `left_s` seconds is there
+        when this returns. On failure nothing is held. Raises PrismError."""
         assert self.arena is not None
         assert self._lease is not None
         self.arena.map()
+        nbytes = end_of(self._layout)
+        arrivals = self.arena.begin_copy_in(self._lease.fd, nbytes, threads=self._start.copy_threads)
+        return self._awaited(arrivals, left_s)
+
+    def _awaited(self, arrivals: Arrivals, left_s: float) -> Arrivals:
         try:
-            self._copy_from_image(end_of(self._layout))
-        except OSError as error:
+            arrivals.wait(left_s)
+        except BaseException as error:
+            arrivals.close()
             self.arena.unmap()
-            raise PrismError(
-                ErrorCode.STORE_UNAVAILABLE, f"copying the weights back failed: {error}"
-            ) from error
+            if isinstance(error, OSError):
+                raise PrismError(
+                    ErrorCode.STORE_UNAVAILABLE, f"copying the weights back failed: {error}"
+                ) from error
+            raise
+        if arrivals.all_here:
+            arrivals.close()
+        return arrivals
 
 
 def loader_for(weights: ModelWeights) -> type[BaseModelLoader]:

@@ -1,0 +1,40 @@
+"""An engine host whose weights are copied back in small pieces that take their time.
+
+Run as `python -m tests.gpu_worker.slow_copy_shell FD`. While the file PRISM_TEST_BROKEN_COPY is there, the
+last piece fails.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prism.gpu_worker.fork_server import prepare_environment
+
+PIECE_BYTES = 256 * 1024
+PIECE_S = 0.02
+
+
+def main() -> None:
+    """Slow copies down, then serve."""
+    prepare_environment()
+    from prism.gpu_worker.engine import arena
+    from prism.gpu_worker.engine.host import serve_and_exit
+
+    broken = Path(os.environ["PRISM_TEST_BROKEN_COPY"])
+    read = os.preadv
+
+    def slow_read(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        time.sleep(PIECE_S)
+        if broken.exists() and offset + PIECE_BYTES >= os.fstat(fd).st_size:
+            raise OSError("the copy is broken")
+        return read(fd, buffers, offset)
+
+    arena.COPY_CHUNK_BYTES = PIECE_BYTES
+    vars(os)["preadv"] = slow_read
+    serve_and_exit(int(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
