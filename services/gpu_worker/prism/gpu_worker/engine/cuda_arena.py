@@ -158,7 +158,8 @@ class CudaArena:
             size = min(whole, nbytes - offset)
             while self.mapped_bytes < offset + size:
                 left = align(max(self.used, nbytes), self._granularity) - self.mapped_bytes
-                self._map_piece(min(left, REMAPPED_BYTES))
+                # As much again as there is: it stays ahead of the copy, and few pieces are unmapped sooner.
+                self._map_piece(min(left, max(REMAPPED_BYTES, self.mapped_bytes)))
             yield offset, size
 
     def copy_out(self, target: RegisteredImage, nbytes: int) -> None:
