@@ -21,6 +21,7 @@ def main() -> None:
     prepare_environment()
     from prism.gpu_worker.engine import arena
     from prism.gpu_worker.engine.host import serve_and_exit
+    from prism.gpu_worker.engine.process_group import meet_in_memory
 
     broken = Path(os.environ["PRISM_TEST_BROKEN_COPY"])
     read = os.preadv
@@ -31,6 +32,7 @@ def main() -> None:
             raise OSError("the copy is broken")
         return read(fd, buffers, offset)
 
+    meet_in_memory()
     arena.COPY_CHUNK_BYTES = PIECE_BYTES
     vars(os)["preadv"] = slow_read
     serve_and_exit(int(sys.argv[1]))

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,9 @@ class FakeDriver:
     def reserve_addresses(self, nbytes: int) -> int:
         self._ranges.append(mmap.mmap(-1, nbytes))
         return ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self._ranges[-1]))
+
+    def fill_words(self, target: int, word: int, nbytes: int) -> None:
+        assert self.mapped[target] == nbytes
 
     def map_memory(self, device: int, address: int, nbytes: int) -> int:
         if sum(self.mapped.values()) + nbytes > self.room:
@@ -115,6 +119,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=8))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda_arena, "REMAPPED_BYTES", PIECE)
+    monkeypatch.setattr(cuda_arena, "SMALL_TENSORS_BYTES", PAGE)
     monkeypatch.setattr(registered_image, "CHUNK_BYTES", PIECE)
     monkeypatch.setattr(bounced_copies, "BUFFER_BYTES", PAGE)
     return fake
@@ -194,3 +199,22 @@ def test_a_gpu_without_room_ends_what_was_begun(driver: FakeDriver, image: Regis
     driver.room = 1 << 40
     arena.copy_in(image, NBYTES)
     assert content(arena) == ctypes.string_at(image.address, NBYTES)
+
+
+def test_small_tensors_lie_in_front_whenever_they_are_placed(driver: FakeDriver) -> None:
+    arena = CudaArena(0, 40 * PIECE)
+
+    def placed(*shape: int) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CudaArena, "view", lambda arena, offset, *_: SimpleNamespace(offset=offset))
+            tensor: Any = arena.place(shape, torch.bfloat16)
+        return int(tensor.offset)
+
+    large = cuda_arena.SMALL_TENSOR_BYTES // 2
+    assert placed(large) == PAGE
+    assert placed(100) == 0
+    assert placed(large) == PAGE + 2 * large
+    assert placed(100) == 256
+    # No more room there.
+    assert placed(large - 1) == PAGE + 4 * large
+    assert arena.used == PAGE + 4 * large + 2 * (large - 1)

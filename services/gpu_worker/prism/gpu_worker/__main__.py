@@ -21,6 +21,7 @@ from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.devices.simulated import simulated_device
 from prism.gpu_worker.devices.simulated_costs import costs_from
 from prism.gpu_worker.engine_logs import logging_environment
+from prism.gpu_worker.engine_protocol import EngineOptions
 from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.gpu_id_claims import claimed_gpu_ids
 from prism.gpu_worker.model_instance import EngineLimits
@@ -139,8 +140,8 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
     show_envvar=True,
     default=150.0,
     show_default=True,
-    help="cuda: how long before its last weights are there a woken engine takes requests; each layer waits "
-    "for its own. 0: not before.",
+    help="How long before its last weights are there a woken engine takes requests; each layer waits for its "
+    "own. 0: not before.",
 )
 @click.option(
     "--worker-memory-gb",
@@ -350,7 +351,7 @@ def _device(
             defer_graphs=defer_graphs,
             wake_lead_s=wake_lead_s,
         )
-    return cpu_device()
+    return cpu_device(EngineOptions(wake_lead_s=wake_lead_s))
 
 
 def _memory_limit(device: Device, chosen_gb: float | None) -> int:

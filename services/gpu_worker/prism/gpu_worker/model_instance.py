@@ -94,6 +94,7 @@ class ModelInstance:
         self._on_progress = on_progress
         self._requests_kv_tokens = kv_tokens
         self._watch: asyncio.Task[None] | None = None
+        self._lost: EngineProcess | None = None
         self._image_settled = asyncio.Event()
         self._image_error: str | None = None
 
@@ -155,11 +156,10 @@ class ModelInstance:
         async with contextlib.AsyncExitStack() as turn:
             thawed, done = await self._woken(turn, frozen, kv_bytes, deadline_s)
             if done.under_way:
-                arrived = await self._serve_while_weights_come(on_serving)
-            else:
-                arrived = {}
-                await self._serve(on_serving)
-        return {**thawed, **done.seconds, **arrived}
+                arrived = await self._serve_while_weights_come(turn, on_serving)
+                return {**thawed, **done.seconds, **arrived}
+        await self._serve(on_serving)
+        return {**thawed, **done.seconds}
 
     async def _woken(
         self, turn: contextlib.AsyncExitStack, frozen: bool, kv_bytes: int, deadline_s: float
@@ -175,6 +175,7 @@ class ModelInstance:
                 await self._have_quota(kv_bytes)
             return thawed, await self.engine.wake(min(deadline_s, self._copy_deadline_s()))
         except BaseException as error:
+            await turn.aclose()
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
             rolled_back = isinstance(error, PrismError) and error.code in ROLLED_BACK
             if rolled_back and not self._left_bytes():
@@ -184,15 +185,30 @@ class ModelInstance:
                 await self.discard_engine(*_after(error, "wake failed"))
             raise
 
-    async def _serve_while_weights_come(self, on_serving: Callable[[], Awaitable[None]]) -> dict[str, float]:
+    async def _serve_while_weights_come(
+        self, turn: contextlib.AsyncExitStack, on_serving: Callable[[], Awaitable[None]]
+    ) -> dict[str, float]:
         assert self.engine is not None
         engine = self.engine
         self.weights_arrived_at = math.inf
+        # In a task: it may take longer than the weights, and must not hide that they don't come.
+        self.set_state(ModelState.ACTIVE)
+        serving = asyncio.create_task(self._serve(on_serving), name=f"serve {self.name}")
         try:
-            await self._serve(on_serving)
-            return await engine.weights_arrived(self._copy_deadline_s())
+            arrived = await engine.weights_arrived(self._copy_deadline_s())
+        except BaseException as error:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            if isinstance(error, PrismError):
+                # Here, not by the watch: whoever has the lock next must not find a model that seems active.
+                self._tell_lost(engine, error.message)
+                await self.discard_engine(ModelState.COLD)
+            raise
         finally:
             self.weights_arrived_at = time.monotonic()
+            await turn.aclose()
+        await serving
+        return arrived
 
     def quota_holder(self) -> QuotaHolder | None:
         """What the arbiter needs to know of it; None while its quota can't be changed."""
@@ -441,10 +457,15 @@ class ModelInstance:
             # A start that failed: whoever waits for it deals with it.
             return
         # At once: whoever holds the lock may be waiting for this engine's requests to finish.
-        self._on_engine_lost(self, how)
+        self._tell_lost(engine, how)
         async with self.lock:
             if self.engine is engine:
                 await self.discard_engine(ModelState.COLD)
+
+    def _tell_lost(self, engine: EngineProcess, how: str) -> None:
+        if self._lost is not engine:
+            self._lost = engine
+            self._on_engine_lost(self, how)
 
     def resident_bytes(self) -> tuple[int, int]:
         """Memory that stands behind weights and KV cache now, as the kernel counts it."""

@@ -25,10 +25,12 @@ class CpuDevice:
     fixed_bytes = 0
     rank_counts: tuple[int, ...] = tuple(range(1, 9))
     profile = "cpu"
-    options = EngineOptions()
     default_memory_bytes = 4_000_000_000
 
-    def __init__(self, shells: ShellSource) -> None:
+    options = EngineOptions()
+
+    def __init__(self, shells: ShellSource, options: EngineOptions | None = None) -> None:
+        self.options = options or self.options
         self.shells: ShellSource = shells
         self.copying = asyncio.Semaphore(COPIES_AT_ONCE)
         self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
@@ -52,7 +54,7 @@ class CpuDevice:
 
 
 @asynccontextmanager
-async def cpu_device() -> AsyncIterator[CpuDevice]:
+async def cpu_device(options: EngineOptions) -> AsyncIterator[CpuDevice]:
     """The CPU with warm shells on the way."""
     async with fork_server_shells() as shells:
-        yield CpuDevice(shells)
+        yield CpuDevice(shells, options)

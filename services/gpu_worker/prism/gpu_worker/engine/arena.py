@@ -184,13 +184,13 @@ class MemoryArena:
 
 @dataclass(frozen=True)
 class _CopiedPieces:
-    """See arrivals.Piece: all copies up to one."""
+    """See arrivals.Piece: the last of `copies`, which come in any order."""
 
     copies: "Sequence[Future[None]]"
 
     def hold_back(self) -> None:
-        self.wait()
-
-    def wait(self) -> None:
         for copy in self.copies:
             copy.result()
+
+    def wait(self) -> None:
+        self.copies[-1].result()

@@ -23,6 +23,9 @@ GROWTH_BYTES = 256 * 1024 * 1024
 REMAPPED_BYTES = 1024 * 1024 * 1024
 # Nothing is decoded while weights are copied in that pinning by several threads could hold up.
 PINNING_THREADS = 4
+# Norms and scales: constructed or settled late, they would lie behind all else, and their layers wait for it.
+SMALL_TENSOR_BYTES = 64 * 1024
+SMALL_TENSORS_BYTES = 8 * 1024 * 1024
 # Two halves of a NaN in every 16-bit float type; no checkpoint holds a page of it.
 UNTOUCHED = 0x7FC57FC5
 COMPARED_WORDS = 1 << 26
@@ -38,7 +41,8 @@ class CudaArena:
         self._granularity = cuda_driver.granularity(device)
         self.capacity = align(max(capacity, 1), self._granularity)
         self.address = cuda_driver.reserve_addresses(self.capacity)
-        self.used = 0
+        self._small_used = 0
+        self.used = min(SMALL_TENSORS_BYTES, self.capacity)
         self.mapped_bytes = 0
         self._pieces: list[tuple[int, int, Any]] = []
         self._stream = torch.cuda.Stream(device)
@@ -49,14 +53,19 @@ class CudaArena:
         return self.mapped_bytes > 0
 
     def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor over the next free bytes, which hold the filler.
+        """A tensor over the next free bytes, which hold the filler; small tensors lie together in front.
 
         Raises PrismError(out_of_memory) when the device, MemoryError when the address range is full.
         """
+        nbytes = math.prod(shape) * dtype.itemsize
+        offset = align(self._small_used, TENSOR_ALIGNMENT)
+        if nbytes < SMALL_TENSOR_BYTES and offset + nbytes <= SMALL_TENSORS_BYTES:
+            self._small_used = offset + nbytes
+            self.grow(offset + nbytes)
+            return self.view(offset, shape, dtype)
         offset = align(self.used, TENSOR_ALIGNMENT)
-        end = offset + math.prod(shape) * dtype.itemsize
-        self.grow(end)
-        self.used = end
+        self.grow(offset + nbytes)
+        self.used = offset + nbytes
         return self.view(offset, shape, dtype)
 
     def grow(self, nbytes: int) -> None:
@@ -119,10 +128,11 @@ class CudaArena:
         """
         began = time.perf_counter()
         stream = self._stream.cuda_stream
+        context = cuda_driver.current_context()
         pieces: list[tuple[int, _CopiedPiece]] = []
 
         def reached(end: int) -> None:
-            pieces.append((end, _CopiedPiece(cuda_driver.create_event(), self._device)))
+            pieces.append((end, _CopiedPiece(cuda_driver.create_event(), self._device, context)))
             cuda_driver.record_event(pieces[-1][1].event, stream)
 
         def end() -> None:
@@ -175,11 +185,14 @@ class _CopiedPiece:
 
     event: Any
     device: int
+    context: Any
 
     def hold_back(self) -> None:
         cuda_driver.hold_back(torch.cuda.current_stream(self.device).cuda_stream, self.event)
 
     def wait(self) -> None:
+        # Whoever waits may be a thread that has called no driver yet.
+        cuda_driver.use_context(self.context)
         cuda_driver.wait_for_event(self.event)
 
 

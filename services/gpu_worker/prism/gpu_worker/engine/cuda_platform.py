@@ -26,7 +26,9 @@ class CudaPlatform:
         self._ranks = ranks
         self.weights_class: Callable[..., ModelWeights] = partial(CudaModelWeights, gpu=self.gpu)
         self._limit_bytes = start.kv_bytes
-        self._defers = start.options.defer_graphs and bool(start.options.decode_graph_sizes)
+        # Several ranks would each capture when they think fit; all have to do it together.
+        alone = ranks.size == 1
+        self._defers = alone and start.options.defer_graphs and bool(start.options.decode_graph_sizes)
         self.graphs: DeferredGraphs | None = None
 
     def prepare(self) -> None:

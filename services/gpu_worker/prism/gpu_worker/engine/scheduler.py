@@ -329,7 +329,9 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self._arrivals = None if arrivals.all_here else arrivals
 
         def undo() -> None:
-            self._end_arrivals()
+            arrivals, self._arrivals = self._arrivals, None
+            if arrivals is not None:
+                arrivals.close()
             self.weights.unmap()
 
         self.ranks.together(restore, undo)

@@ -225,7 +225,7 @@ class ModelWeights:
 
     def _end_in_arena(self, tensor: torch.Tensor) -> int:
         offset = int(tensor.data_ptr()) - int(self.arena.address)
-        if not tensor.numel() or not 0 <= offset < self.arena.used:
+        if not tensor.numel() or not 0 <= offset < self.nbytes:
             return 0
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((size - 1) * stride for size, stride in steps)
