@@ -33,6 +33,7 @@ class FakeDriver:
         self.events: dict[int, int] = {}
         self.waits: list[int] = []
         self.registered: set[int] = set()
+        self.timed: set[int] = set()
         self._ranges: list[mmap.mmap] = []
         self._made = 0
         self._lock = threading.Lock()
@@ -83,9 +84,11 @@ class FakeDriver:
                 found.append((address, self.mapped[address]))
         return found
 
-    def create_event(self) -> int:
+    def create_event(self, *, timed: bool = False) -> int:
         self._made += 1
         self.events[self._made] = 0
+        if timed:
+            self.timed.add(self._made)
         return self._made
 
     def record_event(self, event: int, stream: int) -> None:
@@ -93,6 +96,10 @@ class FakeDriver:
 
     def wait_for_event(self, event: int) -> None:
         self.copy_until(self.events[event])
+
+    def seconds_between(self, first: int, last: int) -> float:
+        assert {first, last} <= self.timed
+        return float(self.events[last] - self.events[first])
 
     def hold_back(self, stream: int, event: int) -> None:
         self.waits.append(self.events[event])
@@ -168,6 +175,7 @@ def test_what_was_pinned_is_copied_piece_by_piece_and_can_be_waited_for_so(
     assert driver.waits == [1, 3, 4, 10]
     arrivals.wait()
     assert content(arena) == ctypes.string_at(image.address, NBYTES)
+    assert arrivals.seconds == 10
     arrivals.close()
     assert not driver.events
 

@@ -20,12 +20,21 @@ class Piece(Protocol):
 class Arrivals:
     """Copies that have begun. `pieces` come in the order of addresses, each with the number of bytes, from
     the first on, that are there once it is. `end` stops what is under way, waits for it and gives back what
-    the copies needed; it may be called more than once.
+    the copies needed; it is called once. `took` tells the seconds from `began` to the last arrival more
+    exactly than a thread can that has to be woken for it.
 
-    One thread waits at a time; others may hold back meanwhile, until `close`.
+    `wait` may be called by several threads, `hold_back` by others meanwhile, until `close`.
     """
 
-    def __init__(self, pieces: Sequence[tuple[int, Piece]], began: float, end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[tuple[int, Piece]],
+        began: float,
+        end: Callable[[], None],
+        took: Callable[[], float] | None = None,
+    ) -> None:
+        self.seconds = 0.0
+        self._took = took
         self._ends = [reached for reached, _ in pieces]
         self._pieces = [piece for _, piece in pieces]
         self._began = began
@@ -58,9 +67,10 @@ class Arrivals:
             piece.wait()
             elapsed = time.perf_counter() - self._began
             left = self.nbytes - reached
-            if left == 0:
+            if left == 0 and not self.all_here:
+                self.seconds = self._took() if self._took is not None else elapsed
                 self._all_here.set()
-            elif left * elapsed <= left_s * reached:
+            elif left and left * elapsed <= left_s * reached:
                 return
 
     def close(self) -> None:

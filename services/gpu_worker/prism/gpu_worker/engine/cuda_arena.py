@@ -130,15 +130,18 @@ class CudaArena:
         stream = self._stream.cuda_stream
         context = cuda_driver.current_context()
         pieces: list[tuple[int, _CopiedPiece]] = []
+        first = cuda_driver.create_event(timed=True)
+        cuda_driver.record_event(first, stream)
 
-        def reached(end: int) -> None:
-            pieces.append((end, _CopiedPiece(cuda_driver.create_event(), self._device, context)))
-            cuda_driver.record_event(pieces[-1][1].event, stream)
+        def reached(bytes_there: int) -> None:
+            event = cuda_driver.create_event(timed=bytes_there == nbytes)
+            pieces.append((bytes_there, _CopiedPiece(event, self._device, context)))
+            cuda_driver.record_event(event, stream)
 
         def end() -> None:
             self._stream.synchronize()
-            for _, piece in pieces:
-                cuda_driver.destroy_event(piece.event)
+            for event in (first, *(piece.event for _, piece in pieces)):
+                cuda_driver.destroy_event(event)
 
         try:
             threads = 0 if source.pinned_bytes == source.nbytes else bouncing_threads()
@@ -160,7 +163,7 @@ class CudaArena:
         except BaseException:
             end()
             raise
-        return Arrivals(pieces, began, end)
+        return Arrivals(pieces, began, end, lambda: cuda_driver.seconds_between(first, pieces[-1][1].event))
 
     def _mapping(self, pieces: Iterator[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
         """The parts of `pieces` within `nbytes`, each once there is memory behind it."""

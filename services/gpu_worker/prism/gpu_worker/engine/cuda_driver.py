@@ -117,10 +117,16 @@ def fill_words(target: int, word: int, nbytes: int) -> None:
     check(driver.cuMemsetD32(target, word, nbytes // 4), f"filling {nbytes} bytes")
 
 
-def create_event() -> Any:
-    """An event to record and wait for; it times nothing."""
-    flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-    return check(driver.cuEventCreate(flags), "creating an event")
+def create_event(*, timed: bool = False) -> Any:
+    """An event to record and wait for; `timed`, it remembers when it happened."""
+    flags = driver.CUevent_flags
+    flag = flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING
+    return check(driver.cuEventCreate(flag), "creating an event")
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """From one timed event to another, both of which have happened, by the GPU's clock."""
+    return float(check(driver.cuEventElapsedTime(first, last), "timing two events")) / 1000
 
 
 def record_event(event: Any, stream: int) -> None:

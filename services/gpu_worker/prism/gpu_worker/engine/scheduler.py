@@ -260,23 +260,22 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
 
     def handle_wake(self, request: Wake) -> None:
         """Take memory again, weights copied back from the image: the last of them while requests may come."""
-        began = time.perf_counter()
         self._transition(request.call, self._wake)
         if self._arrivals is not None:
-            told = (self._arrivals, began)
+            arrivals = (self._arrivals,)
             self._arrival = threading.Thread(
-                target=self._tell_arrival, args=told, name="arrival", daemon=True
+                target=self._tell_arrival, args=arrivals, name="arrival", daemon=True
             )
             self._arrival.start()
 
-    def _tell_arrival(self, arrivals: Arrivals, began: float) -> None:
+    def _tell_arrival(self, arrivals: Arrivals) -> None:
         error = None
         try:
             arrivals.wait()
         except Exception as problem:
             error = ErrorBody(ErrorCode.INTERNAL, f"copying the weights back failed: {problem}", retry=True)
         with contextlib.suppress(WorkerGone):
-            self.link.send(Arrived({"copy": time.perf_counter() - began}, error))
+            self.link.send(Arrived({"copy": arrivals.seconds}, error))
 
     def handle_set_quota(self, request: SetQuota) -> None:
         """Bound the KV cache, between two steps."""
