@@ -73,6 +73,8 @@ async def test_requests_of_an_engine_out_of_memory_are_finished_by_the_next_one(
         # Far below what it has: of what it has given back since (as the export's mappings) it gets nothing.
         limit = engine.memory_info().vms // 2
         engine.rlimit(psutil.RLIMIT_AS, (limit, limit))
+        # A thread's heap grows within addresses that it has.
+        engine.rlimit(psutil.RLIMIT_DATA, (0, 0))
         asking = Traffic(lambda: [system.gateway_url], [], 0)
         stream = asyncio.create_task(asking.ask(question, Random(0)))
         await watcher.until(

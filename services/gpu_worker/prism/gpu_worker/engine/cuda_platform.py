@@ -12,9 +12,6 @@ from prism.gpu_worker.engine.ranks import Ranks
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import StartEngine
 
-# What kvcached and SGLang make their address ranges from; how much of it is used is the quota's business.
-ADDRESSED_SHARE = 0.9
-
 
 class CudaPlatform:
     """SGLang on one of the GPUs that this process sees: a rank's own."""
@@ -50,7 +47,6 @@ class CudaPlatform:
             "device": "cuda",
             "attention_backend": start.options.attention_backend,
             "disable_prefill_cuda_graph": True,
-            "mem_fraction_static": ADDRESSED_SHARE,
             # Its buffers are shared between processes, which the driver's checkpoints can't take.
             "disable_custom_all_reduce": self._ranks.size > 1,
             **(graphs if start.options.decode_graph_sizes else {"disable_cuda_graph": True}),

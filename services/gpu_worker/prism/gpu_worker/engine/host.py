@@ -41,6 +41,9 @@ from prism.gpu_worker.engine_protocol import (
 log = logging.getLogger(__name__)
 
 EXIT_FAILED = 3
+# What kvcached and SGLang make their address ranges from; how much of it is used is the quota's business.
+# SGLang would compute it, and finds less than nothing for long chunks on hosts with little memory a NUMA node.
+ADDRESSED_SHARE = 0.9
 PRIMING_RID = "priming"
 PRIMING_PROMPT_TOKENS = 128
 # One by the prompt, one by a decode step.
@@ -217,6 +220,7 @@ def _server_args(start: StartEngine, weights: ModelWeights, platform: Platform, 
         "enable_priority_scheduling": True,
         "load_format": loader_for(weights),
         "chunked_prefill_size": start.chunked_prefill_tokens,
+        "mem_fraction_static": ADDRESSED_SHARE,
         "log_level": "warning",
         "host": "127.0.0.1",
         "tp_size": ranks.size,
