@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 EXIT_FAILED = 3
 # What kvcached and SGLang make their address ranges from; how much of it is used is the quota's business.
-# SGLang would compute it, and finds less than nothing for long chunks on hosts with little memory a NUMA node.
+# SGLang would compute it: less than nothing, for long chunks on hosts with little memory a NUMA node.
 ADDRESSED_SHARE = 0.9
 PRIMING_RID = "priming"
 PRIMING_PROMPT_TOKENS = 128
