@@ -145,11 +145,7 @@ class MemoryArena:
 
     def copy_in(self, source_fd: int, nbytes: int, *, threads: int) -> None:
         """Fill the first `nbytes` from the start of `source_fd`, by several threads."""
-        arrivals = self.begin_copy_in(source_fd, nbytes, threads=threads)
-        try:
-            arrivals.wait()
-        finally:
-            arrivals.close()
+        self.begin_copy_in(source_fd, nbytes, threads=threads).finish()
 
     def begin_copy_in(self, source_fd: int, nbytes: int, *, threads: int) -> Arrivals:
         """Have the first `nbytes` filled from the start of `source_fd`, which stays open meanwhile, by

@@ -73,6 +73,13 @@ class Arrivals:
             elif left and left * elapsed <= left_s * reached:
                 return
 
+    def finish(self) -> None:
+        """Wait until all are there, and close whatever comes of it."""
+        try:
+            self.wait()
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Have nothing under way any more, and nothing held for it. Nobody is held back by then."""
         if not self._ended:

@@ -112,11 +112,7 @@ class CudaArena:
 
     def copy_in(self, source: RegisteredImage, nbytes: int) -> None:
         """Fill the first `nbytes` from the image, as `begin_copy_in` does; done when this returns."""
-        arrivals = self.begin_copy_in(source, nbytes)
-        try:
-            arrivals.wait()
-        finally:
-            arrivals.close()
+        self.begin_copy_in(source, nbytes).finish()
 
     def begin_copy_in(self, source: RegisteredImage, nbytes: int) -> Arrivals:
         """Have the first `nbytes` filled from the image, with memory behind them where there is none yet;

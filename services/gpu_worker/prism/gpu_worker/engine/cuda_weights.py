@@ -23,12 +23,11 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.store import ImageKind, TensorEntry
 from prism.gpu_worker.engine import cuda_driver
 from prism.gpu_worker.engine.arrivals import Arrivals
-from prism.gpu_worker.engine.cuda_arena import UNTOUCHED, CudaArena
+from prism.gpu_worker.engine.cuda_arena import SMALL_TENSOR_BYTES, UNTOUCHED, CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 from prism.gpu_worker.engine.tensor_factories import asked_for
 from prism.gpu_worker.engine.weights import ModelWeights, end_of, named_tensors
 
-PLACED_FROM_BYTES = 64 * 1024
 ADDRESS_SLACK = 2
 LEAST_ADDRESSES = 8 << 30
 
@@ -203,7 +202,7 @@ class _PlaceIn(TorchFunctionMode):  # type: ignore[misc]
         kwargs = kwargs or {}
         if func is torch.empty and torch.device(kwargs.get("device") or "cuda").type == "cuda":
             shape, dtype = asked_for(args, kwargs)
-            if math.prod(shape) * dtype.itemsize >= PLACED_FROM_BYTES:
+            if math.prod(shape) * dtype.itemsize >= SMALL_TENSOR_BYTES:
                 return self._arena.place(shape, dtype)
         return func(*args, **kwargs)
 
