@@ -21,6 +21,8 @@ SHELL_MODULE = "prism.gpu_worker.engine.cuda_shell"
 FIXED_BYTES = 1024 * MIB
 # NCCL's and SGLang's buffers for all-reduce, of each rank of an engine on several GPUs (measured on two).
 RANKS_BYTES = 1536 * MIB
+# Raised when tensors come to lie elsewhere in an arena: images that were made before must not be taken for it.
+ARENA_VERSION = 2
 ACTIVATION_SLACK_BYTES = 4096 * MIB
 MOST_COPY_THREADS = 16
 
@@ -54,7 +56,8 @@ class CudaDevice:
     def layout(self, tp_rank: int, tp_size: int) -> str:
         """Engine, version, kind of GPU, dtype and rank: an image of any other is not ours to use."""
         device = f"sm{self.memories[0].compute_capability}"
-        return f"sglang-{version('sglang')}/{device}/{self.dtype}/tp{tp_rank}of{tp_size}"
+        engine = f"sglang-{version('sglang')}/{device}/{self.dtype}"
+        return f"{engine}/tp{tp_rank}of{tp_size}/arena{ARENA_VERSION}"
 
     def resident_bytes(self, pid: int, ready: Ready) -> tuple[int, int]:
         """What the driver counts beyond the engine's fixed cost, where that is most: weights first, the rest
