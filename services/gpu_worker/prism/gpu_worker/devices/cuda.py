@@ -21,7 +21,7 @@ SHELL_MODULE = "prism.gpu_worker.engine.cuda_shell"
 FIXED_BYTES = 1024 * MIB
 # NCCL's and SGLang's buffers for all-reduce, of each rank of an engine on several GPUs (measured on two).
 RANKS_BYTES = 1536 * MIB
-# Raised when tensors come to lie elsewhere in an arena: images that were made before must not be taken for it.
+# Raised when tensors come to lie elsewhere in an arena: images made before must not be taken for it.
 ARENA_VERSION = 2
 ACTIVATION_SLACK_BYTES = 4096 * MIB
 MOST_COPY_THREADS = 16
