@@ -14,13 +14,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from prism.common.errors import ErrorCode, PrismError
-from prism.common.messages.load import ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
-from prism.common.telemetry import about
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
-from prism.gpu_worker.engine_protocol import Done, Imaged, Outputs, Progress, Ready, StartEngine
-from prism.gpu_worker.instance_memory import InstanceMemory, Room, kv_bytes_of
+from prism.gpu_worker.engine_protocol import Done, Outputs, Progress, Ready, StartEngine
+from prism.gpu_worker.image_export import ImageExport
+from prism.gpu_worker.instance_memory import InstanceMemory, Room
 from prism.gpu_worker.serving_record import ServingRecord
 from prism.scheduling.ledger import MemoryLedger
 from prism.scheduling.quotas import QuotaHolder
@@ -28,7 +27,6 @@ from prism.scheduling.quotas import QuotaHolder
 log = logging.getLogger(__name__)
 
 STORE_DEADLINE_S = 600.0
-IMAGE_DEADLINE_S = 20.0
 SLOWEST_COPY_BYTES_PER_S = 500e6
 ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
 LOST = (ErrorCode.ENGINE_LOST, ErrorCode.DEADLINE_EXCEEDED)
@@ -95,8 +93,7 @@ class ModelInstance:
         self._requests_kv_tokens = kv_tokens
         self._watch: asyncio.Task[None] | None = None
         self._lost: EngineProcess | None = None
-        self._image_settled = asyncio.Event()
-        self._image_error: str | None = None
+        self.image = ImageExport(spec.model_name)
 
     @property
     def most_kv_tokens(self) -> int | None:
@@ -212,9 +209,10 @@ class ModelInstance:
 
     def quota_holder(self) -> QuotaHolder | None:
         """What the arbiter needs to know of it; None while its quota can't be changed."""
-        return None if self.lock.locked() else self._holder()
+        return None if self.lock.locked() else self.kv_holder()
 
-    def _holder(self) -> QuotaHolder | None:
+    def kv_holder(self) -> QuotaHolder | None:
+        """Its KV cache and what it wants of it; None while it serves nobody."""
         if self.state is not ModelState.ACTIVE or self.ready is None:
             return None
         return self.memory.holder(self.ready, self.engine_load, *self._requests_kv_tokens(self.name))
@@ -255,8 +253,7 @@ class ModelInstance:
                 f"{self.name} wants tp_size {self.spec.tp_size}; engines of the {self._device.name} device "
                 f"of this worker have {possible} rank(s)",
             )
-        self._image_settled.clear()
-        self._image_error = None
+        self.image.begin()
         weights = self.memory.begin(kv_bytes)
         kv_bytes = await self.memory.reserve(weights, kv_bytes)
         self.set_state(ModelState.STAGING)
@@ -281,7 +278,7 @@ class ModelInstance:
             raise
         self.memory.kv_tokens = self.ready.kv_tokens
         if self.ready.imaged:
-            self._image_settled.set()
+            self.image.settled()
         if self.memory.kv_bytes < kv_bytes:
             # Its weights turned out to be larger; the engine was told its quota before it knew.
             await self._have_first_quota()
@@ -317,38 +314,12 @@ class ModelInstance:
             self.engine_load = message
             self._on_outputs(self, message)
 
-        def imaged(message: Imaged) -> None:
-            self._image_settled.set()
-            if message.error is not None:
-                self._image_error = message.error.message
-                log.warning(
-                    "no image for waking, it will start anew instead of dozing: %s",
-                    message.error.message,
-                    extra=about(model=self.name),
-                )
-            else:
-                log.info("image exported in %.2f s", message.seconds, extra=about(model=self.name))
-
         return EngineEvents(
             on_outputs=outputs,
             on_weights_sized=sized,
             on_progress=lambda progress: self._on_progress(self, progress),
-            on_imaged=imaged,
+            on_imaged=self.image.told,
         )
-
-    async def can_doze(self) -> bool:
-        """Whether there is an image to wake from; waits for one that is on its way.
-
-        Raises PrismError(store_unavailable, retry) when that takes longer than IMAGE_DEADLINE_S.
-        """
-        try:
-            async with asyncio.timeout(IMAGE_DEADLINE_S):
-                await self._image_settled.wait()
-        except TimeoutError as error:
-            raise PrismError(
-                ErrorCode.STORE_UNAVAILABLE, f"the image of {self.name} is still being exported", retry=True
-            ) from error
-        return self._image_error is None
 
     async def doze(self, deadline_s: float) -> dict[str, float]:
         """Give back weights and KV memory, confirmed by the kernel. The caller holds the lock, and drained.
@@ -472,42 +443,6 @@ class ModelInstance:
         if self.engine is None or self.ready is None or self.engine.ended.done():
             return 0, 0
         return self._device.resident_bytes(self.engine.pid, self.ready)
-
-    def load(self, queued: int) -> ModelLoad:
-        """What there is to report of this model now; bytes are what the kernel says is there."""
-        weights, kv = self.resident_bytes()
-        running = self.engine_load.running + self.engine_load.waiting
-        busy = queued + running > 0
-        now = time.monotonic()
-        holder = self._holder()
-        prefill = self.record.prefill
-        return ModelLoad(
-            model=self.name,
-            state=self.state,
-            queued=queued,
-            running=running,
-            weights_bytes=weights,
-            kv_quota_bytes=self.memory.quota_bytes,
-            kv_used_bytes=kv,
-            kv_spare_bytes=holder.spare_bytes if holder is not None else 0,
-            kv_wanted_bytes=kv_bytes_of(self.ready, self._requests_kv_tokens(self.name)[1])
-            if self.ready
-            else 0,
-            idle_s=0.0 if busy else now - self.idle_since,
-            state_s=now - self.state_since,
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            failure=self.failure,
-            engine_steps=self.engine_load.steps,
-            queue_s=self.record.queue_s,
-            prefill_tokens_per_s=prefill.reached_tokens_per_s if prefill.known else None,
-            decode_step_s=self.record.step.seconds,
-            requests=self.record.requests,
-            ttft_met=self.record.ttft_met,
-            ttft_missed=self.record.ttft_missed,
-            tpot_met=self.record.tpot_met,
-            tpot_missed=self.record.tpot_missed,
-        )
 
 
 def _after(error: BaseException, what: str = "") -> tuple[ModelState, str | None]:

@@ -28,6 +28,7 @@ from prism.gpu_worker.devices.freezing import can_freeze
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
 from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
+from prism.gpu_worker.model_load import load_of
 from prism.gpu_worker.quota_arbiter import QuotaArbiter
 from prism.gpu_worker.routes import WorkerRoutes, worker_routes
 from prism.gpu_worker.stall_watch import StallWatch
@@ -252,7 +253,7 @@ class Worker:
             return await instance.thaw(deadline_s)
         if instance.state is not ModelState.ACTIVE:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"{instance.name} is {instance.state}, not active")
-        if not await instance.can_doze():
+        if not await instance.image.exists():
             # Without an image there is nothing to wake from; the memory is wanted all the same.
             log.info(
                 "no image to wake from: its engine is released instead", extra=about(model=instance.name)
@@ -321,7 +322,10 @@ class Worker:
             gpu_ids=self.identity.gpu_ids,
             memory_limit_bytes=self.ledger.limit_bytes,
             memory_reserved_bytes=self.ledger.reserved_bytes,
-            models=[instance.load(self.requests.queued(name)) for name, instance in self.instances.items()],
+            models=[
+                load_of(instance, self.requests.queued(name), self.requests.kv_tokens(name)[1])
+                for name, instance in self.instances.items()
+            ],
             element_bytes=self._device.element_bytes,
             epoch=self.epoch,
             draining=self.draining,

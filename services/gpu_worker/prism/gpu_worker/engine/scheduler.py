@@ -6,33 +6,33 @@ sender the only place where outputs leave.
 
 import contextlib
 import dataclasses
-import math
 import threading
 import time
-from array import array
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from sglang.srt.managers import schedule_policy
-from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.idle_sleeper import IdleSleeper
 from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
-from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
-from prism.common.messages.generation import SamplingParams as WireSamplingParams
-from prism.common.messages.generation import TokenLogprob
 from prism.gpu_worker.engine import footprint
 from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine.layer_gate import LayerGate
 from prism.gpu_worker.engine.link import WorkerGone
 from prism.gpu_worker.engine.platform import KvMemory, Platform
 from prism.gpu_worker.engine.ranks import Link, Ranks
+from prism.gpu_worker.engine.request_inputs import (
+    StopTokens,
+    check_prompt,
+    sampling_params,
+    scheduler_request,
+)
+from prism.gpu_worker.engine.token_outputs import OutputSender, TokenStreamer
 from prism.gpu_worker.engine.weights import ModelWeights
 from prism.gpu_worker.engine_protocol import (
     PLANNED_NEW_TOKENS,
@@ -49,26 +49,11 @@ from prism.gpu_worker.engine_protocol import (
     Wake,
 )
 
-LOWEST_LOGPROB = -1e30
 MEMORY_POLL_S = 0.001
 MEMORY_TOLD_S = 0.5
 
 # The worker plans with what requests usually generate; SGLang would keep room for all that they may.
 schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_NEW_TOKENS
-
-
-@dataclasses.dataclass(frozen=True)
-class StopTokens:
-    """What SGLang asks of a request's tokenizer when no text is involved: which tokens end a sequence."""
-
-    eos_token_id: int
-    additional_stop_token_ids: frozenset[int]
-
-    @classmethod
-    def of(cls, ids: "set[int] | None", vocabulary: int) -> "StopTokens":
-        """From a model's end-of-sequence ids; the first id past the vocabulary stands for none."""
-        first, *others = sorted(ids or {vocabulary})
-        return cls(first, frozenset(others))
 
 
 class EngineScheduler(Scheduler):  # type: ignore[misc]
@@ -108,7 +93,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         """Our socket instead of SGLang's ZMQ channels."""
-        sender = _OutputSender(self)
+        sender = OutputSender(self.tell)
         self.ipc_channels = SchedulerIpcChannels(
             recv_from_tokenizer=self.link,
             recv_from_rpc=None,
@@ -143,7 +128,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         super().init_output_streamer()
         built: Any = self.output_streamer
         fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
-        self.output_streamer = _TokenStreamer(**fields)
+        self.output_streamer = TokenStreamer(**fields)
 
     def init_request_dispatcher(self) -> None:
         """Our messages beside SGLang's own."""
@@ -162,47 +147,15 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             error = ErrorBody(ErrorCode.MOVED, "the model is asleep", retry=True)
         else:
             try:
-                sampling = self._sampling(message.sampling)
-                self._check_prompt(message.input_ids)
+                vocabulary = self.model_config.vocab_size
+                sampling = sampling_params(message.sampling, vocabulary, self.tokenizer)
+                check_prompt(message.input_ids, vocabulary, self.max_req_input_len)
             except ValueError as problem:
                 error = ErrorBody(ErrorCode.INVALID_REQUEST, str(problem))
         if error is not None:
             self.tell([TokenOutput(message.rid, [], "abort", error=error)])
             return
-        self.handle_generate_request(_scheduler_request(message, sampling))
-
-    def _check_prompt(self, input_ids: list[int]) -> None:
-        # Each of these would end the scheduler, and with it everybody's requests.
-        vocabulary = self.model_config.vocab_size
-        if not input_ids:
-            raise ValueError("the prompt is empty")
-        if min(input_ids) < 0 or max(input_ids) >= vocabulary:
-            raise ValueError(f"the prompt has token ids outside of 0 to {vocabulary - 1}")
-        if len(input_ids) > self.max_req_input_len:
-            raise ValueError(f"the prompt has {len(input_ids)} tokens, {self.max_req_input_len} fit")
-
-    def _sampling(self, chosen: WireSamplingParams) -> SamplingParams:
-        vocabulary = self.model_config.vocab_size
-        if any(not 0 <= token < vocabulary for token in chosen.stop_token_ids):
-            raise ValueError(f"stop_token_ids has token ids outside of 0 to {vocabulary - 1}")
-        sampling = SamplingParams(
-            max_new_tokens=chosen.max_new_tokens,
-            temperature=chosen.temperature,
-            top_p=chosen.top_p,
-            top_k=chosen.top_k,
-            min_p=chosen.min_p,
-            frequency_penalty=chosen.frequency_penalty,
-            presence_penalty=chosen.presence_penalty,
-            repetition_penalty=chosen.repetition_penalty,
-            min_new_tokens=chosen.min_new_tokens,
-            ignore_eos=chosen.ignore_eos,
-            stop_token_ids=set(chosen.stop_token_ids) or None,
-            logit_bias=chosen.logit_bias,
-            sampling_seed=chosen.seed,
-        )
-        sampling.normalize(self.tokenizer)
-        sampling.verify(vocabulary)
-        return sampling
+        self.handle_generate_request(scheduler_request(message, sampling))
 
     def on_idle(self) -> None:
         """Tell the worker that the last request is really out of the engine, then sleep."""
@@ -360,135 +313,3 @@ class _LinkReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
     def _pull_raw_reqs(self) -> list[Any]:
         messages: list[Any] = self.recv_from_tokenizer.receive_waiting()
         return messages
-
-
-def _scheduler_request(message: Generate, sampling: SamplingParams) -> TokenizedGenerateReqInput:
-    return TokenizedGenerateReqInput(
-        rid=message.rid,
-        input_text=None,
-        input_ids=array("q", message.input_ids),
-        input_embeds=None,
-        mm_inputs=None,
-        token_type_ids=None,
-        sampling_params=sampling,
-        return_logprob=message.top_logprobs is not None,
-        logprob_start_len=-1,
-        top_logprobs_num=message.top_logprobs or 0,
-        token_ids_logprob=None,
-        stream=True,
-        priority=message.priority,
-    )
-
-
-class _OutputSender:
-    """Translates what SGLang sends to its tokenizer and detokenizer."""
-
-    def __init__(self, scheduler: EngineScheduler) -> None:
-        self._scheduler = scheduler
-        self.socket = None
-
-    def send_tokens(self, outputs: list[TokenOutput]) -> None:
-        """Pass on what requests generated."""
-        self._scheduler.tell(outputs)
-
-    def send_output(self, output: object, recv_obj: object = None) -> None:
-        """Pass on token outputs and aborts; nothing else has a receiver here."""
-        if isinstance(output, BatchTokenIDOutput):
-            self._scheduler.tell([_token_output(output, index) for index in range(len(output.rids))])
-        elif isinstance(output, AbortReq):
-            self._scheduler.tell([TokenOutput(output.rid, [], "abort")])
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class _TokenStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
-    """Says new tokens to our sender, without the thirty lists that SGLang's detokenizer would need at each
-    step. With log-probabilities it goes SGLang's way."""
-
-    def _stream_output_generation(
-        self, reqs: list[Any], return_logprob: bool, skip_req: Any = None, is_idle_batch: bool = False
-    ) -> None:
-        if return_logprob or is_idle_batch:
-            # A dataclass with slots is another class than the one that a bare super() would mean.
-            SchedulerOutputStreamer._stream_output_generation(
-                self, reqs, return_logprob, skip_req, is_idle_batch
-            )
-            return
-        outputs = [
-            _new_tokens(req)
-            for req in reqs
-            # With overlap a finished request comes here once more.
-            if req is not skip_req and not (req.finished() and req.finished_output)
-        ]
-        if outputs:
-            self.send_to_detokenizer.send_tokens(outputs)
-
-
-def _new_tokens(req: Any) -> TokenOutput:
-    reason: dict[str, Any] = {}
-    if req.finished():
-        req.finished_output = True
-        if req.finished_len is None:
-            req.finished_len = len(req.output_ids)
-        reason = req.finished_reason.to_json()
-    said = req.output_ids_through_stop
-    tokens = list(said[req.send_token_offset :])
-    req.send_token_offset = len(said)
-    return _said(req.rid, tokens, reason, len(req.origin_input_ids), len(said), req.cached_tokens)
-
-
-def _token_output(batch: BatchTokenIDOutput, index: int) -> TokenOutput:
-    said = _said(
-        batch.rids[index],
-        list(batch.output_ids[index]),
-        batch.finished_reasons[index] or {},
-        batch.prompt_tokens[index],
-        batch.completion_tokens[index],
-        batch.cached_tokens[index],
-    )
-    logprobs = _logprobs(batch, index)
-    return said if logprobs is None else msgspec.structs.replace(said, logprobs=logprobs)
-
-
-def _said(
-    rid: str, tokens: list[int], reason: dict[str, Any], prompt: int, completion: int, cached: int
-) -> TokenOutput:
-    finish = str(reason.get("type", ""))
-    matched = reason.get("matched")
-    return TokenOutput(
-        rid=rid,
-        tokens=tokens,
-        finish=finish,
-        matched_token=matched if isinstance(matched, int) else None,
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        cached_tokens=cached,
-        error=_abort_error(reason) if finish == "abort" else None,
-    )
-
-
-def _logprobs(batch: BatchTokenIDOutput, index: int) -> list[TokenLogprob] | None:
-    if not batch.output_token_logprobs_val or not batch.output_token_logprobs_val[index]:
-        return None
-    chosen = batch.output_token_logprobs_val[index]
-    tops = zip(batch.output_top_logprobs_val[index], batch.output_top_logprobs_idx[index], strict=True)
-    alternatives = [
-        [(int(token), _finite(value)) for value, token in zip(values or [], tokens or [], strict=True)]
-        for values, tokens in tops
-    ]
-    alternatives += [[]] * (len(chosen) - len(alternatives))
-    return [TokenLogprob(_finite(value), top) for value, top in zip(chosen, alternatives, strict=True)]
-
-
-def _finite(value: float) -> float:
-    # JSON has no infinities; a log-probability as low as this says the same.
-    return float(value) if math.isfinite(value) else LOWEST_LOGPROB
-
-
-def _abort_error(reason: dict[str, Any]) -> ErrorBody | None:
-    status = reason.get("status_code")
-    if status is None:
-        return None
-    message = str(reason.get("message", "aborted by the engine"))
-    if int(status) == 400:
-        return ErrorBody(ErrorCode.INVALID_REQUEST, message)
-    return ErrorBody(ErrorCode.OVERLOADED, message, retry=True)

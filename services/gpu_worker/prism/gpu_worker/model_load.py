@@ -1,0 +1,44 @@
+"""What a worker reports of one model."""
+
+import time
+
+from prism.common.messages.load import ModelLoad
+from prism.gpu_worker.instance_memory import kv_bytes_of
+from prism.gpu_worker.model_instance import ModelInstance
+
+
+def load_of(instance: ModelInstance, queued: int, kv_wanted_tokens: int) -> ModelLoad:
+    """What there is to report of `instance` now; bytes are what the kernel says is there. Of its requests
+    `queued` wait here, and all of them want `kv_wanted_tokens` of its KV cache."""
+    weights, kv = instance.resident_bytes()
+    engine = instance.engine_load
+    running = engine.running + engine.waiting
+    busy = queued + running > 0
+    now = time.monotonic()
+    holder = instance.kv_holder()
+    record, ready = instance.record, instance.ready
+    return ModelLoad(
+        model=instance.name,
+        state=instance.state,
+        queued=queued,
+        running=running,
+        weights_bytes=weights,
+        kv_quota_bytes=instance.memory.quota_bytes,
+        kv_used_bytes=kv,
+        kv_spare_bytes=holder.spare_bytes if holder is not None else 0,
+        kv_wanted_bytes=kv_bytes_of(ready, kv_wanted_tokens) if ready is not None else 0,
+        idle_s=0.0 if busy else now - instance.idle_since,
+        state_s=now - instance.state_since,
+        prompt_tokens=instance.prompt_tokens,
+        generated_tokens=instance.generated_tokens,
+        failure=instance.failure,
+        engine_steps=engine.steps,
+        queue_s=record.queue_s,
+        prefill_tokens_per_s=record.prefill.reached_tokens_per_s if record.prefill.known else None,
+        decode_step_s=record.step.seconds,
+        requests=record.requests,
+        ttft_met=record.ttft_met,
+        ttft_missed=record.ttft_missed,
+        tpot_met=record.tpot_met,
+        tpot_missed=record.tpot_missed,
+    )
