@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,7 +126,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=8))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cuda_arena, "REMAPPED_BYTES", PIECE)
-    monkeypatch.setattr(cuda_arena, "SMALL_TENSORS_BYTES", PAGE)
     monkeypatch.setattr(registered_image, "CHUNK_BYTES", PIECE)
     monkeypatch.setattr(bounced_copies, "BUFFER_BYTES", PAGE)
     return fake
@@ -209,20 +208,21 @@ def test_a_gpu_without_room_ends_what_was_begun(driver: FakeDriver, image: Regis
     assert content(arena) == ctypes.string_at(image.address, NBYTES)
 
 
-def test_small_tensors_lie_in_front_whenever_they_are_placed(driver: FakeDriver) -> None:
-    arena = CudaArena(0, 40 * PIECE)
+def test_small_tensors_lie_in_front_however_late_they_come(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_arena, "MOST_IN_FRONT_BYTES", PAGE // 2)
+    monkeypatch.setattr(CudaArena, "view", lambda arena, offset, *_: SimpleNamespace(offset=offset))
+    arena = CudaArena(0, 40 * PIECE, front_bytes=PAGE)
 
-    def placed(*shape: int) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CudaArena, "view", lambda arena, offset, *_: SimpleNamespace(offset=offset))
-            tensor: Any = arena.place(shape, torch.bfloat16)
-        return int(tensor.offset)
+    def offset(nbytes: int, place: Callable[..., Any]) -> int:
+        return int(place((nbytes // 2,), torch.bfloat16).offset)
 
-    large = cuda_arena.SMALL_TENSOR_BYTES // 2
-    assert placed(large) == PAGE
-    assert placed(100) == 0
-    assert placed(large) == PAGE + 2 * large
-    assert placed(100) == 256
-    # No more room there.
-    assert placed(large - 1) == PAGE + 4 * large
-    assert arena.used == PAGE + 4 * large + 2 * (large - 1)
+    assert offset(PIECE, arena.place) == PAGE
+    assert offset(200, arena.place_in_front) == 0
+    assert offset(PIECE, arena.place) == PAGE + PIECE
+    assert offset(PAGE // 2, arena.place_in_front) == 256
+    # Too large to lie there, then no more room there.
+    assert offset(PAGE // 2 + 2, arena.place_in_front) == PAGE + 2 * PIECE
+    assert offset(PAGE // 2, arena.place_in_front) == PAGE + 2 * PIECE + PAGE // 2 + 256
+    assert arena.used == PAGE + 2 * PIECE + PAGE + 256

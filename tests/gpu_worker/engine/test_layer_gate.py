@@ -12,8 +12,18 @@ from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine.layer_gate import LayerGate, layer_needs, layers_of
 
 LEAD_S = 0.15
-PREFILL = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: True))
-DECODE = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
+
+
+def batch(*, extends: bool, in_graph: bool) -> SimpleNamespace:
+    """A pass whose mode says so."""
+    mode = SimpleNamespace(is_extend=lambda: extends, is_cuda_graph=lambda: in_graph)
+    return SimpleNamespace(forward_mode=mode)
+
+
+PREFILL = batch(extends=True, in_graph=False)
+DECODE = batch(extends=False, in_graph=True)
+# Drafted tokens that are verified, for one.
+PREFILL_IN_GRAPH = batch(extends=True, in_graph=True)
 
 
 class ParallelLMHead(nn.Module):  # type: ignore[misc]
@@ -75,7 +85,7 @@ class Runner:
         self.model = model
 
     def forward(self, forward_batch: Any, factor: int = 1) -> int:
-        if forward_batch.forward_mode.is_extend():
+        if not forward_batch.forward_mode.is_cuda_graph():
             self.model()
         else:
             self.model._notes.append("step")
@@ -134,14 +144,15 @@ def test_each_layer_waits_for_its_own_and_the_last_for_all() -> None:
     ]
 
 
-def test_a_step_waits_for_all() -> None:
+@pytest.mark.parametrize("step", [DECODE, PREFILL_IN_GRAPH])
+def test_a_step_waits_for_all(step: SimpleNamespace) -> None:
     notes: list[str] = []
     runner = runner_of(notes)
     gate = LayerGate(runner, end_of, LEAD_S)
     runner.forward(PREFILL)
     notes.clear()
     gate.close(on_their_way(notes))
-    runner.forward(DECODE)
+    runner.forward(step)
     assert notes == ["until 9", "step"]
 
 

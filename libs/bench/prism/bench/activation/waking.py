@@ -85,7 +85,10 @@ async def _woken_again_and_again(
     target = WAKE_TARGETS_S.get(name, round(floor + WAKE_OVERHEAD_S, 3))
     note = f"{weights / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s take {floor:.3f} s; median of {WAKES}"
     note += "" if written else "; the image was not on disk by then"
-    share_note = "of the pinned bandwidth measured in the same run; mapping the memory included"
+    share_note = (
+        "of the pinned bandwidth measured in the same run; mapping the memory included, by the GPU's clock"
+    )
+    share_note += f" (that of the first of {tp_size})" if tp_size > 1 else ""
     said_note = f"answers of {ANSWER_TOKENS} greedy tokens that differ from that before the first doze"
     mismatches = sum(each.text != undisturbed for each in wakes)
     return [
@@ -101,7 +104,7 @@ async def _woken_again_and_again(
             note=note,
         ),
         row(f"wake_{name}_command_s", median(w.command_s for w in wakes), "s"),
-        row(f"wake_{name}_to_request_s", median(w.to_request_s for w in wakes), "s"),
+        row(f"wake_{name}_until_request_s", median(w.until_request_s for w in wakes), "s"),
         row(f"wake_{name}_to_token_frame_s", median(w.to_token_frame_s for w in wakes), "s"),
         row(f"awake_{name}_first_token_s", median(awake), "s", note="the same request to an active model"),
         row(f"wake_{name}_copy_s", copy_s, "s"),

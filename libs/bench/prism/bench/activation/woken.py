@@ -25,14 +25,15 @@ SETTLE_S = 0.5
 
 @dataclass(frozen=True)
 class Woken:
-    """One wake, in seconds: from the command to the first byte of an answer, of the copy, of the command,
-    from its end to the request on the bus, from there to its first token on the bus; what was said, and the
-    phases that the worker tells of."""
+    """One wake, in seconds: from the command to the first byte of an answer, of the copy by the GPU's clock
+    (rank 0's), of the command, from its begin to the request on the bus (which may come before the last
+    weights do), from there to its first token on the bus; what was said, and the phases that the worker
+    tells of."""
 
     first_token_s: float
     copy_s: float
     command_s: float
-    to_request_s: float
+    until_request_s: float
     to_token_frame_s: float
     text: str
     phases: dict[str, float]
@@ -111,7 +112,7 @@ async def wake(system: CommandedSystem, model: str, prompt: list[int]) -> Woken:
         first_token_s=answer.first_byte_at - began,
         copy_s=copy_s,
         command_s=told - began,
-        to_request_s=system.requested_at - told,
+        until_request_s=system.requested_at - began,
         to_token_frame_s=token_at - system.requested_at,
         text=answer.text,
         phases=outcome.seconds,

@@ -23,9 +23,8 @@ GROWTH_BYTES = 256 * 1024 * 1024
 REMAPPED_BYTES = 1024 * 1024 * 1024
 # Nothing is decoded while weights are copied in that pinning by several threads could hold up.
 PINNING_THREADS = 4
-# Norms and scales: constructed or settled late, they would lie behind all else, and their layers wait for it.
-SMALL_TENSOR_BYTES = 64 * 1024
-SMALL_TENSORS_BYTES = 8 * 1024 * 1024
+# A larger tensor that comes late would take the room in front from all others.
+MOST_IN_FRONT_BYTES = 256 * 1024
 # Two halves of a NaN in every 16-bit float type; no checkpoint holds a page of it.
 UNTOUCHED = 0x7FC57FC5
 COMPARED_WORDS = 1 << 26
@@ -33,16 +32,18 @@ COMPARED_WORDS = 1 << 26
 
 class CudaArena:
     """`capacity` bytes of GPU address space, of which the first `mapped_bytes` have memory behind them. It
-    grows with memory full of the 32-bit `filler`."""
+    grows with memory full of the 32-bit `filler`. The first `front_bytes` are for small tensors that come
+    late: behind all else, whoever needs them would wait for all of the weights."""
 
-    def __init__(self, device: int, capacity: int, filler: int = UNTOUCHED) -> None:
+    def __init__(self, device: int, capacity: int, filler: int = UNTOUCHED, *, front_bytes: int = 0) -> None:
         self._device = device
         self._filler = filler
         self._granularity = cuda_driver.granularity(device)
         self.capacity = align(max(capacity, 1), self._granularity)
         self.address = cuda_driver.reserve_addresses(self.capacity)
-        self._small_used = 0
-        self.used = min(SMALL_TENSORS_BYTES, self.capacity)
+        self._front_bytes = min(front_bytes, self.capacity)
+        self._front_used = 0
+        self.used = self._front_bytes
         self.mapped_bytes = 0
         self._pieces: list[tuple[int, int, Any]] = []
         self._stream = torch.cuda.Stream(device)
@@ -53,19 +54,24 @@ class CudaArena:
         return self.mapped_bytes > 0
 
     def place(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor over the next free bytes, which hold the filler; small tensors lie together in front.
+        """A tensor over the next free bytes, which hold the filler.
 
         Raises PrismError(out_of_memory) when the device, MemoryError when the address range is full.
         """
-        nbytes = math.prod(shape) * dtype.itemsize
-        offset = align(self._small_used, TENSOR_ALIGNMENT)
-        if nbytes < SMALL_TENSOR_BYTES and offset + nbytes <= SMALL_TENSORS_BYTES:
-            self._small_used = offset + nbytes
-            self.grow(offset + nbytes)
-            return self.view(offset, shape, dtype)
         offset = align(self.used, TENSOR_ALIGNMENT)
-        self.grow(offset + nbytes)
-        self.used = offset + nbytes
+        end = offset + math.prod(shape) * dtype.itemsize
+        self.grow(end)
+        self.used = end
+        return self.view(offset, shape, dtype)
+
+    def place_in_front(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As `place`, but before all others where there is room left for such."""
+        offset = align(self._front_used, TENSOR_ALIGNMENT)
+        end = offset + math.prod(shape) * dtype.itemsize
+        if end - offset > MOST_IN_FRONT_BYTES or end > self._front_bytes:
+            return self.place(shape, dtype)
+        self.grow(end)
+        self._front_used = end
         return self.view(offset, shape, dtype)
 
     def grow(self, nbytes: int) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.loader import DefaultModelLoader
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -23,13 +24,18 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.store import ImageKind, TensorEntry
 from prism.gpu_worker.engine import cuda_driver
 from prism.gpu_worker.engine.arrivals import Arrivals
-from prism.gpu_worker.engine.cuda_arena import SMALL_TENSOR_BYTES, UNTOUCHED, CudaArena
+from prism.gpu_worker.engine.cuda_arena import UNTOUCHED, CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 from prism.gpu_worker.engine.tensor_factories import asked_for
 from prism.gpu_worker.engine.weights import ModelWeights, end_of, named_tensors
 
 ADDRESS_SLACK = 2
 LEAST_ADDRESSES = 8 << 30
+# Placed when the model is complete: many, and some are replaced once more.
+SMALL_TENSOR_BYTES = 64 * 1024
+# Norms and biases of a layer, and the scales of one that is quantised: 70B in FP8 has 354 KiB.
+FRONT_BYTES_A_LAYER = 64 * 1024
+QUANTISED_FRONT_BYTES_A_LAYER = 384 * 1024
 
 
 class CudaModelWeights(ModelWeights):
@@ -44,14 +50,14 @@ class CudaModelWeights(ModelWeights):
         self._filling: Future[None] | None = None
 
     @contextlib.contextmanager
-    def initializing(self) -> Iterator[None]:
+    def initializing(self, config: ModelConfig) -> Iterator[None]:
         """Construct the model in the arena."""
         assert self._lease is not None
         capacity = max(self._start.weights_bytes * ADDRESS_SLACK, LEAST_ADDRESSES)
         # A model primed before its content is there must not compute with NaN: a router of experts would
         # take that for any of them.
         filler = 0 if self._lease.kind is ImageKind.ENGINE else UNTOUCHED
-        self.arena = CudaArena(self._gpu, capacity, filler)
+        self.arena = CudaArena(self._gpu, capacity, filler, front_bytes=_front_bytes(config))
         with _PlaceIn(self.arena):
             yield
 
@@ -110,7 +116,7 @@ class CudaModelWeights(ModelWeights):
         for name, tensor in named_tensors(model):
             if tensor.numel() and not self._holds(tensor):
                 if tensor.is_contiguous():
-                    placed = self.arena.place(tuple(tensor.shape), tensor.dtype)
+                    placed = self.arena.place_in_front(tuple(tensor.shape), tensor.dtype)
                 else:
                     placed = self._place_strided(name, tensor)
                 placed.copy_(tensor.data)
@@ -132,7 +138,7 @@ class CudaModelWeights(ModelWeights):
                 f"the weights of {self._start.model} can't be put into an image exactly: {name} has strides "
                 f"{tensor.stride()} over shape {tuple(tensor.shape)}; use another quantisation of the model",
             )
-        flat = self.arena.place((span,), tensor.dtype)
+        flat = self.arena.place_in_front((span,), tensor.dtype)
         return flat.as_strided(tensor.shape, tensor.stride())
 
     def _holds(self, tensor: torch.Tensor) -> bool:
@@ -187,6 +193,13 @@ class CudaModelWeights(ModelWeights):
         assert self._lease is not None
         # The store lends what it was given, or an equal image that it had already. Pinned while it sleeps.
         self._image(self._lease.fd, end_of(self._layout))
+
+
+def _front_bytes(config: ModelConfig) -> int:
+    """Room for what comes late of every layer, and of what follows them. From nothing but the model's
+    configuration: engines of one model must come to the same layout."""
+    a_layer = QUANTISED_FRONT_BYTES_A_LAYER if config.quantization else FRONT_BYTES_A_LAYER
+    return (int(config.num_hidden_layers) + 1) * a_layer
 
 
 class _PlaceIn(TorchFunctionMode):  # type: ignore[misc]

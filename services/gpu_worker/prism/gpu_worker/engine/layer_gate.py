@@ -118,7 +118,9 @@ class LayerGate:
         self._arrivals = None
 
     def _pass(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        prefill = bool(forward_batch.forward_mode.is_extend())
+        mode = forward_batch.forward_mode
+        # Of the modes that extend a sequence some replay a graph.
+        prefill = bool(mode.is_extend() and not mode.is_cuda_graph())
         if self.closed:
             assert self._arrivals is not None
             assert self._needs is not None

@@ -227,6 +227,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             arrivals.wait()
         except Exception as problem:
             error = ErrorBody(ErrorCode.INTERNAL, f"copying the weights back failed: {problem}", retry=True)
+        else:
+            footprint.note("woken")
         with contextlib.suppress(WorkerGone):
             self.link.send(Arrived({"copy": arrivals.seconds}, error))
 
@@ -274,11 +276,14 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         if not self.dozing:
             return {}
         assert self.kv is not None
-        began = time.perf_counter()
+        seconds: dict[str, float] = {}
 
         def restore() -> None:
             arrivals = self.weights.restore(self._gate.lead_s)
-            self._arrivals = None if arrivals.all_here else arrivals
+            if arrivals.all_here:
+                seconds["copy"] = arrivals.seconds
+            else:
+                self._arrivals = arrivals
 
         def undo() -> None:
             arrivals, self._arrivals = self._arrivals, None
@@ -287,13 +292,15 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             self.weights.unmap()
 
         self.ranks.together(restore, undo)
-        copied = time.perf_counter()
+        began = time.perf_counter()
         if self._arrivals is not None:
             self._gate.close(self._arrivals)
         self.kv.map()
         self.dozing = False
-        footprint.note("woken")
-        return {"copy": copied - began, "kv": time.perf_counter() - copied}
+        if self._arrivals is None:
+            # It waits for all that the GPU has to do.
+            footprint.note("woken")
+        return {**seconds, "kv": time.perf_counter() - began}
 
     def _end_arrivals(self) -> None:
         arrivals, self._arrivals = self._arrivals, None

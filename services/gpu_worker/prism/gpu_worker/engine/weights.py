@@ -71,8 +71,8 @@ class ModelWeights:
             on_progress=lambda done, total: self._on_progress(Progress(done, total)),
         )
 
-    def initializing(self) -> contextlib.AbstractContextManager[Any]:
-        """Within this, a model is constructed, its weights without content."""
+    def initializing(self, config: ModelConfig) -> contextlib.AbstractContextManager[Any]:
+        """Within this, a model of this configuration is constructed, its weights without content."""
         return contextlib.nullcontext()
 
     def fill(self, model: nn.Module, target: torch.device) -> None:
@@ -271,7 +271,7 @@ def loader_for(weights: ModelWeights) -> type[BaseModelLoader]:
             target = torch.device(device_config.device)
             quantization = _get_quantization_config(model_config, self.load_config)
             with set_default_torch_dtype(model_config.dtype):
-                with target, weights.initializing():
+                with target, weights.initializing(model_config):
                     model: nn.Module = _initialize_model(model_config, self.load_config, quantization)
                 weights.fill(model, target)
             return model.eval()
