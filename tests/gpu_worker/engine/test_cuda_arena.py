@@ -3,17 +3,17 @@
 import ctypes
 import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tests.gpu_worker.engine.host_driver import HostDriver
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd
-from prism.gpu_worker.engine import bounced_copies, cuda_arena, cuda_driver, registered_image
+from prism.gpu_worker.engine import bounced_copies, cuda_arena, registered_image
 from prism.gpu_worker.engine.cuda_arena import CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 
@@ -22,21 +22,14 @@ PIECE = 2 * PAGE
 NBYTES = 9 * PIECE + 100
 
 
-class FakeDriver:
-    """Host memory in place of the GPU's. A copy is done when somebody waits for an event behind it, or for
-    the stream; `room` bytes can be mapped. `waits` are the events that were waited for on a stream."""
+class MappingDriver(HostDriver):
+    """Maps memory as well: `room` bytes of it at most. Copies go where there is some."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.room = 1 << 40
         self.mapped: dict[int, int] = {}
-        self.enqueued: list[tuple[int, int, int]] = []
-        self.events: dict[int, int] = {}
-        self.waits: list[int] = []
-        self.registered: set[int] = set()
-        self.timed: set[int] = set()
         self._ranges: list[mmap.mmap] = []
-        self._made = 0
-        self._lock = threading.Lock()
 
     def granularity(self, device: int) -> int:
         return PAGE
@@ -57,22 +50,9 @@ class FakeDriver:
     def unmap_memory(self, address: int, nbytes: int, handle: int) -> None:
         assert self.mapped.pop(address) == nbytes
 
-    def current_context(self) -> str:
-        return "primary"
-
-    def use_context(self, context: str) -> None:
-        assert context == "primary"
-
-    def register_host(self, address: int, nbytes: int) -> None:
-        self.registered.add(address)
-
-    def unregister_host(self, address: int) -> None:
-        self.registered.remove(address)
-
     def copy_to_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
         assert any(begin <= target and target + nbytes <= begin + size for begin, size in self.joined())
-        with self._lock:
-            self.enqueued.append((target, source, nbytes))
+        super().copy_to_device(target, source, nbytes, stream)
 
     def joined(self) -> list[tuple[int, int]]:
         """Ranges with memory behind them, neighbours as one."""
@@ -84,44 +64,12 @@ class FakeDriver:
                 found.append((address, self.mapped[address]))
         return found
 
-    def create_event(self, *, timed: bool = False) -> int:
-        self._made += 1
-        self.events[self._made] = 0
-        if timed:
-            self.timed.add(self._made)
-        return self._made
-
-    def record_event(self, event: int, stream: int) -> None:
-        self.events[event] = len(self.enqueued)
-
-    def wait_for_event(self, event: int) -> None:
-        self.copy_until(self.events[event])
-
-    def seconds_between(self, first: int, last: int) -> float:
-        assert {first, last} <= self.timed
-        return float(self.events[last] - self.events[first])
-
-    def hold_back(self, stream: int, event: int) -> None:
-        self.waits.append(self.events[event])
-
-    def destroy_event(self, event: int) -> None:
-        del self.events[event]
-
-    def copy_until(self, count: int) -> None:
-        """Have the first `count` copies done."""
-        with self._lock:
-            for index, (target, source, nbytes) in enumerate(self.enqueued[:count]):
-                ctypes.memmove(target, source, nbytes)
-                self.enqueued[index] = (target, source, 0)
-
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    fake = FakeDriver()
-    for call in (name for name in vars(FakeDriver) if not name.startswith("_")):
-        if hasattr(cuda_driver, call):
-            monkeypatch.setattr(cuda_driver, call, getattr(fake, call))
-    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: fake.copy_until(len(fake.enqueued)))
+def driver(monkeypatch: pytest.MonkeyPatch) -> MappingDriver:
+    fake = MappingDriver()
+    fake.stand_in(monkeypatch)
+    stream = SimpleNamespace(cuda_stream=7, synchronize=fake.copy_all)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=8))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -132,7 +80,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 
 @pytest.fixture
-def image(driver: FakeDriver) -> Iterator[RegisteredImage]:
+def image(driver: MappingDriver) -> Iterator[RegisteredImage]:
     fd = create_memfd("test-image", NBYTES)
     os.pwrite(fd, bytes(index * 7 % 251 for index in range(NBYTES)), 0)
     made = RegisteredImage(fd, NBYTES)
@@ -141,7 +89,7 @@ def image(driver: FakeDriver) -> Iterator[RegisteredImage]:
     made.close()
 
 
-def arena_of(driver: FakeDriver) -> CudaArena:
+def arena_of(driver: MappingDriver) -> CudaArena:
     """One that has been built, and sleeps."""
     arena = CudaArena(0, NBYTES)
     arena.used = NBYTES
@@ -160,7 +108,7 @@ def content(arena: CudaArena) -> bytes:
 
 
 def test_what_was_pinned_is_copied_piece_by_piece_and_can_be_waited_for_so(
-    driver: FakeDriver, image: RegisteredImage
+    driver: MappingDriver, image: RegisteredImage
 ) -> None:
     arena = arena_of(driver)
     arrivals = arena.begin_copy_in(pinned(image), NBYTES)
@@ -180,7 +128,7 @@ def test_what_was_pinned_is_copied_piece_by_piece_and_can_be_waited_for_so(
 
 
 def test_what_is_not_pinned_is_all_waited_for(
-    driver: FakeDriver, image: RegisteredImage, monkeypatch: pytest.MonkeyPatch
+    driver: MappingDriver, image: RegisteredImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_arena, "bouncing_threads", lambda: 3)
     arena = arena_of(driver)
@@ -194,7 +142,7 @@ def test_what_is_not_pinned_is_all_waited_for(
     assert not driver.registered
 
 
-def test_a_gpu_without_room_ends_what_was_begun(driver: FakeDriver, image: RegisteredImage) -> None:
+def test_a_gpu_without_room_ends_what_was_begun(driver: MappingDriver, image: RegisteredImage) -> None:
     driver.room = 5 * PIECE
     arena = arena_of(driver)
     with pytest.raises(PrismError, match="the GPU is full"):
@@ -209,7 +157,7 @@ def test_a_gpu_without_room_ends_what_was_begun(driver: FakeDriver, image: Regis
 
 
 def test_small_tensors_lie_in_front_however_late_they_come(
-    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+    driver: MappingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_arena, "MOST_IN_FRONT_BYTES", PAGE // 2)
     monkeypatch.setattr(CudaArena, "view", lambda arena, offset, *_: SimpleNamespace(offset=offset))
