@@ -1,7 +1,10 @@
 """What the bus to the GPU carries: a large copy from pinned memory, the ceiling of every wake."""
 
+import os
 import subprocess
 import sys
+
+from prism.bench.gpu_processes import gpu_environment
 
 BYTES = 4 << 30
 REPEATS = 5
@@ -28,6 +31,11 @@ def pinned_bandwidth() -> float:
     In a process of its own, so that no context of the measurement stays on the GPU.
     """
     run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=DEADLINE_S, check=True
+        [sys.executable, "-c", _PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+        env={**os.environ, **gpu_environment()},
     )
     return float(run.stdout.strip().splitlines()[-1])

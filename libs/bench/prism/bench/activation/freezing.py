@@ -7,13 +7,12 @@ from prism.bench.activation.woken import (
     ANSWER_TOKENS,
     MIB,
     SETTLE_S,
-    engine_pid,
-    gpu_used_bytes,
     median,
     prompt_of,
     system_of,
     wake,
 )
+from prism.bench.gpu_processes import engine_pid, gpu_used_bytes
 from prism.bench.results import Row, row
 from prism.common.messages.placement import CommandKind
 

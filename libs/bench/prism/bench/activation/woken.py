@@ -4,13 +4,10 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from prism.bench.activation.commanded_system import CommandedSystem, commanded_system
 from prism.bench.activation.random_models import SHAPES, write_random_model
@@ -71,28 +68,6 @@ async def system_of(
 def prompt_of(seed: int) -> list[int]:
     """PROMPT_TOKENS token ids that no other seed has as a prefix."""
     return [6 + (seed * 7919 + position * 104729) % 900 for position in range(PROMPT_TOKENS)]
-
-
-def gpu_used_bytes() -> dict[int, int]:
-    """GPU memory by process, of all GPUs, as the driver counts it."""
-    # It is installed where GPUs are; elsewhere cells without one are run all the same.
-    import pynvml
-
-    pynvml.nvmlInit()
-    used: Counter[int] = Counter()
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            used[int(process.pid)] += int(process.usedGpuMemory or 0)
-    return used
-
-
-def engine_pid(model: str) -> int:
-    """The process that hosts `model`."""
-    for process in psutil.process_iter(["cmdline"]):
-        if " ".join(process.info["cmdline"] or ()).strip() == f"prism-engine {model}":
-            return int(process.pid)
-    raise LookupError(f"no engine of {model}")
 
 
 async def wake(system: CommandedSystem, model: str, prompt: list[int]) -> Woken:

@@ -10,10 +10,11 @@ from pathlib import Path
 from nats.aio.msg import Msg
 
 from prism.bench.activation.commanded_system import CommandedSystem
-from prism.bench.activation.woken import MIB, gpu_used_bytes
+from prism.bench.activation.woken import MIB
 from prism.bench.decode.measured_systems import Scale, prompts_of, system_of
 from prism.bench.decode.plain_engine import Batch
 from prism.bench.decode.sides import GatewaySide
+from prism.bench.gpu_processes import gpu_used_bytes
 from prism.bench.results import Row, row
 from prism.bench.simulation.model_config import read_model_facts
 from prism.common import subjects

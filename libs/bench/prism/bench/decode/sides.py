@@ -15,6 +15,7 @@ import httpx
 import msgspec
 
 from prism.bench.decode.plain_engine import Batch, Generated, PlainSettings, generated, request_of
+from prism.bench.gpu_processes import gpu_environment
 
 START_DEADLINE_S = 300.0
 BATCH_DEADLINE_S = 180.0
@@ -58,7 +59,8 @@ class PlainSide:
 @asynccontextmanager
 async def plain_side(settings: PlainSettings, log: Path) -> AsyncIterator[PlainSide]:
     """Plain SGLang, without kvcached; its process group is gone at the end."""
-    environment = {**os.environ, "KVCACHED_AUTOPATCH": "0", "ENABLE_KVCACHED": "false"}
+    own = {"KVCACHED_AUTOPATCH": "0", "ENABLE_KVCACHED": "false"}
+    environment = {**os.environ, **own, **gpu_environment()}
     if settings.device == "cpu":
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with log.open("a") as lines:
