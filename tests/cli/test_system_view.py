@@ -3,15 +3,21 @@
 import asyncio
 import json
 
+import pytest
 from nats.aio.msg import Msg
 
+from prism.cli import system_view
 from prism.cli.system_view import ROLES, SILENCE_S, look
 from prism.common import subjects
 from prism.common.bus import Bus
 from prism.common.messages.load import LoadReport
 
 
-async def test_a_service_that_is_slow_to_answer_is_not_missing(bus: Bus) -> None:
+async def test_a_service_that_is_slow_to_answer_is_not_missing(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_view, "ANSWER_DEADLINE_S", 30.0)
+
     async def answer(message: Msg) -> None:
         for service, role in ROLES.items():
             await asyncio.sleep(1.5 * SILENCE_S)

@@ -87,7 +87,7 @@ async def test_a_service_is_healthy_for_as_long_as_it_answers_on_the_bus(
         # A process that is there and does nothing is what a check is for.
         process.send_signal(signal.SIGSTOP)
         try:
-            status, line = await health(service, fresh_nats.url, "--deadline-s", "0.3")
+            status, line = await health(service, fresh_nats.url, "--deadline-s", "2")
         finally:
             process.send_signal(signal.SIGCONT)
         assert (status, "0 of other hosts do" in line) == (1, True)
@@ -100,7 +100,7 @@ async def test_an_instance_of_another_host_is_not_the_own_one(fresh_nats: NatsSe
     async with micro_service(
         bus, "prism-gpu-worker", instance="worker-1", description="", metadata={"host": "elsewhere"}
     ):
-        status, line = await health("gpu_worker", fresh_nats.url, "--deadline-s", "0.3")
+        status, line = await health("gpu_worker", fresh_nats.url, "--deadline-s", "2")
         assert (status, "1 of other hosts do" in line) == (1, True)
         async with micro_service(bus, "prism-gpu-worker", instance="worker-2", description=""):
             assert await health("gpu_worker", fresh_nats.url) == (0, "gpu_worker worker-2 serves")

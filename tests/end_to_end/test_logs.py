@@ -123,9 +123,11 @@ async def test_a_killed_engine_is_told_by_its_worker_and_each_replay_by_the_gate
     assert (loud["service"], loud["model"], loud["worker"]) == ("gpu_worker", MODEL, worker)
     assert loud["message"].startswith("engine ended: ")
     assert "the next one starts it again" in loud["message"]
-    (replay,) = replays(watched, begin)
+    replay, *again = replays(watched, begin)
     assert (replay["request"], replay["model"], replay["worker"]) == (request, MODEL, worker)
     assert len(replay["rid"]) == 32
+    # Tried there once more, if the gateway had not seen yet that the route is closed.
+    assert all("no longer listens" in line["message"] for line in again)
 
 
 async def test_a_model_that_does_not_start_is_told_once_with_what_to_do(watched: Watched) -> None:

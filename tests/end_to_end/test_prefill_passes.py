@@ -35,7 +35,7 @@ async def system(
         worker_memory_gb=0.12,
         device="simulated",
         environment={
-            "PRISM_SIMULATED_PREFILL_FIXED_MS": "50",
+            "PRISM_SIMULATED_PREFILL_FIXED_MS": "250",
             "PRISM_SIMULATED_PREFILL_TOKENS_PER_S": "100000",
             "PRISM_CHUNKED_PREFILL_TOKENS": "8192",
             "PRISM_MAX_RUNNING_REQUESTS": str(BURST),

@@ -83,11 +83,11 @@ async def test_a_killed_engine_loses_and_doubles_no_token(
 ) -> None:
     worker = system.services["gpu_worker"].process
     assert worker is not None
-    streams = [asyncio.create_task(complete(http, 300)) for _ in range(4)]
+    streams = [asyncio.create_task(complete(http, 1200)) for _ in range(4)]
     await _report(system, lambda load: load.running == 4)
     (engine,) = psutil.Process(worker.pid).children()
     engine.send_signal(signal.SIGKILL)
-    assert await asyncio.gather(*streams) == [numbered_text(7, 300)] * 4
+    assert await asyncio.gather(*streams) == [numbered_text(7, 1200)] * 4
 
 
 async def test_models_take_turns_and_a_sleeping_one_holds_no_memory(

@@ -56,7 +56,7 @@ async def test_model_whose_folder_was_not_read_yet_asks_to_come_back(stage: Stag
 
 
 async def test_readiness_follows_workers_and_drain(make_stage: MakeStage) -> None:
-    stage = await make_stage(Settings(silence_s=0.3))
+    stage = await make_stage(Settings(silence_s=2.0))
     assert (await stage.http.get("/readyz")).status_code == 200
     await stage.register("m")
     unready = await stage.http.get("/readyz")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,8 @@ async def test_closing_a_shell_ends_its_process(shells: ForkServerShells) -> Non
 
 async def test_a_killed_engine_fails_what_is_asked_of_it(shells: ForkServerShells) -> None:
     engine = await opened(shells)
+    # It must not get to read what it is asked.
+    os.kill(engine.pid, signal.SIGSTOP)
     asked = asyncio.ensure_future(engine.wake(DEADLINE_S))
     await asyncio.sleep(0)
     engine.kill()

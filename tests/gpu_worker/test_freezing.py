@@ -107,7 +107,7 @@ async def rig(
             admission=FirstComeAdmission(),
             memory_limit_bytes=LIMIT_BYTES,
             store_socket=str(simulated_store),
-            limits=EngineLimits(4, 256, stall_s=3.0),
+            limits=EngineLimits(4, 256, stall_s=30.0),
         ) as worker,
     ):
         yield Rig(bus, worker, tiny_models)

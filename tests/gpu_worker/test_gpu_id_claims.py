@@ -235,13 +235,21 @@ class Reports:
     def __init__(self) -> None:
         self.gpu_ids: dict[str, list[int]] = {}
         self.first: dict[str, list[int]] = {}
+        self._gone: set[str] = set()
         self._more = asyncio.Event()
 
     async def take(self, message: Msg) -> None:
         report = decode(message.data, LoadReport)
+        if report.worker in self._gone:
+            return
         self.first.setdefault(report.worker, report.gpu_ids)
         self.gpu_ids[report.worker] = report.gpu_ids
         self._more.set()
+
+    def forget(self, worker: str) -> None:
+        """It is gone, though a report of it may be under way still."""
+        self._gone.add(worker)
+        del self.gpu_ids[worker]
 
     async def until(self, wanted: list[list[int]]) -> None:
         """Wait until the workers seen so far have reported these ids, in some order."""
@@ -283,7 +291,7 @@ async def test_worker_processes_report_ids_of_their_own_and_a_killed_one_is_repl
             await reports.until([[0], [1]])
             first.kill()
             await first.wait()
-            del reports.gpu_ids[killed]
+            reports.forget(killed)
             async with worker_process(fresh_nats.url):
                 await reports.until([[0], [1]])
                 assert await holder(bus, 0) != killed

@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, cast
 
 import pytest
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.gpu_worker import quota_arbiter
 from prism.gpu_worker.model_instance import ModelInstance
 from prism.gpu_worker.quota_arbiter import QuotaArbiter
 from prism.scheduling.ledger import MemoryLedger
@@ -109,13 +109,12 @@ async def rig() -> AsyncIterator[Rig]:
             await loop
 
 
-async def test_demand_is_met_from_idle_memory_within_300_ms(rig: Rig) -> None:
-    began = time.monotonic()
+async def test_demand_is_met_from_idle_memory_at_once(rig: Rig) -> None:
     rig.want(600)
     while rig.hot.quota < 600:
         await rig.until_changed()
-    assert time.monotonic() - began < 0.3
     assert (rig.hot.quota, rig.idle.quota) == (600, 200)
+    assert (rig.hot.asked, rig.idle.asked) == ([600], [200])
 
 
 async def test_nobody_grows_before_the_other_has_confirmed(rig: Rig) -> None:
@@ -156,12 +155,13 @@ async def test_an_activation_gets_less_where_there_is_less(rig: Rig) -> None:
         assert rig.ledger.free_bytes == 360
 
 
-async def test_an_activation_that_cannot_fit_takes_nothing_and_does_not_wait(rig: Rig) -> None:
+async def test_an_activation_that_cannot_fit_takes_nothing_and_does_not_wait(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota_arbiter, "ROOM_DEADLINE_S", 1000.0)
     rig.hot.committed = 390
-    began = time.monotonic()
-    async with rig.arbiter.room("new", 800, 900):
+    async with asyncio.timeout(DEADLINE_S), rig.arbiter.room("new", 800, 900):
         assert rig.ledger.free_bytes == 0
-    assert time.monotonic() - began < 0.1
     assert (rig.hot.asked, rig.idle.asked) == ([], [])
 
 

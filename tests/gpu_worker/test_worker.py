@@ -182,7 +182,7 @@ async def store(session_nats: NatsServer, tmp_path_factory: pytest.TempPathFacto
 
 @asynccontextmanager
 async def worker_rig(
-    nats: NatsServer, store: Path, shells: ShellSource, models: dict[str, Path]
+    nats: NatsServer, store: Path, shells: ShellSource, models: dict[str, Path], *, stall_s: float = 30.0
 ) -> AsyncIterator[Rig]:
     identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
     async with (
@@ -197,10 +197,19 @@ async def worker_rig(
             admission=FirstComeAdmission(),
             memory_limit_bytes=LIMIT_BYTES,
             store_socket=str(store),
-            limits=EngineLimits(4, 256, stall_s=3.0),
+            limits=EngineLimits(4, 256, stall_s=stall_s),
         ) as worker,
     ):
         yield Rig(bus, worker, models)
+
+
+@pytest.fixture
+async def impatient_rig(
+    session_nats: NatsServer, store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
+) -> AsyncIterator[Rig]:
+    """Its engines count as stuck soon."""
+    async with worker_rig(session_nats, store, shells, tiny_models, stall_s=3.0) as ready:
+        yield ready
 
 
 @pytest.fixture
@@ -344,7 +353,8 @@ async def test_a_killed_engine_tells_its_requests_and_the_model_can_be_started_a
     assert outcome.state is ModelState.ACTIVE
 
 
-async def test_an_engine_that_is_stuck_is_ended_and_its_requests_go_on_elsewhere(rig: Rig) -> None:
+async def test_an_engine_that_is_stuck_is_ended_and_its_requests_go_on_elsewhere(impatient_rig: Rig) -> None:
+    rig = impatient_rig
     await rig.command(CommandKind.ACTIVATE)
     frames = await send(rig, "a", [5, 6, 7], 1500)
     assert await frames.next() is not None
@@ -360,7 +370,8 @@ async def test_an_engine_that_is_stuck_is_ended_and_its_requests_go_on_elsewhere
     assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
 
 
-async def test_an_engine_that_is_stuck_while_it_wakes_is_replaced(rig: Rig) -> None:
+async def test_an_engine_that_is_stuck_while_it_wakes_is_replaced(impatient_rig: Rig) -> None:
+    rig = impatient_rig
     await rig.command(CommandKind.ACTIVATE)
     await rig.command(CommandKind.DOZE)
     engine = rig.worker.instances[SMALL].engine

@@ -3,7 +3,9 @@
 import asyncio
 import os
 import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -15,6 +17,8 @@ from prism.common.memfd import create_memfd, memfd_of, read_memfd
 from prism.common.messages.codec import encode
 from prism.common.messages.store import ImageKind, LeaseRequest
 from prism.common.store_client import Lease, deposit, lease, wait_readable
+from prism.model_store import store
+from prism.model_store.staging import ImagePlan, ReadProgress, read_image
 
 pytestmark = pytest.mark.core
 
@@ -72,11 +76,18 @@ async def test_a_second_lease_finds_the_image_there(running: Running, tmp_path: 
 
 
 async def test_many_who_ask_at_once_are_served_by_one_staging_and_all_see_progress(
-    running: Running, tmp_path: Path
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    all_wait = threading.Event()
+
+    def read_once_all_wait(*reading: Any) -> str:
+        assert all_wait.wait(DEADLINE_S)
+        return read_image(*reading)
+
+    monkeypatch.setattr(store, "read_image", read_once_all_wait)
     folder = big_model(tmp_path / "m", 20)
     progress: list[list[tuple[int, int]]] = [[] for _ in range(4)]
-    leases = await asyncio.gather(
+    asked = asyncio.gather(
         *(
             asyncio.to_thread(
                 lease,
@@ -88,6 +99,9 @@ async def test_many_who_ask_at_once_are_served_by_one_staging_and_all_see_progre
             for seen in progress
         )
     )
+    await eventually(lambda: all(progress))
+    all_wait.set()
+    leases = await asked
     assert len({os.fstat(lent.fd).st_ino for lent in leases}) == 1
     assert running.told("staged") == ["m"]
     for seen in progress:
@@ -225,7 +239,14 @@ async def test_an_image_without_room_in_memory_is_kept_on_disk(
             assert read_memfd(lent.fd, lent.nbytes) == content
 
 
-async def test_staging_that_nobody_waits_for_any_more_is_given_up(running: Running, tmp_path: Path) -> None:
+async def test_staging_that_nobody_waits_for_any_more_is_given_up(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_once_nobody_waits(plan: ImagePlan, fd: int, threads: int, progress: ReadProgress) -> str:
+        assert progress.cancelled.wait(DEADLINE_S)
+        return read_image(plan, fd, threads, progress)
+
+    monkeypatch.setattr(store, "read_image", read_once_nobody_waits)
     folder = big_model(tmp_path / "m", 60)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
         asking.setblocking(False)
@@ -235,6 +256,7 @@ async def test_staging_that_nobody_waits_for_any_more_is_given_up(running: Runni
             await wait_readable(asking)
     await eventually(lambda: not running.store.report().used_bytes)
     assert running.told("staged") == []
+    monkeypatch.undo()
     with await borrow(running, "m", folder) as lent:
         assert lent.nbytes == 60_000_000
 
