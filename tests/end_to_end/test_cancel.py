@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -27,8 +28,9 @@ MODEL = "tiny-llama"
 LONG = 1500
 TRIALS = 5
 PROMISED_S = 0.1
-"""What a cancellation may take. It is held against the quickest of TRIALS: a timer in the way would be in the
-way of each, and on busy cores the others tell of other processes."""
+"""What a cancellation may take. It is held against the median of TRIALS: no timer on the way is that long but
+the retry that this would uncover, and on two busy cores a single trial tells of other processes. For a parked
+request, of which half of it is a timer, against the quickest."""
 SEEN = 30
 RUNNERS, RUNNER_TOKENS = 24, 400
 
@@ -154,8 +156,8 @@ async def test_a_running_request_ends_within_the_time_promised(
             before = after
     told("a running request was over", over_s)
     told("the engine's last step for it, at its pace", overrun_s)
-    assert min(overrun_s) <= PROMISED_S
-    assert min(over_s) <= PROMISED_S
+    assert statistics.median(overrun_s) <= PROMISED_S
+    assert statistics.median(over_s) <= PROMISED_S
 
 
 async def test_a_queued_request_never_reaches_the_engine(
@@ -182,7 +184,7 @@ async def test_a_queued_request_never_reaches_the_engine(
     # Those that ran, to the token: nothing of the ones that were given up went in or came out.
     assert after.prompt_tokens - before.prompt_tokens == RUNNERS * 2
     assert after.generated_tokens - before.generated_tokens == RUNNERS * RUNNER_TOKENS
-    assert min(over_s) <= PROMISED_S
+    assert statistics.median(over_s) <= PROMISED_S
 
 
 async def test_a_parked_request_is_not_sent_when_its_model_wakes(
