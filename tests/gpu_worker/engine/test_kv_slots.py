@@ -21,6 +21,11 @@ class Pool:
     def __init__(self) -> None:
         self.free_numbers = list(range(1, SIZE + 1))
         self.calls = 0
+        self.counts = 0
+
+    def _get_num_alloced_blocks(self) -> int:
+        self.counts += 1
+        return SIZE + 1 - len(self.free_numbers)
 
     def available_size(self) -> int:
         return len(self.free_numbers)
@@ -73,6 +78,21 @@ def test_decode_steps_ask_kvcached_once_in_many() -> None:
     assert steps[0].dtype == torch.int64
     assert slots.ahead == 0
     assert allocator.available_size() == SIZE - 34
+
+
+def test_used_slots_are_counted_by_kvcached_once_after_each_change_of_its_own() -> None:
+    allocator, pool, slots = made()
+    assert slots.used == 1, "the one for padding"
+    for step in range(1, 17):
+        allocator.alloc(2)
+        assert slots.used == 1 + 2 * step
+    assert pool.counts == 2
+    allocator.free(torch.tensor([1, 2]))
+    assert slots.used == 31
+    slots.give_back()
+    assert slots.used == 31
+    allocator.clear()
+    assert slots.used == 1
 
 
 def test_the_last_slots_can_be_had_and_no_more() -> None:

@@ -3,6 +3,7 @@
 kvcached counts slots in Python, and its SGLang allocator copies their numbers from pageable memory at every
 step, which waits for the stream: as SGLang orders its streams, for the step before, which is then no longer
 overlapped with. A small model's step takes a millisecond, all of it Python: there this was 7 % (docs/gpu.md).
+To say how many are used it adds up its pages, of which a full cache has a hundred.
 """
 
 import time
@@ -31,6 +32,7 @@ class KvSlots:
         self._on_device = torch.empty(0, dtype=torch.int64)
         self._next = 0
         self._pool_free = 0
+        self._pool_used: int | None = None
         self._counted_at = float("-inf")
         self._pass_free, self._pass_clear = allocator.free, allocator.clear
         allocator.alloc, allocator.available_size = self.alloc, self.available_size
@@ -40,6 +42,18 @@ class KvSlots:
     def ahead(self) -> int:
         """Slots that kvcached counts as used, and nobody uses."""
         return len(self._numbers) - self._next
+
+    @property
+    def used(self) -> int:
+        """Slots that are used, that for padding too."""
+        if self._pool_used is None:
+            self._pool_used = int(self._pool._get_num_alloced_blocks())
+        return self._pool_used - self.ahead
+
+    def changed(self) -> None:
+        """Have everything counted anew: kvcached was spoken to."""
+        self._counted_at = float("-inf")
+        self._pool_used = None
 
     def available_size(self) -> int:
         """Slots that can be had, by a count that is COUNTED_FOR_S old at most where others changed it."""
@@ -57,7 +71,7 @@ class KvSlots:
         return self._on_device[begin : self._next]
 
     def _take(self, missing: int, more: int) -> bool:
-        self._counted_at = float("-inf")
+        self.changed()
         free = int(self._pool.available_size())
         if free < missing:
             return False
@@ -73,7 +87,7 @@ class KvSlots:
 
     def free(self, index: Any) -> None:
         """Slots that are used no more."""
-        self._counted_at = float("-inf")
+        self.changed()
         self._pass_free(index)
 
     def clear(self) -> None:
@@ -92,4 +106,4 @@ class KvSlots:
         """kvcached has been cleared, or will be: what was taken ahead is no longer ours."""
         self._numbers, self._next = [], 0
         self._on_device = torch.empty(0, dtype=torch.int64)
-        self._counted_at = float("-inf")
+        self.changed()

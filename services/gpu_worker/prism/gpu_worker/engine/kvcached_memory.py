@@ -109,9 +109,7 @@ class KvcachedMemory:
 
     def held_tokens(self) -> int:
         """Tokens of requests, without cached prefixes that could be evicted."""
-        in_use = (
-            int(self._pool._get_num_alloced_blocks()) - len(self._pool.null_block or []) - self._slots.ahead
-        )
+        in_use = self._slots.used - len(self._pool.null_block or [])
         return max(0, in_use - int(self._scheduler.tree_cache.evictable_size()))
 
     def unmap(self) -> None:
@@ -133,3 +131,4 @@ class KvcachedMemory:
         """Make the pool usable again: its padding slot gets memory, everything else as it is used."""
         if self._pool.null_block is None:
             self._pool._reserve_null_block()
+            self._slots.changed()
