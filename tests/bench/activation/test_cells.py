@@ -6,7 +6,7 @@ import pytest
 
 from prism.bench.activation.cells import cells
 from prism.bench.activation.raw_rates import copy_rate, drop_cached, read_rate
-from prism.bench.activation.staging import staged_rows
+from prism.bench.activation.staging import staged_rows, thread_counts
 
 
 def test_the_cells_have_the_names_that_the_makefile_runs(tmp_path: Path) -> None:
@@ -27,6 +27,16 @@ async def test_a_tiny_checkpoint_is_staged_from_disk_and_cache_and_held_against_
         assert seconds is not None
         assert 0 < seconds < 60
     assert rows["stage_tiny_disk_share"].target == 0.9
+
+
+@pytest.mark.parametrize(
+    ("cores", "counts"), [(1, [1, 2]), (2, [1, 2]), (8, [1, 4, 8]), (16, [1, 4, 16]), (32, [1, 4, 16])]
+)
+def test_staging_is_measured_with_one_thread_some_and_as_many_as_help(
+    monkeypatch: pytest.MonkeyPatch, cores: int, counts: list[int]
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert thread_counts() == counts
 
 
 def test_a_source_is_held_against_its_own_limit() -> None:

@@ -7,8 +7,9 @@ import pytest
 from tests.conftest import MODELS_FOLDER
 
 from prism.bench.decode import cells as module
-from prism.bench.decode.cells import cells, decode_cell
+from prism.bench.decode.cells import cells, decode_cell, rates
 from prism.bench.decode.measured_systems import ON_CPU
+from prism.bench.decode.plain_engine import Batch, Generated
 
 pytestmark = pytest.mark.engine
 
@@ -28,6 +29,29 @@ async def test_a_tiny_model_says_under_a_worker_what_it_says_by_itself(
     assert rows["decode_woken_mismatches_tiny"].value == 0
     # Of a few tokens in a single repeat on a busy machine any ratio may come.
     assert rows["decode_ratio_tiny_2"].value is not None
+
+
+class Turns:
+    """A side that takes a second a token, and notes that it was its turn."""
+
+    def __init__(self, name: str, turns: list[tuple[str, int]]) -> None:
+        self._name = name
+        self._turns = turns
+
+    async def generate(self, batch: Batch) -> Generated:
+        self._turns.append((self._name, batch.tokens))
+        return Generated(float(batch.tokens), [])
+
+
+@pytest.mark.core
+async def test_sides_take_turns_so_that_a_slow_while_is_a_slow_while_for_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "REPEATS", 1)
+    turns: list[tuple[str, int]] = []
+    scale = dataclasses.replace(ON_CPU, streams=(2,), short_tokens=1, long_tokens=5)
+    assert await rates([Turns("a", turns), Turns("b", turns)], scale) == {2: [2.0, 2.0]}
+    assert turns == 2 * [("a", 1), ("a", 5), ("b", 1), ("b", 5)]
 
 
 def test_the_cells_have_the_names_that_the_makefile_runs(tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ ANSWER = {
 
 
 @pytest.mark.parametrize(("grammars", "told"), [(True, {}), (False, {"grammar_backend": "none"})])
-def test_on_a_gpu_plain_sglang_is_told_the_attention_backend_and_what_the_host_lacks(
+def test_on_a_gpu_plain_sglang_is_told_no_more_than_what_the_host_lacks_and_what_leaves_room_for_us(
     monkeypatch: pytest.MonkeyPatch, grammars: bool, told: dict[str, str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if grammars else None)
-    arguments = engine_arguments(PlainSettings("/models/m", "cuda", "triton"))
+    arguments = engine_arguments(PlainSettings("/models/m", "cuda", "triton", 1000))
     assert arguments == {
         "model_path": "/models/m",
         "attention_backend": "triton",
         "log_level": "error",
+        "max_total_tokens": 1000,
         **told,
     }
 

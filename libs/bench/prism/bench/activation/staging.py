@@ -27,9 +27,9 @@ MOST_THREADS = 16
 
 
 def thread_counts() -> list[int]:
-    """1, 2, 4, ... up to the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0))
-    return [count for count in (1, 2, 4, 8, MOST_THREADS) if count <= max(cores, 2)]
+    """1, 4 and 16, or as many as the cores that this process may use."""
+    cores = max(2, len(os.sched_getaffinity(0)))
+    return sorted({min(count, cores) for count in (1, 4, MOST_THREADS)})
 
 
 @asynccontextmanager

@@ -19,7 +19,8 @@ FLOAT32_NEAR_TIE = 0.001
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured, and where. Memory in 10^9 bytes; `near_tie` is a distance of log-probabilities
+    """How much is measured, and where. Memory in 10^9 bytes; `plain_kv_tokens` fit into the KV cache of plain
+    SGLang; `near_tie` is a distance of log-probabilities
     that the rounding of other kernels can turn round."""
 
     device: str
@@ -29,6 +30,7 @@ class Scale:
     short_tokens: int
     long_tokens: int
     kv_gb: float
+    plain_kv_tokens: int
     store_memory_gb: float
     worker_memory_gb: float | None
     loop_s: float
@@ -43,6 +45,7 @@ ON_GPU = Scale(
     short_tokens=16,
     long_tokens=528,
     kv_gb=8.0,
+    plain_kv_tokens=131_072,
     store_memory_gb=100.0,
     worker_memory_gb=None,
     loop_s=15.0,
@@ -56,6 +59,7 @@ ON_CPU = Scale(
     short_tokens=4,
     long_tokens=36,
     kv_gb=0.1,
+    plain_kv_tokens=40_000,
     store_memory_gb=1.0,
     worker_memory_gb=1.0,
     loop_s=3.0,

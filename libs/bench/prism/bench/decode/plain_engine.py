@@ -14,11 +14,13 @@ import msgspec
 
 class PlainSettings(msgspec.Struct, frozen=True):
     """What Engine is told: no more than it takes to run on `device` with the attention backend that is
-    there; with `same_kernels` also what makes it compute a prompt by the kernels that engines of ours use."""
+    there, and how many tokens its KV cache is for; with `same_kernels` also what makes it compute a prompt by
+    the kernels that engines of ours use."""
 
     model_path: str
     device: str
     attention_backend: str
+    kv_tokens: int
     same_kernels: bool = False
 
 
@@ -45,6 +47,8 @@ def engine_arguments(settings: PlainSettings) -> dict[str, Any]:
         "model_path": settings.model_path,
         "attention_backend": settings.attention_backend,
         "log_level": "error",
+        # By default it takes most of the GPU, and nobody could be measured beside it.
+        "max_total_tokens": settings.kv_tokens,
     }
     if importlib.util.find_spec("xgrammar") is None:
         # Its default, which hosts without network may lack. No answer here has a grammar.
@@ -61,7 +65,6 @@ def engine_arguments(settings: PlainSettings) -> dict[str, Any]:
             "disable_cuda_graph": True,
             "disable_overlap_schedule": True,
             "dtype": "float32",
-            "max_total_tokens": 40_000,
             "max_running_requests": 64,
         }
     return arguments
