@@ -1,19 +1,25 @@
 """Planning and reading checkpoint images."""
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
-import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.model_store.model_folders import TENSORS, big_model, tensor_bytes, write_model, write_safetensors
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd, read_memfd
 from prism.model_store.checkpoint import read_checkpoint
+from prism.model_store.content_hash import hash_of_image
 from prism.model_store.staging import (
     REGION_ALIGNMENT,
     ImagePlan,
     ReadProgress,
+    Segment,
     plan_checkpoint_image,
     read_image,
 )
@@ -37,7 +43,7 @@ def test_every_tensor_is_where_the_plan_says(tmp_path: Path) -> None:
     for tensor in plan.tensors:
         expected = tensor_bytes(tensor.name, tensor.nbytes)
         assert content[tensor.offset : tensor.offset + tensor.nbytes] == expected
-    assert content_hash == xxhash.xxh3_128_hexdigest(content)
+    assert content_hash == hash_of_image(memoryview(content))
 
 
 def test_each_file_begins_at_a_huge_page(tmp_path: Path) -> None:
@@ -61,7 +67,7 @@ def test_a_tensor_that_the_file_leaves_unaligned_gets_an_aligned_place(tmp_path:
     for tensor in plan.tensors:
         expected = tensor_bytes(tensor.name, tensor.nbytes)
         assert content[tensor.offset : tensor.offset + tensor.nbytes] == expected
-    assert content_hash == xxhash.xxh3_128_hexdigest(content)
+    assert content_hash == hash_of_image(memoryview(content))
 
 
 def test_many_chunks_arrive_whole_and_progress_ends_at_the_total(tmp_path: Path) -> None:
@@ -71,6 +77,35 @@ def test_many_chunks_arrive_whole_and_progress_ends_at_the_total(tmp_path: Path)
     content, _ = filled(plan, progress)
     assert content == (folder / "model.safetensors").read_bytes()[-30_000_000:]
     assert progress.done_bytes == plan.nbytes == 30_000_000
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 200), st.integers(0, 30)), max_size=6),
+    st.integers(0, 40),
+)
+def test_segments_may_begin_and_end_anywhere_in_blocks(
+    parts: list[tuple[int, int, int]], left_over: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "file"
+        file.write_bytes(bytes(range(1, 256)) * 2)
+        expected, segments = b"", []
+        for gap, nbytes, file_offset in parts:
+            expected += bytes(gap)
+            segments.append(Segment(file, file_offset, len(expected), nbytes))
+            expected += file.read_bytes()[file_offset : file_offset + nbytes]
+        expected += bytes(left_over)
+        plan = ImagePlan(len(expected), tuple(segments), [])
+        blocks = {
+            "prism.model_store.staging.BLOCK_BYTES": 64,
+            "prism.model_store.content_hash.BLOCK_BYTES": 64,
+        }
+        with contextlib.ExitStack() as stack:
+            for name, nbytes in {**blocks, "prism.model_store.staging.READ_BYTES": 24}.items():
+                stack.enter_context(mock.patch(name, nbytes))
+            content, content_hash = filled(plan)
+            assert content_hash == hash_of_image(memoryview(expected))
+        assert content == expected
 
 
 def test_a_cancelled_reading_stops(tmp_path: Path) -> None:

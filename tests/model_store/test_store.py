@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 from tests.model_store.conftest import Running, StartStore, engine_manifest, eventually
 from tests.model_store.model_folders import big_model, tensor_bytes, write_model
 
@@ -18,6 +17,7 @@ from prism.common.messages.codec import encode
 from prism.common.messages.store import ImageKind, LeaseRequest
 from prism.common.store_client import Lease, deposit, lease, wait_readable
 from prism.model_store import store
+from prism.model_store.content_hash import hash_of_image
 from prism.model_store.staging import ImagePlan, ReadProgress, read_image
 
 pytestmark = pytest.mark.core
@@ -60,7 +60,7 @@ async def test_a_lease_brings_the_bytes_of_the_files(running: Running, tmp_path:
         for tensor in lent.manifest.tensors:
             expected = tensor_bytes(tensor.name, tensor.nbytes)
             assert content[tensor.offset : tensor.offset + tensor.nbytes] == expected
-        assert lent.manifest.content_hash == xxhash.xxh3_128_hexdigest(content)
+        assert lent.manifest.content_hash == hash_of_image(memoryview(content))
         with pytest.raises(OSError, match="not permitted"):
             os.ftruncate(lent.fd, 1)
 
@@ -126,7 +126,7 @@ async def test_an_engine_image_is_preferred_by_who_can_use_it(running: Running, 
     with await borrow(running, "m", folder) as checkpoint:
         fingerprint = checkpoint.manifest.fingerprint
     content = os.urandom(50_000)
-    assert await give(running, "m", fingerprint, content) == xxhash.xxh3_128_hexdigest(content)
+    assert await give(running, "m", fingerprint, content) == hash_of_image(memoryview(content))
     with await borrow(running, "m", folder, LAYOUT) as lent:
         assert (lent.kind, lent.manifest.layout, lent.seconds) == (ImageKind.ENGINE, LAYOUT, 0)
         assert read_memfd(lent.fd, lent.nbytes) == content

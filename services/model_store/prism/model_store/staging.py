@@ -1,10 +1,11 @@
 """Filling an image: what is read from where, and the parallel reading of it.
 
-Threads read chunks straight into the image's mapping (`preadv` lets go of the GIL), and the content hash
-follows close behind, over bytes that are still in the processor's cache.
+Threads read blocks straight into the image's mapping (`preadv` lets go of the GIL), each by pieces that it
+hashes while they are in its core's cache.
 """
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import mapped
 from prism.common.messages.store import TensorEntry
 from prism.model_store.checkpoint import Checkpoint
+from prism.model_store.content_hash import BLOCK_BYTES, hash_of_blocks
 
-CHUNK_BYTES = 8 * 1024 * 1024
+READ_BYTES = 1024 * 1024
 REGION_ALIGNMENT = 2 * 1024 * 1024
 
 
@@ -94,38 +96,51 @@ def read_image(plan: ImagePlan, fd: int, threads: int, progress: ReadProgress) -
     Raises PrismError: model_failed when a file can't be read or ends early, cancelled once
     `progress.cancelled` is set. Threads, mappings and files are gone when it returns or raises.
     """
-    chunks = list(_chunks(plan.segments))
-    digest = xxhash.xxh3_128()
-    hashed = 0
+    digests = []
     with contextlib.ExitStack() as stack:
         view = stack.enter_context(mapped(fd, plan.nbytes, write=True))
         files = {segment.path: _opened(segment.path, stack) for segment in plan.segments}
         pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="read"))
-        futures = [pool.submit(_read_chunk, files[chunk.path], chunk, view, progress) for chunk in chunks]
+        futures = [pool.submit(_read_block, files, block, view, progress) for block in _blocks(plan)]
         try:
-            for chunk, future in zip(chunks, futures, strict=True):
-                future.result()
-                digest.update(view[hashed : chunk.end])
-                hashed = chunk.end
-                progress.done_bytes = hashed
+            for future in futures:
+                digests.append(future.result())
+                progress.done_bytes = min(len(digests) * BLOCK_BYTES, plan.nbytes)
         except BaseException:
             progress.cancelled.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-        digest.update(view[hashed:])
-        progress.done_bytes = plan.nbytes
-    return digest.hexdigest()
+    return hash_of_blocks(digests)
 
 
-def _chunks(segments: tuple[Segment, ...]) -> Iterator[Segment]:
-    for segment in segments:
-        for offset in range(0, segment.nbytes, CHUNK_BYTES):
-            yield Segment(
-                segment.path,
-                segment.file_offset + offset,
-                segment.image_offset + offset,
-                min(CHUNK_BYTES, segment.nbytes - offset),
-            )
+@dataclass(frozen=True)
+class _Block:
+    """A block of the image, and what of it is read from files, by offset."""
+
+    begin: int
+    end: int
+    parts: list[Segment]
+
+
+def _blocks(plan: ImagePlan) -> Iterator[_Block]:
+    first = 0
+    for begin in range(0, plan.nbytes, BLOCK_BYTES):
+        end = min(begin + BLOCK_BYTES, plan.nbytes)
+        while first < len(plan.segments) and plan.segments[first].end <= begin:
+            first += 1
+        parts = []
+        for segment in itertools.islice(plan.segments, first, None):
+            if segment.image_offset >= end:
+                break
+            parts.append(_within(segment, begin, end))
+        yield _Block(begin, end, parts)
+
+
+def _within(segment: Segment, begin: int, end: int) -> Segment:
+    skipped = max(begin - segment.image_offset, 0)
+    offset = segment.image_offset + skipped
+    nbytes = min(segment.end, end) - offset
+    return Segment(segment.path, segment.file_offset + skipped, offset, nbytes)
 
 
 def _opened(path: Path, stack: contextlib.ExitStack) -> int:
@@ -137,21 +152,34 @@ def _opened(path: Path, stack: contextlib.ExitStack) -> int:
     return fd
 
 
-def _read_chunk(fd: int, chunk: Segment, view: memoryview, progress: ReadProgress) -> None:
+def _read_block(files: dict[Path, int], block: _Block, view: memoryview, progress: ReadProgress) -> bytes:
+    """Fill a block of `view`; returns its digest."""
+    digest = xxhash.xxh3_128()
+    hashed = block.begin
+    for part in block.parts:
+        for offset in range(part.image_offset, part.end, READ_BYTES):
+            end = min(offset + READ_BYTES, part.end)
+            file_offset = part.file_offset + offset - part.image_offset
+            with view[offset:end] as target:
+                _read_exactly(part.path, files[part.path], file_offset, target, progress)
+            with view[hashed:end] as content:
+                digest.update(content)
+            hashed = end
+    with view[hashed : block.end] as rest:
+        digest.update(rest)
+    return digest.digest()
+
+
+def _read_exactly(path: Path, fd: int, offset: int, target: memoryview, progress: ReadProgress) -> None:
     done = 0
-    with view[chunk.image_offset : chunk.end] as target:
-        while done < chunk.nbytes:
-            if progress.cancelled.is_set():
-                raise PrismError(ErrorCode.CANCELLED, "staging was cancelled", retry=True)
-            try:
-                with target[done:] as rest:
-                    count = os.preadv(fd, [rest], chunk.file_offset + done)
-            except OSError as error:
-                raise PrismError(
-                    ErrorCode.MODEL_FAILED, f"reading {chunk.path} failed: {error.strerror}"
-                ) from error
-            if count == 0:
-                raise PrismError(
-                    ErrorCode.MODEL_FAILED, f"{chunk.path} ended early: it was cut while it was read"
-                )
-            done += count
+    while done < len(target):
+        if progress.cancelled.is_set():
+            raise PrismError(ErrorCode.CANCELLED, "staging was cancelled", retry=True)
+        try:
+            with target[done:] as rest:
+                count = os.preadv(fd, [rest], offset + done)
+        except OSError as error:
+            raise PrismError(ErrorCode.MODEL_FAILED, f"reading {path} failed: {error.strerror}") from error
+        if count == 0:
+            raise PrismError(ErrorCode.MODEL_FAILED, f"{path} ended early: it was cut while it was read")
+        done += count

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import xxhash
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd, mapped, seal_size
@@ -24,6 +23,7 @@ from prism.common.messages.events import Event
 from prism.common.messages.store import ImageKind, ImageManifest, StagedImage, StoreReport
 from prism.common.telemetry import about
 from prism.model_store.checkpoint import read_checkpoint
+from prism.model_store.content_hash import hash_of_image
 from prism.model_store.fingerprint import Signature, fingerprint_of, signature_of
 from prism.model_store.flights import Flight, Flights, OnProgress
 from prism.model_store.image_disk import FINGERPRINT, ImageDisk
@@ -134,12 +134,12 @@ class ModelStore:
         with contextlib.ExitStack() as on_error:
             on_error.callback(os.close, fd)
             _check_deposit(manifest, fd)
-            content_hash = await _in_thread(lambda: _hash_memfd(fd, manifest.nbytes))
-            if manifest.content_hash not in ("", content_hash):
+            hashed = await _in_thread(lambda: _hash_memfd(fd, manifest.nbytes, self._threads))
+            if manifest.content_hash not in ("", hashed):
                 raise PrismError(
                     ErrorCode.INVALID_REQUEST, f"the image of {model} is not what its content hash says"
                 )
-            manifest = msgspec.structs.replace(manifest, content_hash=content_hash)
+            manifest = msgspec.structs.replace(manifest, content_hash=hashed)
             key = ImageKey(manifest.fingerprint, manifest.layout)
             try:
                 needed = 0 if self.table.equal_to(manifest) else manifest.nbytes
@@ -152,13 +152,13 @@ class ModelStore:
                 log.warning("the engine image goes to disk only: %s", error, extra=about(model=model))
                 await _in_thread(lambda: self.disk.write(manifest, fd))
                 self._on_disk.add(key)
-                return content_hash
+                return hashed
         self._on_disk.discard(key)
         write = asyncio.create_task(self._write(image, manifest), name=f"writing the image of {model}")
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
         self._tell_staged(model, "engine image", image.nbytes, began)
-        return content_hash
+        return hashed
 
     def evict(self, model: str) -> int:
         """Drop the images that only `model` asked for; returns the bytes freed.
@@ -364,9 +364,9 @@ def _check_deposit(manifest: ImageManifest, fd: int) -> None:
         raise PrismError(ErrorCode.INVALID_REQUEST, f"the store does not take this image: {problem}")
 
 
-def _hash_memfd(fd: int, nbytes: int) -> str:
+def _hash_memfd(fd: int, nbytes: int, threads: int) -> str:
     with mapped(fd, nbytes) as view:
-        return xxhash.xxh3_128_hexdigest(view)
+        return hash_of_image(view, threads)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
