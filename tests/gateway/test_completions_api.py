@@ -52,6 +52,18 @@ async def test_every_chunk_tells_what_its_choice_has_used_so_far_if_asked(stage:
     assert {event["usage"]["prompt_tokens"] for event in events} == {len(stage.ids("hello"))}
 
 
+@pytest.mark.parametrize(
+    ("body", "streamed"), [({}, False), ({"stream": True}, True), ({"stop": ["two"]}, True)]
+)
+async def test_workers_are_told_whether_somebody_waits_for_each_token(
+    stage: Stage, body: dict[str, Any], streamed: bool
+) -> None:
+    await stage.register("m")
+    worker = await stage.worker(saying(stage.ids("one")), "m")
+    assert (await complete(stage, **body)).status_code == 200
+    assert (await worker.turns.get()).request.streamed is streamed
+
+
 async def echo_prompt(turn: Turn) -> None:
     await turn.send(turn.request.input_ids, finish="stop")
 

@@ -190,3 +190,16 @@ async def test_an_engine_is_at_work_from_its_first_request_until_it_has_none() -
     ends("3")
     again, _ = goes("4")
     assert goes("5")[1] == again > began
+
+
+async def test_steps_are_learned_from_while_their_tokens_are_kept_for_later() -> None:
+    requests = queue_of(Starting(), Told(), "m", engine=Taking())
+    instance = requests._find("m")
+    assert instance is not None
+    requests.arrive(asking("1"), "reply")
+    requests.pump()
+    requests.on_outputs(instance, Outputs([TokenOutput("1", [7])], 1, 0, 0, 1))
+    assert instance.record.step.seconds is None
+    for step in range(2, 20):
+        requests.on_outputs(instance, Outputs([], 1, 0, 0, step, unsaid=True))
+    assert instance.record.step.seconds is not None

@@ -116,6 +116,7 @@ async def plan_chat(body: bytes, headers: Headers, planner: Planner) -> Plan:
         request=request_id,
         fields=request,
         prompt_param="messages",
+        streamed=bool(request.stream or stops),
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,
         n=request.n or 1,

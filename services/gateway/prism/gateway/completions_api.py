@@ -43,6 +43,7 @@ async def plan_completion(body: bytes, headers: Headers, planner: Planner) -> Pl
         request=request_id,
         fields=request,
         prompt_param="prompt",
+        streamed=bool(request.stream or stops),
         max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
         min_tokens=request.min_tokens,
         n=request.n or 1,

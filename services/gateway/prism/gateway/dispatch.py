@@ -39,7 +39,7 @@ NOT_STARTED = (ErrorCode.MOVED, ErrorCode.OVERLOADED)
 @dataclass(frozen=True, slots=True)
 class Job:
     """One generation to be done. `deadline` is on the event loop's clock, in seconds; `request` is the id
-    that the client sees, for log lines."""
+    that the client sees, for log lines. Tokens of one that is not `streamed` may come some at a time."""
 
     model: str
     input_ids: list[int]
@@ -51,6 +51,7 @@ class Job:
     tpot_slo_ms: float | None = None
     priority: int = 0
     request: str = ""
+    streamed: bool = True
 
 
 class Tokens(msgspec.Struct, frozen=True, gc=False):
@@ -272,6 +273,7 @@ class Dispatcher:
             tpot_slo_ms=job.tpot_slo_ms,
             priority=job.priority,
             replayed_tokens=replayed,
+            streamed=job.streamed,
         )
         try:
             await self._bus.publish(

@@ -80,6 +80,7 @@ async def plan_generate(body: bytes, headers: Headers, planner: Planner) -> Plan
         request=request_id,
         fields=sampling,
         prompt_param=param,
+        streamed=bool(request.stream or stops),
         max_tokens=DEFAULT_MAX_NEW_TOKENS if asked is None else asked,
         min_tokens=sampling.min_new_tokens,
         n=sampling.n or 1,

@@ -129,11 +129,13 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a request asks of each of its generations. `max_tokens` None: all that the context has room for.
-    `prompt_param` names the prompt in messages to the client, `request` is the id that the client sees."""
+    `prompt_param` names the prompt in messages to the client, `request` is the id that the client sees.
+    `streamed`: each token matters when it comes, to the client or to what looks for stop strings."""
 
     request: str
     fields: SamplingFields
     prompt_param: str
+    streamed: bool
     max_tokens: int | None
     min_tokens: int | None = None
     n: int = 1
@@ -193,6 +195,7 @@ class Planner:
                     tpot_slo_ms=tpot,
                     priority=model.spec.priority,
                     request=wanted.request,
+                    streamed=wanted.streamed,
                 )
                 choices.append(Choice(job, index))
         return choices

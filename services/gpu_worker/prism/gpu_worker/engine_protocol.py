@@ -33,7 +33,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     is idle first, not before it serves. With `prime` an engine answers a request of its own before it serves:
     kernels are compiled and loaded then. A woken engine takes requests `wake_lead_s` seconds before its last
     weights are there: about what launching a prefill takes. Longer, and a prefill that waits would hold up
-    those of other models."""
+    those of other models. New tokens of requests that are not streamed are said every `unstreamed_s` seconds.
+    """
 
     device: EngineDevice = EngineDevice.CPU
     attention_backend: str = ""
@@ -41,6 +42,7 @@ class EngineOptions(msgspec.Struct, frozen=True):
     defer_graphs: bool = False
     prime: bool = False
     wake_lead_s: float = 0.15
+    unstreamed_s: float = 0.1
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):
@@ -76,13 +78,15 @@ class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
-    """Run one request; answered by `TokenOutput`s in `Outputs`."""
+    """Run one request; answered by `TokenOutput`s in `Outputs`: at each token when it is `streamed`, else at
+    the first, every now and then, and at the last."""
 
     rid: str
     input_ids: list[int]
     sampling: SamplingParams
     top_logprobs: int | None
     priority: int
+    streamed: bool = True
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -217,7 +221,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     """What one scheduler step produced, and the engine's load after it. `steps` counts forward passes since
     the start: a long prefill shows in it before its first token. `kv_cached_tokens` are those of prefixes
-    that could be evicted, beside the ones that requests hold."""
+    that could be evicted, beside the ones that requests hold. `unsaid`: the step brought tokens that a later
+    message has."""
 
     outputs: list[TokenOutput]
     running: int
@@ -225,6 +230,7 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     kv_used_tokens: int
     steps: int = 0
     kv_cached_tokens: int = 0
+    unsaid: bool = False
 
 
 class Imaged(msgspec.Struct, frozen=True, tag="imaged"):

@@ -200,6 +200,7 @@ class GenerationRequests:
                     _within_memory(request, entry.instance),
                     request.top_logprobs,
                     request.priority,
+                    request.streamed,
                 )
             )
         except PrismError as error:
@@ -280,7 +281,7 @@ class GenerationRequests:
 
     def _learn(self, instance: ModelInstance, message: Outputs, now: float) -> None:
         """How long the step took that this message tells of."""
-        tokens, released_at, decoded = 0, now, False
+        tokens, released_at, decoded = 0, now, message.unsaid
         for output in message.outputs:
             running = self._running.get(output.rid)
             if running is None or not output.tokens:

@@ -29,7 +29,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     `rid` is 32 hex digits, fresh for each attempt (engines abort by prefix of it). `deadline_s` is the
     time left for the whole request when it was sent. `top_logprobs` is None for no log-probabilities,
     else how many alternatives to report beside each chosen token. `replayed_tokens` counts the tokens at
-    the end of `input_ids` that an earlier attempt generated already.
+    the end of `input_ids` that an earlier attempt generated already. Of one that is not `streamed` nobody
+    waits for single tokens: but for the first, a worker may collect some before it says them.
     """
 
     rid: str
@@ -43,6 +44,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     tpot_slo_ms: float | None = None
     priority: int = 0
     replayed_tokens: int = 0
+    streamed: bool = True
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -156,7 +156,7 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
         weights=weights,
         platform=platform,
         ranks=ranks,
-        wake_lead_s=start.options.wake_lead_s,
+        options=start.options,
     )
     built = time.perf_counter()
     footprint.note("built")

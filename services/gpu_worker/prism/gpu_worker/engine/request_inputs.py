@@ -74,6 +74,7 @@ def scheduler_request(message: Generate, sampling: SamplingParams) -> TokenizedG
         logprob_start_len=-1,
         top_logprobs_num=message.top_logprobs or 0,
         token_ids_logprob=None,
-        stream=True,
+        # Log-probabilities go SGLang's way, which says tokens of others fifty at a time, the first with them.
+        stream=message.streamed or message.top_logprobs is not None,
         priority=message.priority,
     )

@@ -40,6 +40,7 @@ from prism.gpu_worker.engine_protocol import (
     Arrived,
     Done,
     Doze,
+    EngineOptions,
     Generate,
     Outputs,
     PrepareFreeze,
@@ -57,8 +58,7 @@ schedule_policy.CLIP_MAX_NEW_TOKENS = PLANNED_NEW_TOKENS
 
 
 class EngineScheduler(Scheduler):  # type: ignore[misc]
-    """One model's scheduler. `kv` and `weights` are what it gives back while dozing; woken, it takes requests
-    `wake_lead_s` seconds before its last weights are there.
+    """One model's scheduler. `kv` and `weights` are what it gives back while dozing.
 
     While there is an `on_primed`, what requests say is kept from the worker: it is called when the engine is
     idle, and nothing of them is left in the cache.
@@ -73,7 +73,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         weights: ModelWeights,
         platform: Platform,
         ranks: Ranks,
-        wake_lead_s: float,
+        options: EngineOptions,
     ) -> None:
         self.link = link
         self.ranks = ranks
@@ -84,10 +84,11 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._told_load = (0, 0, 0, 0, 0)
         self._told_at = 0.0
         self._graphs = platform.graphs
+        self._unstreamed_s = options.unstreamed_s
         self._doze_when_idle: Doze | None = None
         super().__init__(server_args, port_args, platform.gpu, ranks.rank, 0, 0, 0, 0, None)
         self.kv = platform.kv_memory(self)
-        self._gate = LayerGate(self.tp_worker.model_runner, weights.end_of, wake_lead_s)
+        self._gate = LayerGate(self.tp_worker.model_runner, weights.end_of, options.wake_lead_s)
         self._arrivals: Arrivals | None = None
         self._arrival: threading.Thread | None = None
 
@@ -128,7 +129,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         super().init_output_streamer()
         built: Any = self.output_streamer
         fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
-        self.output_streamer = TokenStreamer(**fields)
+        self.output_streamer = TokenStreamer(**fields, unstreamed_s=self._unstreamed_s)
 
     def init_request_dispatcher(self) -> None:
         """Our messages beside SGLang's own."""
@@ -194,13 +195,13 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         cached = int(self.tree_cache.evictable_size())
         return len(self.running_batch.reqs), len(self.waiting_queue), held, self.forward_ct, cached
 
-    def tell(self, outputs: list[TokenOutput]) -> None:
-        """Send outputs with the engine's load."""
+    def tell(self, outputs: list[TokenOutput], unsaid: bool = False) -> None:
+        """Send outputs with the engine's load; `unsaid`: there are tokens that wait for a later time."""
         if self.on_primed is not None:
             return
         self._told_load = self.current_load()
         self._told_at = time.monotonic()
-        self.link.send(Outputs(outputs, *self._told_load))
+        self.link.send(Outputs(outputs, *self._told_load, unsaid))
 
     def handle_doze(self, request: Doze) -> None:
         """Give back weights and KV memory, as soon as no request is in the engine any more.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,44 +20,59 @@ LOWEST_LOGPROB = -1e30
 class OutputSender:
     """Translates what SGLang sends to its tokenizer and detokenizer."""
 
-    def __init__(self, tell: Callable[[list[TokenOutput]], None]) -> None:
+    def __init__(self, tell: Callable[[list[TokenOutput], bool], None]) -> None:
         self._tell = tell
         self.socket = None
 
-    def send_tokens(self, outputs: list[TokenOutput]) -> None:
-        """Pass on what requests generated."""
-        self._tell(outputs)
+    def send_tokens(self, outputs: list[TokenOutput], unsaid: bool) -> None:
+        """Pass on what requests generated; `unsaid`: there is more that waits for a later time."""
+        self._tell(outputs, unsaid)
 
     def send_output(self, output: object, recv_obj: object = None) -> None:
         """Pass on token outputs and aborts; nothing else has a receiver here."""
         if isinstance(output, BatchTokenIDOutput):
-            self._tell([_token_output(output, index) for index in range(len(output.rids))])
+            self._tell([_token_output(output, index) for index in range(len(output.rids))], False)
         elif isinstance(output, AbortReq):
-            self._tell([TokenOutput(output.rid, [], "abort")])
+            self._tell([TokenOutput(output.rid, [], "abort")], False)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class TokenStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
     """Says new tokens to our sender, without the thirty lists that SGLang's detokenizer would need at each
-    step. With log-probabilities it goes SGLang's way."""
+    step. What has log-probabilities goes SGLang's way.
+
+    Of requests that are not streamed the first token is said at once, what comes after it `unstreamed_s`
+    seconds after they were last said, all together, or with the end.
+    """
+
+    unstreamed_s: float
+    _said_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def _stream_output_generation(
         self, reqs: list[Any], return_logprob: bool, skip_req: Any = None, is_idle_batch: bool = False
     ) -> None:
-        if return_logprob or is_idle_batch:
+        with_logprobs = [req for req in reqs if req.return_logprob] if return_logprob else []
+        if with_logprobs or is_idle_batch:
             # A dataclass with slots is another class than the one that a bare super() would mean.
             SchedulerOutputStreamer._stream_output_generation(
-                self, reqs, return_logprob, skip_req, is_idle_batch
+                self, with_logprobs, return_logprob, skip_req, is_idle_batch
             )
-            return
-        outputs = [
-            _new_tokens(req)
-            for req in reqs
+        now = time.monotonic()
+        all_now = now - self._said_at >= self.unstreamed_s
+        if all_now:
+            self._said_at = now
+        outputs, unsaid = [], False
+        for req in reqs:
             # With overlap a finished request comes here once more.
-            if req is not skip_req and not (req.finished() and req.finished_output)
-        ]
-        if outputs:
-            self.send_to_detokenizer.send_tokens(outputs)
+            over = req.finished() and req.finished_output
+            if over or req is skip_req or (return_logprob and req.return_logprob):
+                continue
+            if req.stream or all_now or not req.send_token_offset or req.finished():
+                outputs.append(_new_tokens(req))
+            else:
+                unsaid = True
+        if outputs or unsaid:
+            self.send_to_detokenizer.send_tokens(outputs, unsaid)
 
 
 def _new_tokens(req: Any) -> TokenOutput:
