@@ -7,6 +7,7 @@ from pathlib import Path
 from prism.bench.activation.footprint import VARIANTS, footprint_cell
 from prism.bench.activation.freezing import freeze_cell
 from prism.bench.activation.random_models import SHAPES
+from prism.bench.activation.releasing import releasing_cell
 from prism.bench.activation.staging import stage_cell
 from prism.bench.activation.starting import cold_start_cell, staged_cell
 from prism.bench.activation.waking import cycles_cell, wake_cell
@@ -32,6 +33,7 @@ def cells(models: Path, log: Path) -> dict[str, Cell]:
         "staged_8b": partial(staged_cell, "8b", models, log, deferred=True),
         "staged_8b_with_graphs": partial(staged_cell, "8b", models, log, deferred=False),
         "cold_start": partial(cold_start_cell, "8b", models, log),
+        "releasing": releasing_cell,
         "cycles": partial(cycles_cell, SMALL, cycles, models, log),
     }
     named |= {

@@ -68,10 +68,11 @@ async def _woken_again_and_again(
     await system.doze_once_imaged(size)
     written = await system.images_written(images)
     await system.command(CommandKind.ACTIVATE, size)
-    wakes, dozes, dozing_bytes = [], [], []
+    wakes, dozes, unmappings, dozing_bytes = [], [], [], []
     for _ in range(WAKES):
         outcome = await system.command(CommandKind.DOZE, size)
         dozes.append(outcome.seconds["total"])
+        unmappings.append(outcome.seconds["unmap"])
         dozing_bytes.append(gpu_used_bytes()[pid])
         await asyncio.sleep(SETTLE_S)
         wakes.append(await wake(system, size, prompt))
@@ -117,6 +118,7 @@ async def _woken_again_and_again(
         ),
         row(f"doze_{name}_s", median(dozes), "s", target=DOZE_TARGET_S, note="memory confirmed free"),
         row(f"doze_{name}_worst_s", round(max(dozes), 4), "s"),
+        row(f"doze_{name}_unmap_s", median(unmappings), "s", note="of the weights, in the engine"),
         row(
             f"dozing_footprint_{name}_mib",
             round(max(dozing_bytes) / MIB),

@@ -20,7 +20,7 @@ from prism.gpu_worker.engine.registered_image import RegisteredImage
 
 TENSOR_ALIGNMENT = 256
 GROWTH_BYTES = 256 * 1024 * 1024
-REMAPPED_BYTES = 1024 * 1024 * 1024
+REMAPPED_BYTES = 256 * 1024 * 1024
 # Nothing is decoded while weights are copied in that pinning by several threads could hold up.
 PINNING_THREADS = 4
 # A larger tensor that comes late would take the room in front from all others.

@@ -260,11 +260,12 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self.ranks.together(lambda: self.weights.require_image(wait=self.ranks.rank > 0))
         self._end_arrivals()
         self.weights.unmap()
+        unmapped = time.perf_counter()
         self.flush_cache(empty_cache=False)
         self.kv.unmap()
         self.dozing = True
         footprint.note("dozing")
-        return {"unmap": time.perf_counter() - began}
+        return {"unmap": unmapped - began, "kv": time.perf_counter() - unmapped}
 
     def _prepare_freeze(self) -> dict[str, float]:
         if not self.dozing:
