@@ -74,6 +74,7 @@ def simulation(
     placement: PlacementPolicy | None = None,
     admission: AdmissionPolicy | None = None,
     limits: Limits | None = None,
+    profile: GpuProfile = PROFILE,
 ) -> Simulation:
     """Rows are arrival, model, prompt tokens, output tokens."""
     return Simulation(
@@ -81,7 +82,7 @@ def simulation(
         models,
         gpus=gpus,
         gpu_memory_bytes=memory_bytes,
-        profile=PROFILE,
+        profile=profile,
         placement=placement or LruPlacement(),
         admission=admission or FirstComeAdmission(),
         limits=limits or Limits(),

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.bench.simulation.small import Row, cost, model, run, simulation
+from tests.bench.simulation.small import PROFILE, Row, cost, model, run, simulation
 
 from prism.bench.simulation.report import report
 from prism.bench.simulation.simulation import Limits, Simulation
@@ -48,6 +48,34 @@ def test_an_engine_speeds_up_when_the_other_one_is_done() -> None:
     # Both at half speed until 2.0, when the short one is done; the long one has 1 s of 2 left.
     outcome = run([model(0), model(1)], [(0.0, 0, 50, 1), (0.0, 1, 150, 1)])
     assert list(outcome.ttft_s) == pytest.approx([2.0, 3.0])
+
+
+def test_a_prefill_that_leaves_the_gpu_to_others_takes_as_long_as_alone() -> None:
+    # The second prefills from 1.1 to 2.1; meanwhile the first decodes at half speed: 1 + 5 + 4 steps.
+    profile = msgspec.structs.replace(PROFILE, prefill_parallel_engines=2.0)
+    outcome = run([model(0), model(1)], [(0.0, 0, 50, 11), (1.1, 1, 50, 1)], profile=profile)
+    assert list(outcome.ttft_s) == pytest.approx([1.0, 1.0])
+    assert outcome.tpot_s[0] == pytest.approx((0.1 + 1.0 + 0.4) / 10)
+
+
+def test_engines_that_prefill_at_once_may_take_as_long_as_alone_and_still_decode_in_turns() -> None:
+    profile = msgspec.structs.replace(PROFILE, prefill_parallel_engines=2.0)
+    outcome = run([model(0), model(1)], [(0.0, 0, 50, 11), (0.0, 1, 50, 11)], profile=profile)
+    assert list(outcome.ttft_s) == pytest.approx([1.0, 1.0])
+    assert list(outcome.tpot_s) == pytest.approx([0.2, 0.2])
+
+
+@given(parallel=st.floats(1.0, 4.0), rest=st.floats(0.0, 3.0))
+def test_a_prefill_is_shared_no_further_than_a_profile_says(parallel: float, rest: float) -> None:
+    rows = [(0.0, 0, 50, 40), (0.3, 1, 80, 40), (0.5, 2, 20, 40)]
+    models = [model(index) for index in range(3)]
+    steps = msgspec.structs.replace(PROFILE, parallel_engines=parallel)
+    alike = msgspec.structs.replace(steps, prefill_parallel_engines=parallel)
+    wider = msgspec.structs.replace(steps, prefill_parallel_engines=parallel + rest)
+    unsaid = run(models, rows, profile=steps)
+    assert unsaid.ttft_s == run(models, rows, profile=alike).ttft_s
+    sooner = run(models, rows, profile=wider)
+    assert all(a <= b + 1e-9 for a, b in zip(sooner.ttft_s, unsaid.ttft_s, strict=True))
 
 
 def test_engines_on_different_gpus_do_not_slow_each_other() -> None:

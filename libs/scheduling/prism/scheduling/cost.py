@@ -23,7 +23,9 @@ class GpuProfile(msgspec.Struct, frozen=True, omit_defaults=True):
     (None: as decode does); `request_s` is what a request takes on its way to and from the engine, which keeps
     no GPU busy. `context_bytes` is what an engine holds of GPU memory beside weights and KV cache,
     awake or dozing. Splitting over two GPUs reaches `tensor_parallel_efficiency` of twice the speed, and so
-    on.
+    on. As many as `parallel_engines` compute at once as fast as alone, more share that evenly; to an engine
+    that prefills that number is `prefill_parallel_engines` (None: the same): the GPU may be others' while its
+    host launches kernels.
     """
 
     name: str
@@ -46,6 +48,7 @@ class GpuProfile(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_bytes_per_s: float | None = None
     request_s: float = 0.0
     parallel_engines: float = 1.0
+    prefill_parallel_engines: float | None = None
 
 
 class ModelCost(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -2,7 +2,8 @@
 batch, so only those changes are events.
 
 As SGLang does it: prompts that wait are prefilled together, up to a chunk of tokens, before decoding goes on;
-decoding gives each sequence a token a step. Engines that compute on a GPU at once share it evenly.
+decoding gives each sequence a token a step. Engines that compute on a GPU at once share it evenly, those that
+prefill as far as its profile says.
 """
 
 from collections import deque
@@ -73,6 +74,7 @@ class Engine:
         "owner",
         "prefill_began",
         "prefill_fixed_s",
+        "prefill_share",
         "prefill_token_s",
         "prefill_work_s",
         "quota_tokens",
@@ -115,6 +117,7 @@ class Engine:
         self.work = 0.0
         self.rate = 1.0
         self.share = 1.0
+        self.prefill_share = 1.0
         self.at = 0.0
         self.target = 0.0
         self.version = 0
@@ -156,12 +159,10 @@ class Engine:
 
     def shared_again(self, now: float) -> None:
         """Who else computes on its GPUs has changed."""
-        before = self.share
+        before, prefill_before = self.share, self.prefill_share
         self._share()
-        if self.share != before:
-            after, self.share = self.share, before
+        if self.share != before or self.prefill_share != prefill_before:
             self.advance(now)
-            self.share = after
             self.schedule(now)
 
     def _share(self) -> None:
@@ -169,8 +170,10 @@ class Engine:
         if len(gpus) == 1:
             gpu = gpus[0]
             self.share = gpu.shares(len(gpu.computing))
+            self.prefill_share = gpu.prefill_shares(len(gpu.computing))
         else:
             self.share = max(gpu.shares(len(gpu.computing)) for gpu in gpus)
+            self.prefill_share = max(gpu.prefill_shares(len(gpu.computing)) for gpu in gpus)
 
     def advance(self, now: float) -> None:
         """Account for what was done until `now`."""
@@ -184,9 +187,9 @@ class Engine:
         """Put the next change of the batch into the queue of events."""
         version = self.version = self.version + 1
         if self.mode == PREFILL:
-            self.rate = 1.0 / self.share
+            self.rate = 1.0 / self.prefill_share
             work = self.work
-            time = now + (work if work > 0.0 else 0.0) * self.share
+            time = now + (work if work > 0.0 else 0.0) * self.prefill_share
         else:
             ends, v = self.ends, self.v
             sequences = len(ends)

@@ -8,9 +8,10 @@ if TYPE_CHECKING:
 
 
 class Gpu:
-    """`computing` engines share it evenly, beyond the number that it runs in `parallel`. Bytes of memory,
-    `reserved_bytes` of `limit_bytes` are promised away. `bus_free_s` is when the copies of weights to it that
-    are under way will be done: one goes after the other."""
+    """`computing` engines share it evenly, beyond the number that it runs in `parallel`; to one that prefills
+    that is `prefill_parallel` (None: the same). Bytes of memory, `reserved_bytes` of `limit_bytes` are
+    promised away. `bus_free_s` is when the copies of weights to it that are under way will be done: one goes
+    after the other."""
 
     __slots__ = (
         "active",
@@ -23,14 +24,18 @@ class Gpu:
         "index",
         "limit_bytes",
         "parallel",
+        "prefill_parallel",
         "reserved_bytes",
         "residents",
     )
 
-    def __init__(self, index: int, limit_bytes: int, parallel: float = 1.0) -> None:
+    def __init__(
+        self, index: int, limit_bytes: int, parallel: float = 1.0, prefill_parallel: float | None = None
+    ) -> None:
         self.index = index
         self.limit_bytes = limit_bytes
         self.parallel = parallel
+        self.prefill_parallel = parallel if prefill_parallel is None else prefill_parallel
         self.reserved_bytes = 0
         self.residents: dict[str, Instance] = {}
         self.computing: list[Engine] = []
@@ -47,8 +52,12 @@ class Gpu:
         return self.limit_bytes - self.reserved_bytes
 
     def shares(self, engines: int) -> float:
-        """How many times longer each of so many engines that compute at once takes."""
+        """How many times longer a step takes each of so many engines that compute at once."""
         return max(1.0, engines / self.parallel)
+
+    def prefill_shares(self, engines: int) -> float:
+        """How many times longer a prefill takes each of so many engines that compute at once."""
+        return max(1.0, engines / self.prefill_parallel)
 
     @property
     def turns(self) -> float:

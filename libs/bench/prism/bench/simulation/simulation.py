@@ -87,7 +87,10 @@ class Simulation:
         self.models = models
         self._limits = limits
         self._events = EventQueue()
-        self.gpus = [Gpu(index, gpu_memory_bytes, profile.parallel_engines) for index in range(gpus)]
+        self.gpus = [
+            Gpu(index, gpu_memory_bytes, profile.parallel_engines, profile.prefill_parallel_engines)
+            for index in range(gpus)
+        ]
         self._quotas = QuotaShell(self._events, elastic=limits.elastic)
         self._queues = [
             AdmissionQueue(
