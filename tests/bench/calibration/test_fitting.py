@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism.bench.calibration.fitting import fitted_cost, fitted_profile, nonnegative_fit
-from prism.bench.calibration.probing import BATCHES, BURST, PROMPTS, Probe
+from prism.bench.calibration.fitting import (
+    fitted_cost,
+    fitted_profile,
+    nonnegative_fit,
+    prefill_slowdown,
+)
+from prism.bench.calibration.probing import BATCHES, BURST, PROMPTS, Beside, Probe
+from prism.bench.simulation.gpu import Gpu
 from prism.bench.simulation.profiles import read_profile
 from prism.common.messages.models import ModelFacts
 from prism.scheduling.cost import ModelCost, model_cost
@@ -72,7 +78,7 @@ def test_no_cost_is_negative() -> None:
 def test_the_profile_of_a_device_gives_its_models_their_costs_again() -> None:
     base = msgspec.structs.replace(read_profile("h200"), context_bytes=0, decode_fixed_s=0.0)
     cost = msgspec.structs.replace(model_cost(FACTS, base), prefill_fixed_s=0.01, request_s=0.02)
-    profile = fitted_profile({"m": cost}, {"m": FACTS}, base, slowdown=1.0, name="mine")
+    profile = fitted_profile({"m": cost}, {"m": FACTS}, base, slowdown=1.0, prefill_slowdown=1.0, name="mine")
     again = model_cost(FACTS, profile)
     assert again.prefill_fixed_s == pytest.approx(0.01)
     assert again.prefill_token_s == pytest.approx(cost.prefill_token_s)
@@ -86,4 +92,38 @@ def test_engines_that_do_not_slow_each_other_run_in_parallel(slowdown: float, pa
     base = read_profile("h200")
     costs = dict.fromkeys(("m", "n"), model_cost(FACTS, base))
     facts = dict.fromkeys(costs, FACTS)
-    assert fitted_profile(costs, facts, base, slowdown=slowdown, name="x").parallel_engines == parallel
+    steps = fitted_profile(costs, facts, base, slowdown=slowdown, prefill_slowdown=1.5, name="x")
+    assert steps.parallel_engines == parallel
+    prefills = fitted_profile(costs, facts, base, slowdown=1.5, prefill_slowdown=slowdown, name="x")
+    assert prefills.prefill_parallel_engines == parallel
+
+
+@given(
+    slowdown=st.floats(1.0, 3.0),
+    request_s=st.floats(0.0, 0.1),
+    prefill_fixed_s=st.floats(1e-3, 0.1),
+    count=st.integers(2, 5),
+)
+def test_simulated_prefills_beside_others_take_as_long_as_measured(
+    slowdown: float, request_s: float, prefill_fixed_s: float, count: int
+) -> None:
+    base = read_profile("h200")
+    cost = msgspec.structs.replace(
+        model_cost(FACTS, base), request_s=request_s, prefill_fixed_s=prefill_fixed_s
+    )
+    costs = {f"m{index}": cost for index in range(count)}
+    # The way to the engine takes as long as ever.
+    seen = [
+        Beside(model, 100, request_s + cost.prefill_s(100), request_s + slowdown * cost.prefill_s(100))
+        for model in costs
+    ]
+    profile = fitted_profile(
+        costs,
+        dict.fromkeys(costs, FACTS),
+        base,
+        slowdown=2.0,
+        prefill_slowdown=prefill_slowdown(seen, costs),
+        name="x",
+    )
+    gpu = Gpu(0, 1, profile.parallel_engines, profile.prefill_parallel_engines)
+    assert gpu.prefill_shares(count) == pytest.approx(min(slowdown, count))

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from prism.bench.calibration.probing import context_lengths, generate
+from prism.bench.calibration.probing import REPEATS, context_lengths, first_tokens_beside, generate
 from prism.common.errors import PrismError
 
 pytestmark = pytest.mark.core
@@ -48,6 +48,52 @@ async def test_the_first_chunk_is_the_first_token_and_the_end_the_last() -> None
     assert asked[0]["sampling_params"] == {"max_new_tokens": 5, "ignore_eos": True, "temperature": 0}
     assert 0 < seen.ttft_s <= seen.total_s
     assert seen.tpot_s == pytest.approx((seen.total_s - seen.ttft_s) / 4)
+
+
+async def test_prefills_are_measured_alone_and_while_all_others_decode_in_turn() -> None:
+    ends: dict[str, asyncio.Event] = {}
+    beside: list[tuple[str, int, list[str]]] = []
+
+    class Decoded(httpx.AsyncByteStream):
+        def __init__(self, model: str) -> None:
+            self._model = model
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            ends[self._model] = asyncio.Event()
+            yield b"data: {}\n\n"
+            await ends[self._model].wait()
+            del ends[self._model]
+            yield b"data: {}\n\n"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        if body["sampling_params"]["max_new_tokens"] > 1:
+            return httpx.Response(200, stream=Decoded(body["model"]))
+        beside.append((body["model"], len(body["input_ids"]), sorted(ends)))
+        for end in ends.values():
+            end.set()
+        return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
+
+    async with client_of(answer) as client:
+        seen = await first_tokens_beside(client, {"a": 600, "b": 1 << 17, "c": 1 << 17})
+    assert [(each.model, each.prompt_tokens) for each in seen] == [("a", 300), ("b", 1024), ("c", 1024)]
+    assert all(min(each.alone_s, each.beside_s) > 0 for each in seen)
+    assert beside == [
+        (each.model, each.prompt_tokens, others)
+        for each in seen
+        for _ in range(REPEATS)
+        for others in ([], [other for other in "abc" if other != each.model])
+    ]
+
+
+async def test_nobody_waits_for_the_first_token_of_one_that_fails() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        failed = json.loads(request.content)["model"] == "b"
+        return httpx.Response(503 if failed else 200, stream=httpx.ByteStream(b"no such luck"))
+
+    async with client_of(answer) as client:
+        with pytest.raises(PrismError, match="b: status 503"):
+            await first_tokens_beside(client, {"a": 600, "b": 600})
 
 
 async def test_prompts_differ_so_that_no_prefix_is_cached() -> None:

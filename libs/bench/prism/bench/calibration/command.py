@@ -8,8 +8,14 @@ from pathlib import Path
 import click
 import httpx
 
-from prism.bench.calibration.fitting import fitted_cost, fitted_profile
-from prism.bench.calibration.probing import DEADLINE_S, context_lengths, probe, slowdown
+from prism.bench.calibration.fitting import fitted_cost, fitted_profile, prefill_slowdown
+from prism.bench.calibration.probing import (
+    DEADLINE_S,
+    context_lengths,
+    first_tokens_beside,
+    probe,
+    slowdown,
+)
 from prism.bench.simulation.model_config import read_model_facts
 from prism.bench.simulation.options import clean_end
 from prism.bench.simulation.profiles import read_profile, write_profile
@@ -41,11 +47,14 @@ async def calibrate(
         for model, found in facts.items():
             seen = await probe(client, model, served[model], tell=tell)
             costs[model] = fitted_cost(seen, found, base, element_bytes)
-        factor = 1.0
+        steps = prefills = 1.0
         if len(costs) > 1:
             tell("measuring all at once")
-            factor = await slowdown(client, list(costs))
-    return fitted_profile(costs, facts, base, slowdown=factor, name=name), costs
+            steps = await slowdown(client, list(costs))
+            beside = await first_tokens_beside(client, {model: served[model] for model in costs})
+            prefills = prefill_slowdown(beside, costs)
+    profile = fitted_profile(costs, facts, base, slowdown=steps, prefill_slowdown=prefills, name=name)
+    return profile, costs
 
 
 @click.command("calibrate")

@@ -7,7 +7,7 @@ from statistics import median
 import msgspec
 import numpy as np
 
-from prism.bench.calibration.probing import Probe
+from prism.bench.calibration.probing import Beside, Probe
 from prism.common.messages.models import ModelFacts
 from prism.scheduling.cost import OPERATIONS_PER_PARAMETER, GpuProfile, ModelCost, model_cost
 
@@ -57,16 +57,27 @@ def nonnegative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) -
     return coefficients
 
 
+def prefill_slowdown(seen: Sequence[Beside], costs: Mapping[str, ModelCost]) -> float:
+    """How many times longer a prefill takes while all other models decode, by the median of them. What a
+    first token takes longer there is its prefill's: the way to the engine keeps no GPU busy."""
+    return median(
+        1.0 + (each.beside_s - each.alone_s) / costs[each.model].prefill_s(each.prompt_tokens)
+        for each in seen
+    )
+
+
 def fitted_profile(
     costs: Mapping[str, ModelCost],
     facts: Mapping[str, ModelFacts],
     base: GpuProfile,
     *,
     slowdown: float,
+    prefill_slowdown: float,
     name: str,
 ) -> GpuProfile:
     """A profile of the device: what models of other sizes would reach there, by the median of those
-    measured."""
+    measured. `slowdown` is how many times longer steps take when all of them compute, `prefill_slowdown` how
+    many times longer prefills do."""
     together = len(costs)
     return msgspec.structs.replace(
         base,
@@ -83,6 +94,8 @@ def fitted_profile(
         request_s=median(cost.request_s for cost in costs.values()),
         context_bytes=0,
         parallel_engines=max(1.0, together / max(1.0, slowdown)),
-        source=f"prism calibrate: {', '.join(costs)}; {together} at once take {slowdown:.2f} times as long; "
-        f"not measured, as in {base.name}: wakes, dozes, bus and disk",
+        prefill_parallel_engines=max(1.0, together / max(1.0, prefill_slowdown)),
+        source=f"prism calibrate: {', '.join(costs)}; {together} at once take {slowdown:.2f} times as long, "
+        f"a prefill among them {prefill_slowdown:.2f} times; not measured, as in {base.name}: "
+        "wakes, dozes, bus and disk",
     )

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import httpx
@@ -16,7 +16,7 @@ REPEATS = 5
 PROMPTS = (8, 64, 128, 256, 512, 2048, 4096)
 BATCHES = (1, 2, 4, 8)
 BURST = 6
-SHORT_PROMPT, LONG_PROMPT = 16, 256
+SHORT_PROMPT, LONG_PROMPT, BESIDE_PROMPT = 16, 256, 1024
 OUTPUT = 48
 DEADLINE_S = 120.0
 
@@ -46,10 +46,25 @@ class Probe(msgspec.Struct, frozen=True):
     steps: list[tuple[int, float, float]]
 
 
+class Beside(msgspec.Struct, frozen=True):
+    """The first token of a prompt of one model, in seconds: alone, and while all others decode."""
+
+    model: str
+    prompt_tokens: int
+    alone_s: float
+    beside_s: float
+
+
 async def generate(
-    client: httpx.AsyncClient, model: str, prompt_tokens: int, output_tokens: int, random_: random.Random
+    client: httpx.AsyncClient,
+    model: str,
+    prompt_tokens: int,
+    output_tokens: int,
+    random_: random.Random,
+    decoding: asyncio.Event | None = None,
 ) -> Timed:
-    """Stream one answer to a prompt that nobody has a prefix of. Raises PrismError when there is none."""
+    """Stream one answer to a prompt that nobody has a prefix of. `decoding` is set once its first token is
+    there, or none will come. Raises PrismError when there is none."""
     body = {
         "model": model,
         "input_ids": [random_.randrange(10, 500) for _ in range(prompt_tokens)],
@@ -65,8 +80,13 @@ async def generate(
                 raise PrismError(ErrorCode.INTERNAL, f"{model}: status {response.status_code}: {said[:300]}")
             async for _ in response.aiter_raw():
                 first = first or time.perf_counter()
+                if decoding is not None:
+                    decoding.set()
     except httpx.HTTPError as error:
         raise PrismError(ErrorCode.INTERNAL, f"{model}: the gateway did not answer: {error!r}") from error
+    finally:
+        if decoding is not None:
+            decoding.set()
     return Timed(first - began, time.perf_counter() - began, output_tokens)
 
 
@@ -116,6 +136,43 @@ async def slowdown(client: httpx.AsyncClient, models: Sequence[str], seed: int =
         together = await _together([(model, SHORT_PROMPT, OUTPUT) for model in models], client, random_)
         ratios += [both.tpot_s / one for one, both in zip(alone, together, strict=True)]
     return median(ratios)
+
+
+async def first_tokens_beside(
+    client: httpx.AsyncClient, context_lengths: Mapping[str, int], seed: int = 0
+) -> list[Beside]:
+    """Of each of the models, whose contexts are `context_lengths`. Medians of REPEATS, alone and beside the
+    others by turns, so that both see the machine in the same state."""
+    random_ = random.Random(f"beside/{seed}")
+    found = []
+    for model, context_length in context_lengths.items():
+        prompt = min(BESIDE_PROMPT, context_length // 2)
+        others = [other for other in context_lengths if other != model]
+        alone, beside = [], []
+        for _ in range(REPEATS):
+            alone.append((await generate(client, model, prompt, 1, random_)).ttft_s)
+            beside.append(await _first_token_beside(client, model, prompt, others, random_))
+        found.append(Beside(model, prompt, median(alone), median(beside)))
+    return found
+
+
+async def _first_token_beside(
+    client: httpx.AsyncClient, model: str, prompt: int, others: Sequence[str], random_: random.Random
+) -> float:
+    decoding = [asyncio.Event() for _ in others]
+
+    async def asked() -> Timed:
+        for each in decoding:
+            await each.wait()
+        return await generate(client, model, prompt, 1, random_)
+
+    # Twice the output that steps are measured by: it should outlast the prefill.
+    decodes = (
+        generate(client, other, SHORT_PROMPT, 2 * OUTPUT, random_, each)
+        for other, each in zip(others, decoding, strict=True)
+    )
+    seen, *_ = await asyncio.gather(asked(), *decodes)
+    return seen.ttft_s
 
 
 async def _together(
