@@ -40,7 +40,14 @@ async def staged_cell(size: str, models: Path, log: Path, *, deferred: bool) -> 
     mismatches = sum(each.text != said for each in starts)
     phases = {key: median(each.phases.get(key, 0.0) for each in starts) for key in starts[0].phases}
     return [
-        row(f"{name}_first_token_s", first, "s", target=STAGED_TARGET_S, note=f"median of {STARTS}"),
+        row(
+            f"{name}_first_token_s",
+            first,
+            "s",
+            # With graphs it takes as long as they are many.
+            target=STAGED_TARGET_S if deferred else None,
+            note=f"median of {STARTS}",
+        ),
         *(row(f"{name}_{phase}_s", seconds, "s") for phase, seconds in sorted(phases.items())),
         row(f"{name}_decode_tok_per_s", round(at_once, 1), "tok/s", note="one stream, right after"),
         row(f"{name}_decode_later_tok_per_s", round(later, 1), "tok/s", note=f"{GRAPHS_BEHIND_S:g} s later"),
