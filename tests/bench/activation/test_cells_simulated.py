@@ -66,6 +66,14 @@ async def test_waking_in_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "dozing_footprint_mib" not in rows, "that is an engine's on one GPU"
 
 
+async def test_waking_over_two_buses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commanding, "DISK_DEADLINE_S", 0.1)
+    rows = await measured("wake_8b_over_2_buses", tmp_path)
+    assert rows["wake_8b_over_2_buses_mismatches"].value == 0
+    assert "at 100.0 GB/s" in rows["wake_8b_over_2_buses_first_token_s"].note
+    assert rows["wake_8b_over_2_buses_copy_share"].note.startswith("of 2 times the pinned bandwidth")
+
+
 async def test_freezing(tmp_path: Path) -> None:
     rows = await measured("freeze_8b", tmp_path)
     assert rows["frozen_footprint_mib"].met

@@ -1,7 +1,6 @@
 """Weights that are copied into a GPU's memory; the driver's calls are stood in for, over host memory."""
 
 import ctypes
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -9,74 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from tests.gpu_worker.engine.host_driver import HostDriver
+from tests.gpu_worker.engine.mapping_driver import PAGE, PIECE, MappingDriver, standing_in
 
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import PrismError
 from prism.common.memfd import create_memfd
-from prism.gpu_worker.engine import bounced_copies, cuda_arena, registered_image
+from prism.gpu_worker.engine import cuda_arena
 from prism.gpu_worker.engine.cuda_arena import CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 
-PAGE = 1 << 16
-PIECE = 2 * PAGE
 NBYTES = 9 * PIECE + 100
-
-
-class MappingDriver(HostDriver):
-    """Maps memory as well: `room` bytes of it at most. Copies go where there is some."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.room = 1 << 40
-        self.mapped: dict[int, int] = {}
-        self._ranges: list[mmap.mmap] = []
-
-    def granularity(self, device: int) -> int:
-        return PAGE
-
-    def reserve_addresses(self, nbytes: int) -> int:
-        self._ranges.append(mmap.mmap(-1, nbytes))
-        return ctypes.addressof((ctypes.c_char * nbytes).from_buffer(self._ranges[-1]))
-
-    def fill_words(self, target: int, word: int, nbytes: int) -> None:
-        assert self.mapped[target] == nbytes
-
-    def map_memory(self, device: int, address: int, nbytes: int) -> int:
-        if sum(self.mapped.values()) + nbytes > self.room:
-            raise PrismError(ErrorCode.OUT_OF_MEMORY, "the GPU is full")
-        self.mapped[address] = nbytes
-        return address
-
-    def unmap_memory(self, address: int, nbytes: int, handle: int) -> None:
-        assert self.mapped.pop(address) == nbytes
-
-    def copy_to_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        assert any(begin <= target and target + nbytes <= begin + size for begin, size in self.joined())
-        super().copy_to_device(target, source, nbytes, stream)
-
-    def joined(self) -> list[tuple[int, int]]:
-        """Ranges with memory behind them, neighbours as one."""
-        found: list[tuple[int, int]] = []
-        for address in sorted(self.mapped):
-            if found and sum(found[-1]) == address:
-                found[-1] = (found[-1][0], found[-1][1] + self.mapped[address])
-            else:
-                found.append((address, self.mapped[address]))
-        return found
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> MappingDriver:
-    fake = MappingDriver()
-    fake.stand_in(monkeypatch)
-    stream = SimpleNamespace(cuda_stream=7, synchronize=fake.copy_all)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=8))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(cuda_arena, "REMAPPED_BYTES", PIECE)
-    monkeypatch.setattr(registered_image, "CHUNK_BYTES", PIECE)
-    monkeypatch.setattr(bounced_copies, "BUFFER_BYTES", PAGE)
-    return fake
+    return standing_in(monkeypatch)
 
 
 @pytest.fixture

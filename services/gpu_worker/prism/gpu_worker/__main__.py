@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 import click
 
@@ -144,6 +145,15 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
     "own. 0: not before.",
 )
 @click.option(
+    "--lend-bus/--no-lend-bus",
+    envvar="PRISM_LEND_BUS",
+    show_envvar=True,
+    default=False,
+    show_default=True,
+    help="cuda: while nothing wakes on this GPU, models that wake on the node's others get a part of their "
+    "weights through its bus; and ours through theirs. For workers with one GPU, over NVLink.",
+)
+@click.option(
     "--worker-memory-gb",
     type=float,
     envvar="PRISM_WORKER_MEMORY_GB",
@@ -245,6 +255,7 @@ def main(
     decode_graph_sizes: list[int],
     defer_graphs: bool,
     wake_lead_ms: float,
+    lend_bus: bool,
     worker_memory_gb: float | None,
     store_socket: str,
     mode: str,
@@ -290,6 +301,7 @@ def main(
                 decode_graph_sizes,
                 defer_graphs,
                 wake_lead_ms / 1000,
+                Path(store_socket).with_suffix(".buses") if lend_bus else None,
             ) as engines,
             claimed_gpu_ids(bus, GpuIdClaim(identity.worker, node), go_by, first=first_gpu_id, count=owned),
             frame_publisher(bus, coalesce_ms / 1000) as publisher,
@@ -336,6 +348,7 @@ def _device(
     decode_graph_sizes: list[int],
     defer_graphs: bool,
     wake_lead_s: float,
+    lent_buses: Path | None,
 ) -> AbstractAsyncContextManager[Device]:
     if name == "simulated":
         return simulated_device(costs_from(os.environ))
@@ -350,6 +363,7 @@ def _device(
             decode_graph_sizes=decode_graph_sizes,
             defer_graphs=defer_graphs,
             wake_lead_s=wake_lead_s,
+            lent_buses=lent_buses,
         )
     return cpu_device(EngineOptions(wake_lead_s=wake_lead_s))
 

@@ -34,6 +34,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     kernels are compiled and loaded then. A woken engine takes requests `wake_lead_s` seconds before its last
     weights are there: about what launching a prefill takes. Longer, and a prefill that waits would hold up
     those of other models. New tokens of requests that are not streamed are said every `unstreamed_s` seconds.
+    In the folder `lent_buses` other GPUs of the node lend theirs to wakes, each at a socket named by its
+    UUID; those in `own_gpus` are the engine's own.
     """
 
     device: EngineDevice = EngineDevice.CPU
@@ -43,6 +45,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     prime: bool = False
     wake_lead_s: float = 0.15
     unstreamed_s: float = 0.1
+    lent_buses: str = ""
+    own_gpus: list[str] = []
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start"):

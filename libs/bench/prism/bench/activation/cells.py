@@ -28,6 +28,8 @@ def cells(models: Path, log: Path) -> dict[str, Cell]:
         "wake_small": partial(wake_cell, SMALL, models, log),
         "wake_1b_tp2": partial(wake_cell, ["1b"], models, log, tp_size=2),
         "wake_8b_tp2": partial(wake_cell, ["8b"], models, log, tp_size=2),
+        "wake_8b_over_2_buses": partial(wake_cell, ["8b"], models, log, buses=2),
+        "wake_70b_fp8_over_2_buses": partial(wake_cell, ["70b_fp8"], models, log, buses=2),
         "freeze_8b": partial(freeze_cell, "8b", models, log),
         "freeze_1b": partial(freeze_cell, "1b", models, log),
         "staged_8b": partial(staged_cell, "8b", models, log, deferred=True),

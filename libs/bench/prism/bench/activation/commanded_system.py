@@ -165,8 +165,10 @@ async def commanded_system(
     image_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
     tp_size: int = 1,
+    workers: int = 1,
 ) -> AsyncIterator[CommandedSystem]:
-    """NATS, store, worker and gateway; `models` registered, none of them started.
+    """NATS, store, worker and gateway; `models` registered, none of them started. Of several `workers`, each
+    on a GPU, that with the GPU id 0 is commanded.
 
     Services get `environment` on top of ours. Memory in 10^9 bytes; without `worker_memory_gb` the device's
     own. Each model is spread over `tp_size` GPUs, from the first on, and the worker has as many.
@@ -180,6 +182,7 @@ async def commanded_system(
         worker_memory_gb=worker_memory_gb,
         image_dir=images,
         device=device,
+        workers=workers,
         schedulers=0,
         log_level=os.environ.get("PRISM_LOG_LEVEL", "INFO"),
         environment={**_worker_gpus(device, tp_size), **(environment or {})},
@@ -210,6 +213,8 @@ async def commanded_system(
 
             async def on_load(message: Msg) -> None:
                 report = decode(message.data, LoadReport)
+                if 0 not in report.gpu_ids:
+                    return
                 commanded.ready = report.ready
                 if report.ready:
                     commanded.worker = report.worker

@@ -45,9 +45,10 @@ async def system_of(
     image_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
     tp_size: int = 1,
+    workers: int = 1,
 ) -> AsyncIterator[CommandedSystem]:
-    """A system with random models of these sizes, each on `tp_size` GPUs, none of them started; images
-    outlive it in `image_dir`."""
+    """A system with random models of these sizes, each on `tp_size` GPUs, none of them started, and so many
+    workers; images outlive it in `image_dir`."""
     paths = {}
     for seed, size in enumerate(sizes):
         paths[size] = models / size
@@ -61,6 +62,7 @@ async def system_of(
             image_dir=image_dir,
             environment=environment,
             tp_size=tp_size,
+            workers=workers,
         ) as system:
             yield system
 

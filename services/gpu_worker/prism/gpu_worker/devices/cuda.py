@@ -3,14 +3,16 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
 from importlib.metadata import version
+from pathlib import Path
 
 from prism.gpu_worker.devices.checkpoint_process import checkpoint_process
 from prism.gpu_worker.devices.freezing import Freezer
 from prism.gpu_worker.devices.gpu_kind import profile_of
-from prism.gpu_worker.devices.gpu_memory import GpuMemory, gpu_memory
+from prism.gpu_worker.devices.gpu_memory import GpuMemory, gpu_memory, gpu_uuids
 from prism.gpu_worker.engine_protocol import EngineDevice, EngineOptions, Ready
+from prism.gpu_worker.lent_bus.lender_process import LentBus, lent_bus
 from prism.gpu_worker.shells import ShellSource
 from prism.gpu_worker.warm_shells import WarmShells, warm_shells
 
@@ -23,6 +25,8 @@ FIXED_BYTES = 1024 * MIB
 RANKS_BYTES = 1536 * MIB
 # Raised when tensors come to lie elsewhere in an arena: images made before must not be taken for it.
 ARENA_VERSION = 3
+# The context of a process that lends the bus.
+LENDER_BYTES = 512 * MIB
 ACTIVATION_SLACK_BYTES = 4096 * MIB
 MOST_COPY_THREADS = 16
 
@@ -41,6 +45,7 @@ class CudaDevice:
         shells: WarmShells,
         freezer: Freezer,
         options: EngineOptions,
+        bus: LentBus | None = None,
     ) -> None:
         self.memories = list(memories)
         self.rank_counts: tuple[int, ...] = (len(self.memories),)
@@ -48,10 +53,12 @@ class CudaDevice:
         self.profile = profile_of(self.memories[0].name)
         self.shells: ShellSource = shells
         self.freezer = freezer
-        self.copying = asyncio.Semaphore(1)
+        self.copying: AbstractAsyncContextManager[object] = bus or asyncio.Semaphore(1)
         self.copy_threads = min(MOST_COPY_THREADS, os.cpu_count() or 1)
         self.options = options
         self.default_memory_bytes = min(memory.total_bytes for memory in memories) - ACTIVATION_SLACK_BYTES
+        if bus is not None:
+            self.default_memory_bytes -= LENDER_BYTES
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
         """Engine, version, kind of GPU, dtype and rank: an image of any other is not ours to use."""
@@ -88,22 +95,38 @@ async def cuda_device(
     decode_graph_sizes: Sequence[int],
     defer_graphs: bool,
     wake_lead_s: float,
+    lent_buses: Path | None,
 ) -> AsyncIterator[CudaDevice]:
-    """GPUs `indices` of this machine, with `warm` shells, each on all of them, kept for the next models."""
-    options = EngineOptions(
-        EngineDevice.CUDA,
-        attention_backend,
-        sorted(set(decode_graph_sizes)),
-        defer_graphs,
-        prime=True,
-        wake_lead_s=wake_lead_s,
-    )
+    """GPUs `indices` of this machine, with `warm` shells, each on all of them, kept for the next models. With
+    a folder `lent_buses` a single one lends its bus there while nothing is woken on it, and borrows others'.
+    """
+    if len(indices) > 1:
+        lent_buses = None
     with ExitStack() as opened:
         memories = [opened.enter_context(gpu_memory(index)) for index in indices]
-        visible = ",".join(memory.uuid for memory in memories)
+        own = [memory.uuid for memory in memories]
+        options = EngineOptions(
+            EngineDevice.CUDA,
+            attention_backend,
+            sorted(set(decode_graph_sizes)),
+            defer_graphs,
+            prime=True,
+            wake_lead_s=wake_lead_s,
+            lent_buses=str(lent_buses or ""),
+            own_gpus=own,
+        )
+        visible = ",".join(own)
         environment = {"CUDA_VISIBLE_DEVICES": visible, "PRISM_RANKS": str(len(memories))}
         async with (
             warm_shells(SHELL_MODULE, warm, environment) as shells,
             checkpoint_process(environment) as freezer,
+            _lent(lent_buses, own[0]) as bus,
         ):
-            yield CudaDevice(memories, shells, freezer, options)
+            yield CudaDevice(memories, shells, freezer, options, bus)
+
+
+def _lent(folder: Path | None, own: str) -> AbstractAsyncContextManager[LentBus | None]:
+    if folder is None:
+        return nullcontext()
+    others = [uuid for uuid in gpu_uuids() if uuid != own]
+    return lent_bus(folder / own, {"CUDA_VISIBLE_DEVICES": ",".join([own, *others])})

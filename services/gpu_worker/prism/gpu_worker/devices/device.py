@@ -1,6 +1,6 @@
 """The device interface: how engines are made there and what their memory costs."""
 
-import asyncio
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from prism.gpu_worker.devices.freezing import Freezer
@@ -28,9 +28,13 @@ class Device(Protocol):
     copy_threads: int
     options: EngineOptions
     shells: ShellSource
-    copying: asyncio.Semaphore
     freezer: Freezer
     default_memory_bytes: int
+
+    @property
+    def copying(self) -> AbstractAsyncContextManager[object]:
+        """See above."""
+        ...
 
     def layout(self, tp_rank: int, tp_size: int) -> str:
         """Names the engine-layout images that engines of this device can take."""

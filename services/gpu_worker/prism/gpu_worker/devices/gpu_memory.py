@@ -34,6 +34,12 @@ class GpuMemory:
         return sum(int(process.usedGpuMemory or 0) for process in processes if process.pid == pid)
 
 
+def gpu_uuids() -> list[str]:
+    """All GPUs of this machine, within a `gpu_memory`."""
+    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+    return [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+
+
 @contextmanager
 def gpu_memory(index: int) -> Iterator[GpuMemory]:
     """The GPU that the driver lists as `index`. Raises PrismError(invalid_request) when there is none."""

@@ -6,7 +6,7 @@ built in it; dozing unmaps all of it, waking maps it again and fills it at the s
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 
 from prism.gpu_worker.engine import cuda_driver
 from prism.gpu_worker.engine.arena import align
-from prism.gpu_worker.engine.arrivals import Arrivals
+from prism.gpu_worker.engine.arrivals import Arrivals, Piece
 from prism.gpu_worker.engine.bounced_copies import bounced_copies, bounced_copies_out, bouncing_threads
 from prism.gpu_worker.engine.registered_image import RegisteredImage
+from prism.gpu_worker.lent_bus.borrowing import Turn
 
 TENSOR_ALIGNMENT = 256
 GROWTH_BYTES = 256 * 1024 * 1024
@@ -33,10 +34,21 @@ COMPARED_WORDS = 1 << 26
 class CudaArena:
     """`capacity` bytes of GPU address space, of which the first `mapped_bytes` have memory behind them. It
     grows with memory full of the 32-bit `filler`. The first `front_bytes` are for small tensors that come
-    late: behind all else, whoever needs them would wait for all of the weights."""
+    late: behind all else, whoever needs them would wait for all of the weights. Of an `exportable` one, buses
+    of other GPUs can bring a part of the content.
+    """
 
-    def __init__(self, device: int, capacity: int, filler: int = UNTOUCHED, *, front_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        device: int,
+        capacity: int,
+        filler: int = UNTOUCHED,
+        *,
+        front_bytes: int = 0,
+        exportable: bool = False,
+    ) -> None:
         self._device = device
+        self._exportable = exportable
         self._filler = filler
         self._granularity = cuda_driver.granularity(device)
         self.capacity = align(max(capacity, 1), self._granularity)
@@ -87,7 +99,9 @@ class CudaArena:
 
     def _map_piece(self, nbytes: int) -> None:
         offset = self.mapped_bytes
-        handle = cuda_driver.map_memory(self._device, self.address + offset, nbytes)
+        handle = cuda_driver.map_memory(
+            self._device, self.address + offset, nbytes, exportable=self._exportable
+        )
         self._pieces.append((offset, nbytes, handle))
         self.mapped_bytes += nbytes
 
@@ -120,14 +134,19 @@ class CudaArena:
         """Fill the first `nbytes` from the image, as `begin_copy_in` does; done when this returns."""
         self.begin_copy_in(source, nbytes).finish()
 
-    def begin_copy_in(self, source: RegisteredImage, nbytes: int) -> Arrivals:
+    def begin_copy_in(self, source: RegisteredImage, nbytes: int, turns: Sequence[Turn] = ()) -> Arrivals:
         """Have the first `nbytes` filled from the image, with memory behind them where there is none yet;
         there is memory behind all when this returns, and every copy is enqueued.
 
         Mapping goes on while the pieces before are copied. What is not pinned goes through pinned buffers
         where there are cores enough for that, else it is pinned on the way. On failure what was mapped stays
         so, and nothing is copied any more. Raises PrismError(out_of_memory).
+
+        With `turns` on other buses, of an image that is all pinned, each brings as many pieces as this GPU's
+        own; they end with what is given back.
         """
+        if turns:
+            return self._begin_shared_copy_in(source, nbytes, turns)
         began = time.perf_counter()
         stream = self._stream.cuda_stream
         context = cuda_driver.current_context()
@@ -167,6 +186,71 @@ class CudaArena:
             raise
         return Arrivals(pieces, began, end, lambda: cuda_driver.seconds_between(first, pieces[-1][1].event))
 
+    def _begin_shared_copy_in(self, source: RegisteredImage, nbytes: int, turns: Sequence[Turn]) -> Arrivals:
+        began = time.perf_counter()
+        stream = self._stream.cuda_stream
+        context = cuda_driver.current_context()
+        latest: list[Piece | None] = [None] * (1 + len(turns))
+        sent = [0] * len(turns)
+        waiting: list[list[tuple[int, int]]] = [[] for _ in turns]
+        memory: tuple[int, int, Any] | None = None
+        pieces: list[tuple[int, Piece]] = []
+        events: list[Any] = []
+
+        def copy(offset: int, size: int) -> None:
+            cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
+
+        def copied(offset: int, size: int) -> None:
+            copy(offset, size)
+            event = cuda_driver.create_event()
+            events.append(event)
+            cuda_driver.record_event(event, stream)
+            latest[0] = _CopiedPiece(event, self._device, context)
+
+        def copy_now(offset: int, size: int) -> None:
+            copy(offset, size)
+            self._stream.synchronize()
+
+        def send() -> None:
+            for turn, parts in zip(turns, waiting, strict=True):
+                if parts:
+                    assert memory is not None
+                    base, size, handle = memory
+                    turn.carry(handle, base, size, list(parts))
+                    parts.clear()
+
+        def end() -> None:
+            for turn in turns:
+                turn.end()
+            self._stream.synchronize()
+            for event in events:
+                cuda_driver.destroy_event(event)
+
+        try:
+            for turn in turns:
+                turn.begin(copy_now)
+            for number, (offset, size) in enumerate(self._mapping(source.pieces(), nbytes)):
+                if memory is not self._pieces[-1]:
+                    send()
+                    memory = self._pieces[-1]
+                lane = number % (1 + len(turns))
+                # What begins in one piece of memory and ends in the next has no descriptor of its own.
+                if lane == 0 or offset < memory[0]:
+                    copied(offset, size)
+                else:
+                    waiting[lane - 1].append((offset, size))
+                    latest[lane] = _CarriedPiece(turns[lane - 1], sent[lane - 1], self._device)
+                    sent[lane - 1] += 1
+                so_far = tuple(piece for piece in latest if piece is not None)
+                pieces.append((offset + size, _AllOf(so_far)))
+            send()
+            for turn in turns:
+                turn.all_sent()
+        except BaseException:
+            end()
+            raise
+        return Arrivals(pieces, began, end)
+
     def _mapping(self, pieces: Iterator[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
         """The parts of `pieces` within `nbytes`, each once there is memory behind it."""
         for offset, whole in pieces:
@@ -199,6 +283,36 @@ class _CopiedPiece:
         # Whoever waits may be a thread that has called no driver yet.
         cuda_driver.use_context(self.context)
         cuda_driver.wait_for_event(self.event)
+
+
+@dataclass(frozen=True)
+class _CarriedPiece:
+    """See arrivals.Piece: the part numbered `part` of what another bus brings."""
+
+    turn: Turn
+    part: int
+    device: int
+
+    def hold_back(self) -> None:
+        self.turn.hold_back(torch.cuda.current_stream(self.device).cuda_stream, self.part)
+
+    def wait(self) -> None:
+        self.turn.wait(self.part)
+
+
+@dataclass(frozen=True)
+class _AllOf:
+    """See arrivals.Piece: there once all of `pieces` are, the last by each bus so far."""
+
+    pieces: tuple[Piece, ...]
+
+    def hold_back(self) -> None:
+        for piece in self.pieces:
+            piece.hold_back()
+
+    def wait(self) -> None:
+        for piece in self.pieces:
+            piece.wait()
 
 
 class _DeviceBytes:

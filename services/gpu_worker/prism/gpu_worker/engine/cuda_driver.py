@@ -3,6 +3,10 @@
 Addresses and sizes are bytes. The context is the process's primary one, which torch has made.
 """
 
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cuda.bindings import driver
@@ -26,8 +30,15 @@ def check(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _properties(device: int) -> Any:
+COUNTER_BYTES = 4
+MOST_COUNTED = 0x7FFF_FFFF
+_FILE_DESCRIPTOR = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+
+def _properties(device: int, *, exportable: bool = False) -> Any:
     properties = driver.CUmemAllocationProp()
+    if exportable:
+        properties.requestedHandleTypes = _FILE_DESCRIPTOR
     properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     properties.location.id = device
@@ -45,12 +56,21 @@ def reserve_addresses(nbytes: int) -> int:
     return int(check(driver.cuMemAddressReserve(nbytes, 0, 0, 0), f"reserving {nbytes} bytes of addresses"))
 
 
-def map_memory(device: int, address: int, nbytes: int) -> Any:
+def map_memory(device: int, address: int, nbytes: int, *, exportable: bool = False) -> Any:
     """Put fresh memory of `device` behind `nbytes` from `address`; returns the handle to unmap it with.
+    `exportable` memory can be given to other processes.
 
     All or nothing. Raises PrismError(out_of_memory).
     """
-    handle = check(driver.cuMemCreate(nbytes, _properties(device), 0), f"{nbytes} bytes")
+    handle = check(
+        driver.cuMemCreate(nbytes, _properties(device, exportable=exportable), 0), f"{nbytes} bytes"
+    )
+    return _mapped(device, address, nbytes, handle)
+
+
+def _mapped(device: int, address: int, nbytes: int, handle: Any) -> Any:
+    """Put the memory of `handle`, which is released on failure, behind `nbytes` from `address`, for
+    `device` to use."""
     try:
         check(driver.cuMemMap(address, nbytes, 0, handle, 0), f"mapping {nbytes} bytes")
         try:
@@ -72,6 +92,46 @@ def unmap_memory(address: int, nbytes: int, handle: Any) -> None:
     """Take the memory of a `map_memory` away again and free it; nothing may be using it."""
     check(driver.cuMemUnmap(address, nbytes), f"unmapping {nbytes} bytes")
     check(driver.cuMemRelease(handle), f"releasing {nbytes} bytes")
+
+
+@contextmanager
+def exported(handle: Any) -> Iterator[int]:
+    """A file descriptor of memory, for other processes; closed at the end, theirs are valid on."""
+    fd = int(check(driver.cuMemExportToShareableHandle(handle, _FILE_DESCRIPTOR, 0), "exporting memory"))
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def map_imported(device: int, fd: int, nbytes: int) -> tuple[int, Any]:
+    """Another process's memory, of any GPU, for `device` to use: its address here, and what to unmap it
+    with."""
+    handle = check(driver.cuMemImportFromShareableHandle(fd, _FILE_DESCRIPTOR), "importing memory")
+    try:
+        address = reserve_addresses(nbytes)
+    except BaseException:
+        driver.cuMemRelease(handle)
+        raise
+    try:
+        return address, _mapped(device, address, nbytes, handle)
+    except BaseException:
+        driver.cuMemAddressFree(address, nbytes)
+        raise
+
+
+def unmap_imported(address: int, nbytes: int, handle: Any) -> None:
+    """Undo `map_imported`."""
+    unmap_memory(address, nbytes, handle)
+    check(driver.cuMemAddressFree(address, nbytes), f"giving {nbytes} bytes of addresses back")
+
+
+def primary_context(device: int) -> Any:
+    """The primary context of `device`, which the calling thread uses from here on."""
+    check(driver.cuInit(0), "starting the driver")
+    context = check(driver.cuDevicePrimaryCtxRetain(check(driver.cuDeviceGet(device), "GPU")), "a context")
+    use_context(context)
+    return context
 
 
 def current_context() -> Any:
@@ -115,6 +175,41 @@ def copy_to_host(target: int, source: int, nbytes: int, stream: int) -> None:
 def fill_words(target: int, word: int, nbytes: int) -> None:
     """Set `nbytes` (a multiple of 4) to a 32-bit pattern."""
     check(driver.cuMemsetD32(target, word, nbytes // 4), f"filling {nbytes} bytes")
+
+
+def create_stream() -> Any:
+    """A stream that waits for no other."""
+    flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+    return check(driver.cuStreamCreate(flag), "creating a stream")
+
+
+def destroy_stream(stream: Any) -> None:
+    """Give a stream back; what it has to do is done first."""
+    check(driver.cuStreamDestroy(stream), "destroying a stream")
+
+
+def host_counter() -> int:
+    """The address of a counter in host memory that streams can wait for, at 0."""
+    flags = driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP
+    address = int(check(driver.cuMemHostAlloc(COUNTER_BYTES, flags), "a counter"))
+    set_counter(address, 0)
+    return address
+
+
+def set_counter(address: int, value: int) -> None:
+    """Let go of who waits for `value` or less."""
+    ctypes.c_int32.from_address(address).value = value
+
+
+def free_counter(address: int) -> None:
+    """Give a counter back; no stream waits for it."""
+    check(driver.cuMemFreeHost(address), "freeing a counter")
+
+
+def hold_until(stream: int, counter: int, value: int) -> None:
+    """Have what is enqueued on the stream from here on begin once the counter is at `value` or above."""
+    flag = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+    check(driver.cuStreamWaitValue32(stream, counter, value, int(flag)), "waiting for a counter on a stream")
 
 
 def create_event(*, timed: bool = False) -> Any:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from prism.gpu_worker.engine.cuda_arena import UNTOUCHED, CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 from prism.gpu_worker.engine.tensor_factories import asked_for
 from prism.gpu_worker.engine.weights import ModelWeights, end_of, named_tensors
+from prism.gpu_worker.lent_bus.borrowing import Buses
 
 ADDRESS_SLACK = 2
 LEAST_ADDRESSES = 8 << 30
@@ -47,6 +49,9 @@ class CudaModelWeights(ModelWeights):
         super().__init__(*args, **kwargs)
         self._gpu = gpu
         self._registered: RegisteredImage | None = None
+        folder = self._start.options.lent_buses
+        # A rank of several has neighbours that are not idle.
+        self._buses = Buses(Path(folder), self._start.options.own_gpus) if folder else None
         self._filling: Future[None] | None = None
 
     @contextlib.contextmanager
@@ -57,7 +62,13 @@ class CudaModelWeights(ModelWeights):
         # A model primed before its content is there must not compute with NaN: a router of experts would
         # take that for any of them.
         filler = 0 if self._lease.kind is ImageKind.ENGINE else UNTOUCHED
-        self.arena = CudaArena(self._gpu, capacity, filler, front_bytes=_front_bytes(config))
+        self.arena = CudaArena(
+            self._gpu,
+            capacity,
+            filler,
+            front_bytes=_front_bytes(config),
+            exportable=self._buses is not None,
+        )
         with _PlaceIn(self.arena):
             yield
 
@@ -161,6 +172,9 @@ class CudaModelWeights(ModelWeights):
         super().unmap()
         assert self._registered is not None
         self._registered.pin_behind()
+        if self._buses is not None:
+            assert self._lease is not None
+            self._buses.offer(self._lease.fd, end_of(self._layout))
 
     def restore(self, left_s: float = 0.0) -> Arrivals:
         """See ModelWeights; memory is behind all of them when this returns."""
@@ -170,7 +184,9 @@ class CudaModelWeights(ModelWeights):
         nbytes = end_of(self._layout)
         image = self._image(self._lease.fd, nbytes)
         try:
-            arrivals = self.arena.begin_copy_in(image, nbytes)
+            pinned = image.pinned_bytes == image.nbytes
+            turns = self._buses.borrow() if self._buses is not None and pinned else []
+            arrivals = self.arena.begin_copy_in(image, nbytes, turns)
         except BaseException:
             self.arena.unmap()
             raise
