@@ -150,6 +150,27 @@ async def test_an_engine_image_outlives_the_store(start_store: StartStore, tmp_p
         assert [image.on_disk for image in second.store.report().images] == [True]
 
 
+async def test_an_image_that_another_version_has_hashed_otherwise_is_left_to_it_until_it_is_made_anew(
+    start_store: StartStore, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    content = os.urandom(3_000_000)
+    async with start_store() as first:
+        with await borrow(first, "m", folder) as checkpoint:
+            fingerprint = checkpoint.manifest.fingerprint
+        await give(first, "m", fingerprint, content)
+    (manifest,) = (tmp_path / "images").rglob("manifest.json")
+    ours = manifest.read_bytes()
+    manifest.write_bytes(ours.replace(b"xxh3-8m:", b""))
+    async with start_store() as second:
+        with await borrow(second, "m", folder, LAYOUT) as lent:
+            assert lent.kind is ImageKind.CHECKPOINT
+        assert manifest.exists()
+        await give(second, "m", fingerprint, content)
+        await until_written(second)
+        assert manifest.read_bytes() == ours
+
+
 async def test_a_corrupt_image_on_disk_is_deleted_and_the_checkpoint_lent(
     start_store: StartStore, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def test_on_a_gpu_plain_sglang_is_told_no_more_than_what_the_host_lacks_and_what
         "attention_backend": "triton",
         "log_level": "error",
         "max_total_tokens": 1000,
+        "sleep_on_idle": True,
         **told,
     }
 

@@ -36,7 +36,7 @@ async def test_a_bus_is_lent_but_while_the_worker_needs_it_and_the_lender_ends_w
     def lent() -> bool:
         turns = buses.borrow()
         for turn in turns:
-            turn.end()
+            turn.finish()
         return bool(turns)
 
     async with lent_bus(tmp_path / "buses" / "GPU-1", {}, COMMAND) as bus:

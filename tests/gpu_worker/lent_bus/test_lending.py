@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,15 +121,71 @@ def test_a_wake_of_its_own_keeps_the_bus_and_so_does_another_borrower(
     other = Buses(tmp_path, ["GPU-0"])
     other.offer(fd, NBYTES)
     assert other.borrow() == []
-    turn.end()
+    turn.finish()
     other.close()
     (turn,) = borrowed(buses, fd)
-    turn.end()
+    turn.finish()
     bus.keep()
     assert buses.borrow() == []
     bus.spare()
     (turn,) = borrowed(buses, fd)
-    turn.end()
+    turn.finish()
+
+
+def test_a_bus_is_its_owner_s_again_once_all_pieces_are_there(
+    image: RegisteredImage, buses: Buses, fd: int, tmp_path: Path
+) -> None:
+    arrivals = asleep().begin_copy_in(image, NBYTES, borrowed(buses, fd))
+    arrivals.wait()
+    other = Buses(tmp_path, ["GPU-0"])
+    (turn,) = borrowed(other, fd)
+    turn.finish()
+    other.close()
+    arrivals.close()
+
+
+def test_an_engine_that_is_gone_leaves_no_memory_mapped(
+    driver: MappingDriver, image: RegisteredImage, buses: Buses, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gone = threading.Event(), threading.Event()
+    waits = driver.wait_for_event
+
+    def wait_for_event(event: int) -> None:
+        if threading.current_thread().name == "copying":
+            begun.set()
+            gone.wait(ANSWER_DEADLINE_S)
+        waits(event)
+
+    monkeypatch.setattr("prism.gpu_worker.engine.cuda_driver.wait_for_event", wait_for_event)
+    arrivals = asleep().begin_copy_in(image, NBYTES, borrowed(buses, fd))
+    assert begun.wait(ANSWER_DEADLINE_S)
+    buses.close()
+    gone.set()
+    while driver.imported:
+        pass
+    arrivals.wait()
+    arrivals.close()
+
+
+def test_a_pinning_that_failed_is_tried_again_with_the_next_offer(
+    driver: MappingDriver, buses: Buses, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fails(address: int, nbytes: int) -> None:
+        failed.set()
+        raise PrismError(ErrorCode.OUT_OF_MEMORY, "no room for more pins")
+
+    with monkeypatch.context() as full:
+        full.setattr("prism.gpu_worker.engine.cuda_driver.register_host", fails)
+        buses.offer(fd, NBYTES)
+        assert failed.wait(ANSWER_DEADLINE_S)
+        assert buses.borrow() == []
+    turns: list[Turn] = []
+    while not turns:
+        buses.offer(fd, NBYTES)
+        turns = buses.borrow()
+    turns[0].finish()
 
 
 def test_what_a_lender_that_ends_did_not_bring_comes_by_the_own_bus(
@@ -155,7 +212,7 @@ def test_what_a_lender_that_ends_did_not_bring_comes_by_the_own_bus(
     assert buses.borrow() == []
     monkeypatch.setattr(session.Session, "_carry", carried)
     (turn,) = borrowed(buses, fd)
-    turn.end()
+    turn.finish()
 
 
 def test_what_nobody_can_bring_is_told_and_holds_nobody_back(
@@ -185,7 +242,7 @@ def test_an_image_is_let_go_of_with_its_engine(
 ) -> None:
     (turn,) = borrowed(buses, fd)
     assert driver.registered
-    turn.end()
+    turn.finish()
     buses.close()
     while driver.registered:
         pass

@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import xxhash
 
 BLOCK_BYTES = 8 * 1024 * 1024
+KIND = "xxh3-8m:"
+"""What every hash of this kind begins with."""
 
 
 def hash_of_blocks(digests: Iterable[bytes]) -> str:
     """The content hash of an image, given the xxh3_128 digest of each of its blocks of BLOCK_BYTES (the last
     one may be shorter), in order."""
-    return xxhash.xxh3_128_hexdigest(b"".join(digests))
+    return KIND + xxhash.xxh3_128_hexdigest(b"".join(digests))
 
 
 def hash_of_image(content: memoryview, threads: int = 1) -> str:

@@ -13,6 +13,7 @@ import xxhash
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.store import ImageManifest
+from prism.model_store.content_hash import KIND
 from prism.model_store.images import ImageKey
 from prism.model_store.staging import ImagePlan, Segment
 
@@ -37,8 +38,8 @@ class ImageDisk:
             shutil.rmtree(left_over, ignore_errors=True)
 
     def find(self, key: ImageKey) -> ImageManifest | None:
-        """The manifest of the image under `key`; None if there is none, or only a broken one, which is
-        deleted."""
+        """The manifest of the image under `key`; None if there is none, none that can be verified, or only a
+        broken one, which is deleted."""
         folder = self._folder(key)
         try:
             manifest = decode((folder / MANIFEST).read_bytes(), ImageManifest)
@@ -50,6 +51,9 @@ class ImageDisk:
             return None
         if (manifest.fingerprint, manifest.layout) != key or size != manifest.nbytes:
             self.delete(key, "its manifest does not belong to it")
+            return None
+        if not manifest.content_hash.startswith(KIND):
+            # Of another version of the store, and perhaps in its use; `write` replaces it.
             return None
         return manifest
 

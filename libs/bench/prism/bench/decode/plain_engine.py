@@ -49,6 +49,8 @@ def engine_arguments(settings: PlainSettings) -> dict[str, Any]:
         "log_level": "error",
         # By default it takes most of the GPU, and nobody could be measured beside it.
         "max_total_tokens": settings.kv_tokens,
+        # Nor does it keep a core from who is measured beside it.
+        "sleep_on_idle": True,
     }
     if importlib.util.find_spec("xgrammar") is None:
         # Its default, which hosts without network may lack. No answer here has a grammar.

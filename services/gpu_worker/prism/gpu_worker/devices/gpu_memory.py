@@ -1,7 +1,7 @@
 """GPU memory as the driver counts it, per GPU and process, without a CUDA context of one's own."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pynvml
 
@@ -35,9 +35,12 @@ class GpuMemory:
 
 
 def gpu_uuids() -> list[str]:
-    """All GPUs of this machine, within a `gpu_memory`."""
-    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-    return [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    """All GPUs of this machine that answer, within a `gpu_memory`."""
+    found = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with suppress(pynvml.NVMLError):
+            found.append(str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))))
+    return found
 
 
 @contextmanager

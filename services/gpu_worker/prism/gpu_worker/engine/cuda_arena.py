@@ -7,15 +7,16 @@ built in it; dozing unmaps all of it, waking maps it again and fills it at the s
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prism.gpu_worker.engine import cuda_driver
 from prism.gpu_worker.engine.arena import align
-from prism.gpu_worker.engine.arrivals import Arrivals, Piece
+from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine.bounced_copies import bounced_copies, bounced_copies_out, bouncing_threads
+from prism.gpu_worker.engine.copied_piece import CopiedPiece
+from prism.gpu_worker.engine.dealt_copies import DealtCopies
 from prism.gpu_worker.engine.registered_image import RegisteredImage
 from prism.gpu_worker.lent_bus.borrowing import Turn
 
@@ -150,13 +151,13 @@ class CudaArena:
         began = time.perf_counter()
         stream = self._stream.cuda_stream
         context = cuda_driver.current_context()
-        pieces: list[tuple[int, _CopiedPiece]] = []
+        pieces: list[tuple[int, CopiedPiece]] = []
         first = cuda_driver.create_event(timed=True)
         cuda_driver.record_event(first, stream)
 
         def reached(bytes_there: int) -> None:
             event = cuda_driver.create_event(timed=bytes_there == nbytes)
-            pieces.append((bytes_there, _CopiedPiece(event, self._device, context)))
+            pieces.append((bytes_there, CopiedPiece(event, self._device, context)))
             cuda_driver.record_event(event, stream)
 
         def end() -> None:
@@ -188,68 +189,16 @@ class CudaArena:
 
     def _begin_shared_copy_in(self, source: RegisteredImage, nbytes: int, turns: Sequence[Turn]) -> Arrivals:
         began = time.perf_counter()
-        stream = self._stream.cuda_stream
-        context = cuda_driver.current_context()
-        latest: list[Piece | None] = [None] * (1 + len(turns))
-        sent = [0] * len(turns)
-        waiting: list[list[tuple[int, int]]] = [[] for _ in turns]
-        memory: tuple[int, int, Any] | None = None
-        pieces: list[tuple[int, Piece]] = []
-        events: list[Any] = []
-
-        def copy(offset: int, size: int) -> None:
-            cuda_driver.copy_to_device(self.address + offset, source.address + offset, size, stream)
-
-        def copied(offset: int, size: int) -> None:
-            copy(offset, size)
-            event = cuda_driver.create_event()
-            events.append(event)
-            cuda_driver.record_event(event, stream)
-            latest[0] = _CopiedPiece(event, self._device, context)
-
-        def copy_now(offset: int, size: int) -> None:
-            copy(offset, size)
-            self._stream.synchronize()
-
-        def send() -> None:
-            for turn, parts in zip(turns, waiting, strict=True):
-                if parts:
-                    assert memory is not None
-                    base, size, handle = memory
-                    turn.carry(handle, base, size, list(parts))
-                    parts.clear()
-
-        def end() -> None:
-            for turn in turns:
-                turn.end()
-            self._stream.synchronize()
-            for event in events:
-                cuda_driver.destroy_event(event)
-
+        dealt = DealtCopies(self.address, source.address, self._device, self._stream, turns)
         try:
-            for turn in turns:
-                turn.begin(copy_now)
-            for number, (offset, size) in enumerate(self._mapping(source.pieces(), nbytes)):
-                if memory is not self._pieces[-1]:
-                    send()
-                    memory = self._pieces[-1]
-                lane = number % (1 + len(turns))
-                # What begins in one piece of memory and ends in the next has no descriptor of its own.
-                if lane == 0 or offset < memory[0]:
-                    copied(offset, size)
-                else:
-                    waiting[lane - 1].append((offset, size))
-                    latest[lane] = _CarriedPiece(turns[lane - 1], sent[lane - 1], self._device)
-                    sent[lane - 1] += 1
-                so_far = tuple(piece for piece in latest if piece is not None)
-                pieces.append((offset + size, _AllOf(so_far)))
-            send()
-            for turn in turns:
-                turn.all_sent()
+            dealt.begin()
+            for offset, size in self._mapping(source.pieces(), nbytes):
+                dealt.deal(offset, size, self._pieces[-1])
+            dealt.all_dealt()
         except BaseException:
-            end()
+            dealt.end()
             raise
-        return Arrivals(pieces, began, end)
+        return Arrivals(dealt.pieces, began, dealt.end)
 
     def _mapping(self, pieces: Iterator[tuple[int, int]], nbytes: int) -> Iterator[tuple[int, int]]:
         """The parts of `pieces` within `nbytes`, each once there is memory behind it."""
@@ -266,53 +215,6 @@ class CudaArena:
         with bounced_copies_out(self._stream.cuda_stream) as copy:
             for offset, size in target.pieces():
                 copy(target.address + offset, self.address + offset, min(size, nbytes - offset))
-
-
-@dataclass(frozen=True)
-class _CopiedPiece:
-    """See arrivals.Piece: `event` happens behind its copy."""
-
-    event: Any
-    device: int
-    context: Any
-
-    def hold_back(self) -> None:
-        cuda_driver.hold_back(torch.cuda.current_stream(self.device).cuda_stream, self.event)
-
-    def wait(self) -> None:
-        # Whoever waits may be a thread that has called no driver yet.
-        cuda_driver.use_context(self.context)
-        cuda_driver.wait_for_event(self.event)
-
-
-@dataclass(frozen=True)
-class _CarriedPiece:
-    """See arrivals.Piece: the part numbered `part` of what another bus brings."""
-
-    turn: Turn
-    part: int
-    device: int
-
-    def hold_back(self) -> None:
-        self.turn.hold_back(torch.cuda.current_stream(self.device).cuda_stream, self.part)
-
-    def wait(self) -> None:
-        self.turn.wait(self.part)
-
-
-@dataclass(frozen=True)
-class _AllOf:
-    """See arrivals.Piece: there once all of `pieces` are, the last by each bus so far."""
-
-    pieces: tuple[Piece, ...]
-
-    def hold_back(self) -> None:
-        for piece in self.pieces:
-            piece.hold_back()
-
-    def wait(self) -> None:
-        for piece in self.pieces:
-            piece.wait()
 
 
 class _DeviceBytes:

@@ -100,7 +100,8 @@ class RegisteredImage:
     def pin_behind(self) -> None:
         """Have the rest pinned by a thread. Not for an engine that decodes: while a piece is pinned, the
         driver lets nothing else of this process through."""
-        if self._behind is not None or self.pinned_bytes == self.nbytes:
+        under_way = self._behind is not None and self._behind.is_alive()
+        if under_way or self.pinned_bytes == self.nbytes:
             return
         context = cuda_driver.current_context()
         self._stop_behind.clear()

@@ -59,15 +59,17 @@ class TokenStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
             )
         now = time.monotonic()
         all_now = now - self._said_at >= self.unstreamed_s
-        if all_now:
-            self._said_at = now
         outputs, unsaid = [], False
         for req in reqs:
             # With overlap a finished request comes here once more.
             over = req.finished() and req.finished_output
             if over or req is skip_req or (return_logprob and req.return_logprob):
                 continue
-            if req.stream or all_now or not req.send_token_offset or req.finished():
+            if req.stream or not req.send_token_offset or req.finished():
+                outputs.append(_new_tokens(req))
+            elif all_now:
+                # Only now: most of what is said between two times is of others.
+                self._said_at = now
                 outputs.append(_new_tokens(req))
             else:
                 unsaid = True

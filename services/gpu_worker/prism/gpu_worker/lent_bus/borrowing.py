@@ -132,8 +132,9 @@ class Lender:
 
 
 class Turn:
-    """One wake's use of a lent bus. Parts that the lender does not bring are copied by `copy`, so that they
-    come in any case. `begin`, `carry`..., then `end`; parts count from 0."""
+    """One wake's use of a lent bus, which is its owner's again once all parts are there. Parts that the
+    lender does not bring are copied by `copy`, so that they come in any case. `begin`, `carry`...,
+    `all_sent`, then `finish` and `end`; parts count from 0."""
 
     def __init__(self, lender: Lender) -> None:
         self._lender = lender
@@ -185,13 +186,16 @@ class Turn:
             assert self._error is not None
             raise self._error
 
-    def end(self) -> None:
-        """Wait for what is under way; the bus is its owner's again."""
+    def finish(self) -> None:
+        """Wait for what is under way."""
         self.all_sent()
         if self._reading is not None:
             self._reading.join()
-            self._reading = None
-        self._lender.send(End())
+        else:
+            self._lender.send(End())
+
+    def end(self) -> None:
+        """Nobody waits on a stream any more."""
         counter, self._counter = self._counter, None
         if counter is not None:
             cuda_driver.free_counter(counter)
@@ -210,6 +214,7 @@ class Turn:
                         self._lender.lose(answer.reason)
                 self._copy(*self._parts[self._there])
                 self._reached(self._there + 1)
+            self._lender.send(End())
         except BaseException as error:
             failed = PrismError(ErrorCode.INTERNAL, f"a part could not be copied: {error}", retry=True)
             if self._counter is not None:

@@ -26,6 +26,7 @@ class LentBus:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self._copying = asyncio.Semaphore(1)
+        self._missed = False
 
     async def __aenter__(self) -> None:
         await self._copying.acquire()
@@ -39,9 +40,11 @@ class LentBus:
 
     def _order(self, order: bytes) -> None:
         assert self._process.stdin is not None
-        # A lender that has ended lends nothing either.
         if self._process.returncode is None and not self._process.stdin.is_closing():
             self._process.stdin.write(order)
+        elif not self._missed:
+            self._missed = True
+            log.warning("the bus of this GPU is not lent any more: its lender has ended, its log says why")
 
 
 @asynccontextmanager

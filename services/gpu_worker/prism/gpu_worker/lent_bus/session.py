@@ -6,6 +6,7 @@ import os
 import queue
 import socket
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from prism.gpu_worker.engine.registered_image import RegisteredImage
 from prism.gpu_worker.lent_bus.messages import Begin, Begun, Carried, Carry, End, Failed, Take, ToLender
 
 log = logging.getLogger(__name__)
+
+# The bus stays busy with two; memory of an engine that is gone is kept no longer than they take.
+PARTS_UNDER_WAY = 2
 
 
 class Bus:
@@ -52,52 +56,58 @@ class Bus:
                 self._borrower = None
 
 
-@dataclass
-class _Target:
-    """GPU memory of the engine's, mapped here."""
+@dataclass(frozen=True)
+class _Carrying:
+    """Parts that go into the engine's GPU memory, which is mapped here at `address`."""
 
+    message: Carry
     address: int
-    nbytes: int
     handle: Any
-    left: int
+    image: RegisteredImage
 
 
 class Session:
-    """Serves one connection, by the thread that calls `run` and one that waits for copies."""
+    """Serves one connection, by the thread that calls `run` and one that copies."""
 
     def __init__(self, sock: socket.socket, bus: Bus, context: Any) -> None:
         self._sock = sock
         self._bus = bus
         self._context = context
         self._image: RegisteredImage | None = None
-        self._stream: Any = None
-        self._copies: queue.SimpleQueue[tuple[Any, _Target] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_Carrying | None] = queue.SimpleQueue()
+        self._gone = threading.Event()
         self._carried = 0
 
     def run(self) -> None:
         """Do what the engine asks until it is gone; nothing of it is left then."""
-        cuda_driver.use_context(self._context)
-        self._stream = cuda_driver.create_stream()
-        waiting = threading.Thread(target=self._wait_for_copies, name="carried", daemon=True)
-        waiting.start()
+        copying: threading.Thread | None = None
         try:
+            cuda_driver.use_context(self._context)
+            copying = threading.Thread(target=self._copy, name="copying", daemon=True)
+            copying.start()
             self._serve()
         except (OSError, PrismError) as error:
-            log.warning("a bus is lent no longer: %s", error)
-            self._tell(Failed(str(error)))
+            self._fail(error)
         finally:
-            self._copies.put(None)
-            waiting.join()
+            self._gone.set()
+            self._orders.put(None)
+            if copying is not None:
+                copying.join()
             self._bus.give_back(self)
+            self._sock.close()
             if self._image is not None:
                 self._image.close()
-            cuda_driver.destroy_stream(self._stream)
-            self._sock.close()
 
     def hang_up(self) -> None:
         """Have `run` come to its end."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._gone.is_set():
+            log.warning("a bus is lent no longer to one engine: %s", error)
+        self._tell(Failed(str(error)))
+        self.hang_up()
 
     def _serve(self) -> None:
         while True:
@@ -133,32 +143,46 @@ class Session:
 
     def _carry(self, fds: list[int], message: Carry) -> None:
         (fd,) = fds
-        image = self._image
-        assert image is not None
+        assert self._image is not None
         address, handle = cuda_driver.map_imported(0, fd, message.nbytes)
-        target = _Target(address, message.nbytes, handle, len(message.parts))
-        for offset, size in message.parts:
-            begin = address + offset - message.base
-            cuda_driver.copy_to_device(begin, image.address + offset, size, self._stream)
-            event = cuda_driver.create_event()
-            cuda_driver.record_event(event, self._stream)
-            self._copies.put((event, target))
+        self._orders.put(_Carrying(message, address, handle, self._image))
 
-    def _wait_for_copies(self) -> None:
-        cuda_driver.use_context(self._context)
-        while (copy := self._copies.get()) is not None:
-            event, target = copy
+    def _copy(self) -> None:
+        """Carry out orders until there are no more; those of an engine that is gone are dropped."""
+        try:
+            cuda_driver.use_context(self._context)
+            stream = cuda_driver.create_stream()
             try:
-                cuda_driver.wait_for_event(event)
-                cuda_driver.destroy_event(event)
-                target.left -= 1
-                if not target.left:
-                    cuda_driver.unmap_imported(target.address, target.nbytes, target.handle)
-            except PrismError as error:
-                self._tell(Failed(str(error)))
-                continue
-            self._carried += 1
-            self._tell(Carried(self._carried))
+                while (order := self._orders.get()) is not None:
+                    try:
+                        self._copy_parts(order, stream)
+                    finally:
+                        cuda_driver.unmap_imported(order.address, order.message.nbytes, order.handle)
+            finally:
+                cuda_driver.destroy_stream(stream)
+        except PrismError as error:
+            self._fail(error)
+
+    def _copy_parts(self, order: _Carrying, stream: Any) -> None:
+        under_way: deque[Any] = deque()
+        for offset, size in order.message.parts:
+            if self._gone.is_set():
+                break
+            target = order.address + offset - order.message.base
+            cuda_driver.copy_to_device(target, order.image.address + offset, size, stream)
+            event = cuda_driver.create_event()
+            cuda_driver.record_event(event, stream)
+            under_way.append(event)
+            if len(under_way) >= PARTS_UNDER_WAY:
+                self._await(under_way.popleft())
+        while under_way:
+            self._await(under_way.popleft())
+
+    def _await(self, event: Any) -> None:
+        cuda_driver.wait_for_event(event)
+        cuda_driver.destroy_event(event)
+        self._carried += 1
+        self._tell(Carried(self._carried))
 
     def _tell(self, message: Begun | Carried | Failed) -> None:
         # Who is gone is noticed by whoever receives.
