@@ -167,6 +167,27 @@ def test_an_engine_that_is_gone_leaves_no_memory_mapped(
     arrivals.close()
 
 
+def test_a_copy_that_fails_leaves_no_memory_mapped_and_the_own_bus_brings_the_rest(
+    driver: MappingDriver, image: RegisteredImage, buses: Buses, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = driver.copy_to_device
+
+    def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
+        if stream == LENDING_STREAM:
+            raise PrismError(ErrorCode.INTERNAL, "the link to the neighbour is down")
+        copies(target, source, nbytes, stream)
+
+    turns = borrowed(buses, fd)
+    monkeypatch.setattr("prism.gpu_worker.engine.cuda_driver.copy_to_device", copy_to_device)
+    arena = asleep()
+    arrivals = arena.begin_copy_in(image, NBYTES, turns)
+    arrivals.wait()
+    assert content(arena) == ctypes.string_at(image.address, NBYTES)
+    while driver.imported:
+        pass
+    arrivals.close()
+
+
 def test_a_pinning_that_failed_is_tried_again_with_the_next_offer(
     driver: MappingDriver, buses: Buses, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

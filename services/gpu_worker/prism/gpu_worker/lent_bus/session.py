@@ -148,7 +148,8 @@ class Session:
         self._orders.put(_Carrying(message, address, handle, self._image))
 
     def _copy(self) -> None:
-        """Carry out orders until there are no more; those of an engine that is gone are dropped."""
+        """Carry out orders until there are no more. After a failure, or of an engine that is gone, they are
+        dropped."""
         try:
             cuda_driver.use_context(self._context)
             stream = cuda_driver.create_stream()
@@ -156,6 +157,9 @@ class Session:
                 while (order := self._orders.get()) is not None:
                     try:
                         self._copy_parts(order, stream)
+                    except PrismError as error:
+                        self._fail(error)
+                        self._gone.set()
                     finally:
                         cuda_driver.unmap_imported(order.address, order.message.nbytes, order.handle)
             finally:
