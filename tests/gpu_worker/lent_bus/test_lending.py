@@ -3,7 +3,8 @@
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,23 @@ def buses(tmp_path: Path, bus: Bus) -> Iterator[Buses]:
     made.close()
 
 
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + ANSWER_DEADLINE_S
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0)
+
+
 def borrowed(buses: Buses, fd: int) -> list[Turn]:
     """A turn on every bus, as soon as the image is pinned there."""
     buses.offer(fd, NBYTES)
-    while not (turns := buses.borrow()):
-        pass
+    turns: list[Turn] = []
+
+    def lent() -> bool:
+        turns[:] = buses.borrow()
+        return bool(turns)
+
+    until(lent)
     return turns
 
 
@@ -161,8 +174,7 @@ def test_an_engine_that_is_gone_leaves_no_memory_mapped(
     assert begun.wait(ANSWER_DEADLINE_S)
     buses.close()
     gone.set()
-    while driver.imported:
-        pass
+    until(lambda: not driver.imported)
     arrivals.wait()
     arrivals.close()
 
@@ -183,8 +195,7 @@ def test_a_copy_that_fails_leaves_no_memory_mapped_and_the_own_bus_brings_the_re
     arrivals = arena.begin_copy_in(image, NBYTES, turns)
     arrivals.wait()
     assert content(arena) == ctypes.string_at(image.address, NBYTES)
-    while driver.imported:
-        pass
+    until(lambda: not driver.imported)
     arrivals.close()
 
 
@@ -202,11 +213,16 @@ def test_a_pinning_that_failed_is_tried_again_with_the_next_offer(
         buses.offer(fd, NBYTES)
         assert failed.wait(ANSWER_DEADLINE_S)
         assert buses.borrow() == []
-    turns: list[Turn] = []
-    while not turns:
+
+    def lent() -> bool:
+        # The thread that failed may not have ended yet.
         buses.offer(fd, NBYTES)
         turns = buses.borrow()
-    turns[0].finish()
+        for turn in turns:
+            turn.finish()
+        return bool(turns)
+
+    until(lent)
 
 
 def test_what_a_lender_that_ends_did_not_bring_comes_by_the_own_bus(
@@ -265,5 +281,4 @@ def test_an_image_is_let_go_of_with_its_engine(
     assert driver.registered
     turn.finish()
     buses.close()
-    while driver.registered:
-        pass
+    until(lambda: not driver.registered)
