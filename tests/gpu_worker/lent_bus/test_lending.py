@@ -103,7 +103,7 @@ def test_each_bus_brings_every_other_piece(
     arrivals.wait()
     assert content(arena) == ctypes.string_at(image.address, NBYTES)
     assert sorted(driver.streams) == 5 * [7] + 5 * [LENDING_STREAM]
-    assert not driver.imported
+    until(lambda: not driver.imported)
     arrivals.close()
     assert not driver.events
     assert driver.freed == {0}
