@@ -40,6 +40,13 @@ async def give(running: Running, model: str, fingerprint: str, content: bytes) -
         os.close(fd)
 
 
+async def give_one_of(running: Running, folder: Path, content: bytes) -> tuple[str, str]:
+    """Deposit an engine's image of the model in `folder`; its fingerprint and its hash."""
+    with await borrow(running, "m", folder) as checkpoint:
+        fingerprint = checkpoint.manifest.fingerprint
+    return fingerprint, await give(running, "m", fingerprint, content)
+
+
 async def until_unleased(running: Running) -> None:
     """Wait until the store has noticed that all leases ended."""
     await eventually(lambda: not any(image.leases for image in running.store.report().images))
@@ -123,10 +130,9 @@ async def test_equal_content_is_held_once(running: Running, tmp_path: Path) -> N
 
 async def test_an_engine_image_is_preferred_by_who_can_use_it(running: Running, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
-    with await borrow(running, "m", folder) as checkpoint:
-        fingerprint = checkpoint.manifest.fingerprint
     content = os.urandom(50_000)
-    assert await give(running, "m", fingerprint, content) == hash_of_image(memoryview(content))
+    _, content_hash = await give_one_of(running, folder, content)
+    assert content_hash == hash_of_image(memoryview(content))
     with await borrow(running, "m", folder, LAYOUT) as lent:
         assert (lent.kind, lent.manifest.layout, lent.seconds) == (ImageKind.ENGINE, LAYOUT, 0)
         assert read_memfd(lent.fd, lent.nbytes) == content
@@ -138,10 +144,8 @@ async def test_an_engine_image_outlives_the_store(start_store: StartStore, tmp_p
     folder = write_model(tmp_path / "m")
     content = os.urandom(3_000_000)
     async with start_store() as first:
-        with await borrow(first, "m", folder) as checkpoint:
-            fingerprint = checkpoint.manifest.fingerprint
         # No waiting here: the end of a store finishes what is being written.
-        await give(first, "m", fingerprint, content)
+        await give_one_of(first, folder, content)
     async with start_store() as second:
         with await borrow(second, "m", folder, LAYOUT) as lent:
             assert lent.kind is ImageKind.ENGINE
@@ -156,9 +160,7 @@ async def test_an_image_that_another_version_has_hashed_otherwise_is_left_to_it_
     folder = write_model(tmp_path / "m")
     content = os.urandom(3_000_000)
     async with start_store() as first:
-        with await borrow(first, "m", folder) as checkpoint:
-            fingerprint = checkpoint.manifest.fingerprint
-        await give(first, "m", fingerprint, content)
+        fingerprint, _ = await give_one_of(first, folder, content)
     (manifest,) = (tmp_path / "images").rglob("manifest.json")
     ours = manifest.read_bytes()
     manifest.write_bytes(ours.replace(b"xxh3-8m:", b""))
@@ -176,9 +178,7 @@ async def test_a_corrupt_image_on_disk_is_deleted_and_the_checkpoint_lent(
 ) -> None:
     folder = write_model(tmp_path / "m")
     async with start_store() as first:
-        with await borrow(first, "m", folder) as checkpoint:
-            fingerprint = checkpoint.manifest.fingerprint
-        await give(first, "m", fingerprint, os.urandom(100_000))
+        await give_one_of(first, folder, os.urandom(100_000))
     (on_disk,) = (tmp_path / "images").glob("*/*/image.bin")
     damaged = bytearray(on_disk.read_bytes())
     damaged[50_000] ^= 1

@@ -31,8 +31,8 @@ class ImageKind(enum.StrEnum):
 
 
 class ImageManifest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is where in an image of `nbytes` bytes. `content_hash` is "xxh3-8m:" and the
-    xxh3_128 of the xxh3_128 digests of its blocks of 8 MiB.
+    """What is where in an image of `nbytes` bytes. `content_hash` is "xxh3-8m:" and the xxh3_128 of the
+    xxh3_128 digests of its blocks of 8 MiB.
 
     `layout` names what an engine image was made with (engine and its version, dtype, tensor-parallel
     rank): an engine takes only an image whose layout is its own.

@@ -1,7 +1,6 @@
 """The worker's side of the checkpoint server: a `Freezer` whose calls have deadlines."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.gpu_worker.child_process import end_child
 from prism.gpu_worker.devices.checkpoint_server import Answer, Hello, Order
 
 log = logging.getLogger(__name__)
@@ -103,21 +103,12 @@ class CheckpointProcess:
 
     async def stop(self) -> None:
         """End the server: it goes when there are no more orders."""
-        process = self._process
-        if process is not None and process.returncode is None and process.stdin is not None:
-            process.stdin.close()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(EXIT_DEADLINE_S):
-                    await process.wait()
-        await self._end()
+        await self._end(EXIT_DEADLINE_S)
 
-    async def _end(self) -> None:
+    async def _end(self, grace_s: float = 0.0) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        if process is not None:
+            await end_child(process, grace_s)
 
 
 @asynccontextmanager

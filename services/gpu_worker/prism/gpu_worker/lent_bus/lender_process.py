@@ -1,7 +1,6 @@
 """The worker's side of its lender: a process that lends the bus of its GPU while nothing is woken there."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
@@ -10,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 
+from prism.gpu_worker.child_process import end_child
 from prism.gpu_worker.lent_bus.lender import KEEP, SPARE
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,6 @@ async def lent_bus(
         env={**os.environ, **environment},
     )
     try:
-        assert process.stdin is not None
         assert process.stdout is not None
         try:
             async with asyncio.timeout(START_DEADLINE_S):
@@ -74,11 +73,4 @@ async def lent_bus(
             log.warning("the bus of this GPU is not lent: its lender did not start, its log says why")
         yield LentBus(process)
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(EXIT_DEADLINE_S):
-                await process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        await end_child(process, EXIT_DEADLINE_S)
