@@ -1,6 +1,7 @@
 """The store as its clients see it: leases, deposits, eviction, over a real socket."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -15,9 +16,10 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd, memfd_of, read_memfd
 from prism.common.messages.codec import encode
 from prism.common.messages.store import ImageKind, LeaseRequest
-from prism.common.store_client import Lease, deposit, lease, wait_readable
+from prism.common.store_client import Lease, deposit, lease, room, wait_readable
 from prism.model_store import store
 from prism.model_store.content_hash import hash_of_image
+from prism.model_store.image_disk import ImageDisk
 from prism.model_store.staging import ImagePlan, ReadProgress, read_image
 
 pytestmark = pytest.mark.core
@@ -315,6 +317,59 @@ async def test_deposits_that_can_not_be_used_are_refused(running: Running) -> No
             await asyncio.to_thread(deposit, running.socket, "m", manifest, fd, DEADLINE_S)
         os.close(fd)
     assert running.store.report().images == []
+
+
+async def test_room_for_an_image_is_made_before_the_image_is(start_store: StartStore, tmp_path: Path) -> None:
+    folder = big_model(tmp_path / "m", 6)
+    content = os.urandom(6_000_000)
+    async with start_store(budget_bytes=10_000_000) as running:
+        checkpoint = await borrow(running, "m", folder)
+        fingerprint = checkpoint.manifest.fingerprint
+        # Just closed, as engines do: the store may learn of the end of the lease after it is asked for room.
+        checkpoint.close()
+        with contextlib.ExitStack() as stack:
+            kept = room(running.socket, "m", len(content), DEADLINE_S)
+            granted = await asyncio.to_thread(stack.enter_context, kept)
+            assert running.told("evicted") == ["m"]
+            assert running.store.report().used_bytes == len(content)
+            fd = memfd_of("engine-image", content)
+            stack.callback(os.close, fd)
+            manifest = engine_manifest(fingerprint, len(content))
+            await asyncio.to_thread(deposit, running.socket, "m", manifest, fd, DEADLINE_S, granted)
+            assert running.store.report().used_bytes == len(content)
+        (image,) = running.store.report().images
+        assert image.kind is ImageKind.ENGINE
+
+
+async def test_room_that_nothing_was_deposited_in_is_free_again(running: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        await asyncio.to_thread(stack.enter_context, room(running.socket, "m", 1_000_000, DEADLINE_S))
+        assert running.store.report().used_bytes == 1_000_000
+    await eventually(lambda: running.store.report().used_bytes == 0)
+
+
+async def test_there_is_no_room_beside_what_is_on_lease(
+    start_store: StartStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "ROOM_PATIENCE_S", 0.0)
+    async with start_store(budget_bytes=10_000_000) as running:
+        with (
+            await borrow(running, "m", big_model(tmp_path / "m", 6)),
+            contextlib.ExitStack() as stack,
+            pytest.raises(PrismError, match="leases hold") as caught,
+        ):
+            await asyncio.to_thread(stack.enter_context, room(running.socket, "m", 6_000_000, DEADLINE_S))
+        assert caught.value.code is ErrorCode.OUT_OF_MEMORY
+
+
+def test_an_image_for_which_the_disk_has_no_room_is_not_begun(tmp_path: Path) -> None:
+    fd = create_memfd("image", 1 << 50)
+    try:
+        with pytest.raises(PrismError, match="GB are free there"):
+            ImageDisk(tmp_path).write(engine_manifest("0" * 32, 1 << 50), fd)
+    finally:
+        os.close(fd)
+    assert list(tmp_path.rglob("image.bin")) == []
 
 
 async def test_evict_frees_what_is_not_on_lease(running: Running, tmp_path: Path) -> None:

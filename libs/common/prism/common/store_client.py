@@ -7,7 +7,7 @@ import select
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +21,8 @@ from prism.common.messages.store import (
     ImageManifest,
     LeaseGranted,
     LeaseRequest,
+    RoomGranted,
+    RoomRequest,
     StageProgress,
     StoreFailure,
     StoreReply,
@@ -104,10 +106,34 @@ def lease(
                 return Lease(sock, image_fd, manifest, reply)
 
 
+@contextlib.contextmanager
+def room(socket_path: Path | str, model: str, nbytes: int, deadline_s: float) -> Iterator[str]:
+    """Have the store keep room for an image of `nbytes` bytes within the `with`; yields what `deposit` is to
+    be told. What nobody borrows makes room for it, so that the host never holds more than the store may.
+
+    Raises as `lease` does, out_of_memory when the store cannot have so much.
+    """
+    path, deadline = Path(socket_path), _Deadline(deadline_s)
+    with _connected(path) as sock:
+        _send(sock, path, encode(RoomRequest(model, nbytes)), [])
+        payload, fds = _receive(sock, deadline)
+        close_all(fds)
+        reply = _reply(payload, path)
+        if not isinstance(reply, RoomGranted):
+            raise _unexpected(reply, path)
+        yield reply.room
+
+
 def deposit(
-    socket_path: Path | str, model: str, manifest: ImageManifest, image_fd: int, deadline_s: float
+    socket_path: Path | str,
+    model: str,
+    manifest: ImageManifest,
+    image_fd: int,
+    deadline_s: float,
+    granted_room: str = "",
 ) -> str:
-    """Give the store an image in an engine's layout to keep; returns its content hash.
+    """Give the store an image in an engine's layout to keep, in the room that `room` got for it; returns its
+    content hash. Without, it is kept in memory if there is room when it comes.
 
     `image_fd` stays the caller's, its bytes must not change any more. Make it with
     `prism.common.memfd.create_memfd`, so that the store can fix its size. Raises as `lease` does.
@@ -118,7 +144,8 @@ def deposit(
         sock = stack.enter_context(_connected(path))
         manifest_fd = memfd_of("prism-manifest", written)
         stack.callback(os.close, manifest_fd)
-        _send(sock, path, encode(DepositRequest(model, len(written))), [image_fd, manifest_fd])
+        request = DepositRequest(model, len(written), granted_room)
+        _send(sock, path, encode(request), [image_fd, manifest_fd])
         payload, fds = _receive(sock, deadline)
         close_all(fds)
         reply = _reply(payload, path)

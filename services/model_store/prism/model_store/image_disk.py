@@ -1,6 +1,7 @@
 """Engine-layout images on disk: `<root>/<fingerprint>/<digest of the layout>/{image.bin, manifest.json}`."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -118,6 +119,10 @@ class ImageDisk:
 
 
 def _write_image(path: Path, fd: int, nbytes: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        # Else the disk would be full for everybody until the writing fails.
+        raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free there")
     with path.open("wb") as file:
         done = 0
         while done < nbytes:

@@ -17,6 +17,8 @@ from prism.common.messages.store import (
     ImageManifest,
     LeaseGranted,
     LeaseRequest,
+    RoomGranted,
+    RoomRequest,
     StageProgress,
     StoreFailure,
     StoreReply,
@@ -160,6 +162,8 @@ async def _answer(store: ModelStore, sock: socket.socket, payload: bytes, fds: l
             request: StoreRequest = decode(payload, StoreRequest)  # type: ignore[arg-type]
             if isinstance(request, DepositRequest):
                 await _take_in(store, sock, request, fds)
+            elif isinstance(request, RoomRequest):
+                await _keep_room(store, sock, request)
             else:
                 await _lend(store, sock, request)
     except PrismError as error:
@@ -191,13 +195,20 @@ async def _lend(store: ModelStore, sock: socket.socket, request: LeaseRequest) -
         await asyncio.get_running_loop().create_future()
 
 
+async def _keep_room(store: ModelStore, sock: socket.socket, request: RoomRequest) -> None:
+    async with store.room(request.model, request.nbytes) as name:
+        await _send(sock, RoomGranted(name), [])
+        # As with a lease: it ends when the peer goes.
+        await asyncio.get_running_loop().create_future()
+
+
 async def _take_in(store: ModelStore, sock: socket.socket, request: DepositRequest, fds: list[int]) -> None:
     if len(fds) != 2:
         raise PrismError(
             ErrorCode.BAD_MESSAGE, f"a deposit brings two descriptors, image and manifest, not {len(fds)}"
         )
     manifest = decode(read_memfd(fds[1], request.manifest_bytes), ImageManifest)
-    content_hash = await store.deposit(request.model, manifest, os.dup(fds[0]))
+    content_hash = await store.deposit(request.model, manifest, os.dup(fds[0]), request.room)
     await _send(sock, Deposited(content_hash), [])
 
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ T = TypeVar("T")
 
 PROGRESS_PERIOD_S = 0.25
 WRITE_DEADLINE_S = 60.0
+# Until a lease that its engine has closed has ended here as well.
+ROOM_PATIENCE_S = 1.0
+ROOM_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class ModelStore:
         self._fingerprints: dict[Path, tuple[Signature, str]] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._on_disk: set[ImageKey] = set()
+        self._rooms: dict[str, contextlib.ExitStack] = {}
 
     async def __aenter__(self) -> "ModelStore":
         await asyncio.to_thread(self.disk.clean)
@@ -125,8 +130,30 @@ class ModelStore:
         async with self.lend(model, model_path, layouts[0] if layouts else "", lambda *_: None) as lent:
             return lent.image.nbytes
 
-    async def deposit(self, model: str, manifest: ImageManifest, fd: int) -> str:
-        """Take in an image in an engine's layout; `fd` becomes the store's. Returns the content hash.
+    @contextlib.asynccontextmanager
+    async def room(self, model: str, nbytes: int) -> AsyncIterator[str]:
+        """Keep room in memory for an engine's image of `model`, until it is deposited under the name yielded
+        or the `async with` ends. Raises PrismError(out_of_memory)."""
+        deadline = time.monotonic() + ROOM_PATIENCE_S
+        with contextlib.ExitStack() as kept:
+            while True:
+                try:
+                    kept.enter_context(self.table.reserve(nbytes, f"the engine image of {model}"))
+                    break
+                except PrismError:
+                    if time.monotonic() > deadline:
+                        raise
+                await asyncio.sleep(ROOM_POLL_S)
+            name = secrets.token_hex(8)
+            self._rooms[name] = kept
+            try:
+                yield name
+            finally:
+                self._rooms.pop(name, None)
+
+    async def deposit(self, model: str, manifest: ImageManifest, fd: int, room: str = "") -> str:
+        """Take in an image in an engine's layout, in the `room` that was kept for it if it has one; `fd`
+        becomes the store's. Returns the content hash.
 
         With no room in memory it goes to disk only. Raises PrismError: invalid_request, internal.
         """
@@ -142,6 +169,8 @@ class ModelStore:
             manifest = msgspec.structs.replace(manifest, content_hash=hashed)
             key = ImageKey(manifest.fingerprint, manifest.layout)
             try:
+                # The bytes of an image count from here on as those of its room did.
+                self._rooms.pop(room, contextlib.ExitStack()).close()
                 needed = 0 if self.table.equal_to(manifest) else manifest.nbytes
                 with self.table.reserve(needed, f"the engine image of {model}"):
                     on_error.pop_all()

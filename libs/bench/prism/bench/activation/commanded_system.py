@@ -6,6 +6,7 @@ So a figure runs from the command on the bus to the first byte out of the gatewa
 import asyncio
 import json
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -91,6 +92,10 @@ class CommandedSystem:
                 # The worker has waited by then: no need to wait here.
                 if error.code is not ErrorCode.STORE_UNAVAILABLE or time.monotonic() > deadline:
                     raise
+
+    def disk_has_room_for(self, nbytes: int) -> bool:
+        """Whether the store can write so many bytes to its disk."""
+        return shutil.disk_usage(self.image_dir.parent).free > nbytes
 
     async def images_written(self, count: int) -> bool:
         """Wait until the store has written so many images to disk: a disk that is written to slows copies

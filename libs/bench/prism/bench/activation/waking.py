@@ -63,6 +63,8 @@ async def _woken_again_and_again(
     system: CommandedSystem, size: str, bandwidth: float, tp_size: int, buses: int, images: int
 ) -> list[Row]:
     """`images`: how many the store has, this model's among them."""
+    weights = weights_bytes(system.facts[size], None, tp_size)
+    to_be_written = system.disk_has_room_for(weights * tp_size)
     started = await system.command(CommandKind.ACTIVATE, size)
     prompt = prompt_of(1)
     undisturbed = (await system.complete(size, prompt, ANSWER_TOKENS)).text
@@ -73,7 +75,7 @@ async def _woken_again_and_again(
     pid = engine_pid(size)
     active_bytes = gpu_used_bytes()[pid]
     await system.doze_once_imaged(size)
-    written = await system.images_written(images)
+    written = to_be_written and await system.images_written(images)
     await system.command(CommandKind.ACTIVATE, size)
     wakes, dozes, unmappings, dozing_bytes = [], [], [], []
     for _ in range(WAKES):
@@ -84,7 +86,6 @@ async def _woken_again_and_again(
         await asyncio.sleep(SETTLE_S)
         wakes.append(await wake(system, size, prompt))
     await system.command(CommandKind.DOZE, size)
-    weights = weights_bytes(system.facts[size], None, tp_size)
     first = median(each.first_token_s for each in wakes)
     copy_s = median(each.copy_s for each in wakes)
     floor = weights / (bandwidth * buses)

@@ -78,12 +78,15 @@ async def decode_cell(size: str, scale: Scale, models: Path, log: Path) -> list[
     path = await asyncio.to_thread(model_folder, size, models)
     checked = checked_batches(scale)
     settings = PlainSettings(str(path), scale.device, scale.attention_backend, scale.plain_kv_tokens)
-    async with plain_side(msgspec.structs.replace(settings, same_kernels=True), log) as plain:
-        expected = [await plain.generate(batch) for batch in checked]
     async with contextlib.AsyncExitStack() as both:
         plain = await both.enter_async_context(plain_side(settings, log))
-        system = await both.enter_async_context(system_of({size: path}, scale, log, {}))
-        await system.command(CommandKind.ACTIVATE, size)
+        # All start at once: starting is most of a cell's time.
+        async with plain_side(msgspec.structs.replace(settings, same_kernels=True), log) as alike:
+            system = await both.enter_async_context(system_of({size: path}, scale, log, {}))
+            await system.command(CommandKind.ACTIVATE, size)
+            await alike.started()
+            expected = [await alike.generate(batch) for batch in checked]
+        await plain.started()
         side = GatewaySide(system.http, size)
         measured = await rates([plain, side], scale)
         said = [await side.generate(batch) for batch in checked]

@@ -34,15 +34,21 @@ class Side(Protocol):
 class PlainSide:
     """SGLang's Engine in a process of its own. Made by `plain_side`."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, settings: PlainSettings) -> None:
         self._process = process
+        self._starting = asyncio.create_task(self._ask(settings, START_DEADLINE_S), name="plain start")
 
-    async def start(self, settings: PlainSettings) -> None:
+    async def started(self) -> None:
         """Wait until it can generate."""
-        await self._ask(settings, START_DEADLINE_S)
+        await self._starting
+
+    async def no_longer(self) -> None:
+        """Have nobody wait for its start any more."""
+        self._starting.cancel()
+        await asyncio.gather(self._starting, return_exceptions=True)
 
     async def generate(self, batch: Batch) -> Generated:
-        """See `Side`."""
+        """See `Side`. After `started`."""
         return msgspec.json.decode(await self._ask(batch, BATCH_DEADLINE_S), type=Generated)
 
     async def _ask(self, what: msgspec.Struct, deadline_s: float) -> bytes:
@@ -58,7 +64,7 @@ class PlainSide:
 
 @asynccontextmanager
 async def plain_side(settings: PlainSettings, log: Path) -> AsyncIterator[PlainSide]:
-    """Plain SGLang, without kvcached; its process group is gone at the end."""
+    """Plain SGLang that starts, without kvcached; its process group is gone at the end."""
     own = {"KVCACHED_AUTOPATCH": "0", "ENABLE_KVCACHED": "false"}
     environment = {**os.environ, **own, **gpu_environment()}
     if settings.device == "cpu":
@@ -75,11 +81,11 @@ async def plain_side(settings: PlainSettings, log: Path) -> AsyncIterator[PlainS
             limit=LONGEST_LINE_BYTES,
             start_new_session=True,
         )
-        side = PlainSide(process)
+        side = PlainSide(process, settings)
         try:
-            await side.start(settings)
             yield side
         finally:
+            await side.no_longer()
             assert process.stdin is not None
             process.stdin.close()
             with contextlib.suppress(TimeoutError):

@@ -56,12 +56,22 @@ class LeaseRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="lease")
     layout: str = ""
 
 
-class DepositRequest(msgspec.Struct, frozen=True, tag="deposit"):
-    """Keep this engine-layout image: its memfd comes beside, then one with the manifest's JSON. Answered by
-    `Deposited` as soon as it can be leased; it is written to disk behind that."""
+class RoomRequest(msgspec.Struct, frozen=True, tag="room"):
+    """Make room for an engine-layout image of `nbytes` bytes that is about to be made. Answered by
+    `RoomGranted`; the room is kept until the image is deposited, or the connection ends."""
+
+    model: str
+    nbytes: int
+
+
+class DepositRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="deposit"):
+    """Keep this engine-layout image: its memfd comes beside, then one with the manifest's JSON. `room` names
+    what was granted for it, '' if nothing was. Answered by `Deposited` as soon as it can be leased; it is
+    written to disk behind that."""
 
     model: str
     manifest_bytes: int
+    room: str = ""
 
 
 class StageProgress(msgspec.Struct, frozen=True, tag="progress"):
@@ -81,6 +91,12 @@ class LeaseGranted(msgspec.Struct, frozen=True, tag="granted"):
     seconds: float
 
 
+class RoomGranted(msgspec.Struct, frozen=True, tag="room_granted"):
+    """There is room, under this name."""
+
+    room: str
+
+
 class Deposited(msgspec.Struct, frozen=True, tag="deposited"):
     """The image is held, under this content hash."""
 
@@ -93,8 +109,8 @@ class StoreFailure(msgspec.Struct, frozen=True, tag="failure"):
     error: ErrorBody
 
 
-StoreReply = StageProgress | LeaseGranted | Deposited | StoreFailure
-StoreRequest = LeaseRequest | DepositRequest
+StoreReply = StageProgress | LeaseGranted | RoomGranted | Deposited | StoreFailure
+StoreRequest = LeaseRequest | RoomRequest | DepositRequest
 
 
 class StagedImage(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -25,7 +25,7 @@ from torch import nn
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.memfd import create_memfd
 from prism.common.messages.store import ImageKind, ImageManifest, LeaseRequest, TensorEntry
-from prism.common.store_client import Lease, deposit, lease
+from prism.common.store_client import Lease, deposit, lease, room
 from prism.gpu_worker.engine.arena import TENSOR_ALIGNMENT, MemoryArena, align
 from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine_protocol import Progress, StartEngine
@@ -181,22 +181,35 @@ class ModelWeights:
             tensors=self._layout,
             layout=self._start.layout,
         )
-        fd = create_memfd("prism-image", nbytes)
-        try:
+        # Given back first: the store may need the checkpoint's room for the image.
+        self._lease.close()
+        self._lease = None
+        with self._room(nbytes) as granted_room, contextlib.ExitStack() as stack:
+            fd = create_memfd("prism-image", nbytes)
+            stack.callback(os.close, fd)
             self._copy_to_image(fd, nbytes)
-            # Given back first: the store may need the checkpoint's room for the image.
-            self._lease.close()
-            self._lease = None
             deposit(
                 self._start.store_socket,
                 self._start.model,
                 manifest,
                 fd,
-                deadline_s=self._start.store_deadline_s,
+                self._start.store_deadline_s,
+                granted_room,
             )
-        finally:
-            os.close(fd)
         self._lease = self._take_lease(self._start.layout)
+
+    @contextlib.contextmanager
+    def _room(self, nbytes: int) -> Iterator[str]:
+        """Room in the store for the image; '' when it has none: the image goes through memory to its disk."""
+        with contextlib.ExitStack() as stack:
+            kept = room(self._start.store_socket, self._start.model, nbytes, self._start.store_deadline_s)
+            try:
+                granted = stack.enter_context(kept)
+            except PrismError as error:
+                if error.code is not ErrorCode.OUT_OF_MEMORY:
+                    raise
+                granted = ""
+            yield granted
 
     def require_image(self, *, wait: bool = False) -> None:
         """Raises PrismError(store_unavailable) when there is no image to wake from; with `wait`, one that is
