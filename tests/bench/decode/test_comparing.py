@@ -15,8 +15,8 @@ def test_what_a_request_costs_beside_its_tokens_is_no_part_of_the_rate() -> None
     assert decode_rate(8, 10, 110, [seconds[0]], [seconds[1]]) == pytest.approx(800)
 
 
-def test_one_slow_round_does_not_count() -> None:
-    assert decode_rate(1, 0, 10, [1.0, 1.0, 9.0], [2.0, 8.0, 2.0]) == pytest.approx(10)
+def test_slow_rounds_do_not_count() -> None:
+    assert decode_rate(1, 0, 10, [1.5, 1.0, 9.0], [2.0, 8.0, 3.0]) == pytest.approx(10)
 
 
 def test_answers_may_part_at_a_near_tie_and_after_it() -> None:

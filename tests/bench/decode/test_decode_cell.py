@@ -17,12 +17,11 @@ pytestmark = pytest.mark.engine
 async def test_a_tiny_model_says_under_a_worker_what_it_says_by_itself(
     tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "REPEATS", 1)
     monkeypatch.setattr(module, "CHECKED_PROMPTS", 4)
     models = tmp_path / "models"
     models.mkdir()
     (models / "tiny").symlink_to(MODELS_FOLDER)
-    scale = dataclasses.replace(ON_CPU, streams=(2,), long_tokens=20)
+    scale = dataclasses.replace(ON_CPU, streams=(2,), long_tokens=20, repeats=1)
     rows = {row.figure: row for row in await decode_cell("tiny", scale, models, tmp_path / "cell.log")}
     assert rows["decode_mismatches_tiny"].value == 0
     assert "4 of 4 answers equal" in rows["decode_mismatches_tiny"].note
@@ -44,12 +43,9 @@ class Turns:
 
 
 @pytest.mark.core
-async def test_sides_take_turns_so_that_a_slow_while_is_a_slow_while_for_both(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "REPEATS", 1)
+async def test_sides_take_turns_so_that_a_slow_while_is_a_slow_while_for_both() -> None:
     turns: list[tuple[str, int]] = []
-    scale = dataclasses.replace(ON_CPU, streams=(2,), short_tokens=1, long_tokens=5)
+    scale = dataclasses.replace(ON_CPU, streams=(2,), short_tokens=1, long_tokens=5, repeats=1)
     assert await rates([Turns("a", turns), Turns("b", turns)], scale) == {2: [2.0, 2.0]}
     assert turns == 2 * [("a", 1), ("a", 5), ("b", 1), ("b", 5)]
 

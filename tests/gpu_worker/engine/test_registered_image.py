@@ -132,8 +132,9 @@ def test_the_rest_is_pinned_behind(image: RegisteredImage, driver: FakeDriver) -
 
 
 def test_pinning_behind_ends_after_the_piece_that_is_under_way(
-    image: RegisteredImage, driver: FakeDriver
+    image: RegisteredImage, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(registered_image, "PIN_AFTER_S", 0.0)
     driver.waits_for = threading.Event()
     image.pin_behind()
     ending = threading.Thread(target=image.end_pinning_behind)

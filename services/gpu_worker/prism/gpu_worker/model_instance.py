@@ -330,13 +330,15 @@ class ModelInstance:
         began = time.perf_counter()
         try:
             done = await self.engine.doze(min(deadline_s, self._limits.stall_s))
+            given_back = time.perf_counter()
             await self._confirm_freed()
         except BaseException as error:
             await self.discard_engine(*_after(error, "doze failed"))
             raise
         self.engine_load = Outputs([], 0, 0, 0)
         self.set_state(ModelState.DOZING)
-        return {**done.seconds, "total": time.perf_counter() - began}
+        ended = time.perf_counter()
+        return {**done.seconds, "confirm": ended - given_back, "total": ended - began}
 
     async def freeze(self, deadline_s: float) -> dict[str, float]:
         """Take all device memory from a dozing engine, confirmed by the kernel. The caller holds the lock.

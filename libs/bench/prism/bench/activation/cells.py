@@ -26,6 +26,7 @@ def cells(models: Path, log: Path) -> dict[str, Cell]:
     named |= {f"wake_{size}": partial(wake_cell, [size], models, log) for size in SHAPES}
     named |= {
         "wake_small": partial(wake_cell, SMALL, models, log),
+        "wake_small_and_cycles": partial(wake_cell, SMALL, models, log, cycles=cycles),
         "wake_1b_tp2": partial(wake_cell, ["1b"], models, log, tp_size=2),
         "wake_8b_tp2": partial(wake_cell, ["8b"], models, log, tp_size=2),
         "wake_8b_over_2_buses": partial(wake_cell, ["8b"], models, log, buses=2),

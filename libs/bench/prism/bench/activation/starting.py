@@ -11,7 +11,7 @@ from prism.bench.activation.woken import ANSWER_TOKENS, median, prompt_of, syste
 from prism.bench.results import Row, row
 from prism.common.messages.placement import CommandKind
 
-STARTS = 4
+STARTS = 3
 STAGED_TARGET_S = 1.5
 DECODED_TOKENS = 64
 GRAPHS_BEHIND_S = 8.0

@@ -1,6 +1,5 @@
 """What two who generate come to: the rate of decoding alone, and whether they say the same."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +9,11 @@ def decode_rate(
 ) -> float:
     """Tokens per second of decoding, from times of the same batch with few and with many tokens an answer.
 
-    The difference of their medians holds neither prefill nor what a request costs beside its tokens.
+    The difference of their least holds neither prefill nor what a request costs beside its tokens, and what
+    others do on the host lengthens a step of a small model by up to a quarter, for seconds.
     """
     more = streams * (long_tokens - short_tokens)
-    return more / (statistics.median(long_s) - statistics.median(short_s))
+    return more / (min(long_s) - min(short_s))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Scale:
     plain_kv_tokens: int
     store_memory_gb: float
     worker_memory_gb: float | None
+    repeats: int
     loop_s: float
     near_tie: float
 
@@ -48,7 +49,8 @@ ON_GPU = Scale(
     plain_kv_tokens=262_144,
     store_memory_gb=100.0,
     worker_memory_gb=None,
-    loop_s=15.0,
+    repeats=3,
+    loop_s=10.0,
     near_tie=BFLOAT16_NEAR_TIE,
 )
 ON_CPU = Scale(
@@ -62,6 +64,7 @@ ON_CPU = Scale(
     plain_kv_tokens=40_000,
     store_memory_gb=1.0,
     worker_memory_gb=1.0,
+    repeats=5,
     loop_s=3.0,
     near_tie=FLOAT32_NEAR_TIE,
 )

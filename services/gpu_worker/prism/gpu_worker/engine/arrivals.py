@@ -63,6 +63,8 @@ class Arrivals:
     def wait(self, left_s: float = 0.0) -> None:
         """Wait until all are there, or until the rest takes no more than `left_s` seconds, judged by how fast
         the others came. Raises what a copy failed with."""
+        if self.all_here:
+            return
         for reached, piece in zip(self._ends, self._pieces, strict=True):
             piece.wait()
             elapsed = time.perf_counter() - self._began

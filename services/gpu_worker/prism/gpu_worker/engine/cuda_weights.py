@@ -167,9 +167,8 @@ class CudaModelWeights(ModelWeights):
         if self._registered is not None:
             self._registered.unpin()
 
-    def unmap(self) -> None:
-        """Give the weights' memory back; what is not pinned yet is pinned while nobody is served."""
-        super().unmap()
+    def asleep(self) -> None:
+        """Have the rest of the image pinned, and lent buses told of it."""
         assert self._registered is not None
         self._registered.pin_behind()
         if self._buses is not None:

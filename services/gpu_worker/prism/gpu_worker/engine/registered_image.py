@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 128 * 1024 * 1024
 THREADS = 4
+# The worker asks the driver meanwhile what a dozing engine still holds.
+PIN_AFTER_S = 0.05
 
 
 class RegisteredImage:
@@ -98,8 +100,8 @@ class RegisteredImage:
                 self._registered.add(offset)
 
     def pin_behind(self) -> None:
-        """Have the rest pinned by a thread. Not for an engine that decodes: while a piece is pinned, the
-        driver lets nothing else of this process through."""
+        """Have the rest pinned by a thread, from PIN_AFTER_S on. Not for an engine that decodes or gives
+        memory back: while a piece is pinned, the driver lets nothing else of this process through."""
         under_way = self._behind is not None and self._behind.is_alive()
         if under_way or self.pinned_bytes == self.nbytes:
             return
@@ -108,6 +110,7 @@ class RegisteredImage:
 
         def pin() -> None:
             cuda_driver.use_context(context)
+            self._stop_behind.wait(PIN_AFTER_S)
             try:
                 for offset, size in self.pieces():
                     if self._stop_behind.is_set():

@@ -170,6 +170,9 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
             primed()
         if self.current_load() != self._told_load:
             self.tell([])
+        if self._arrivals is not None and self._arrivals.all_here:
+            # What the copies needed is given back now, not when the engine is to doze.
+            self._end_arrivals()
         if self._doze_when_idle is not None:
             self.handle_doze(self._doze_when_idle)
         if self._graphs is not None and not self.dozing and not self._gate.closed:
@@ -211,6 +214,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         self._doze_when_idle = None if self.is_fully_idle() else request
         if self._doze_when_idle is None:
             self._transition(request.call, self._doze)
+            if self.dozing:
+                self.weights.asleep()
 
     def handle_wake(self, request: Wake) -> None:
         """Take memory again, weights copied back from the image: the last of them while requests may come."""

@@ -227,6 +227,10 @@ class ModelWeights:
         assert self.arena is not None
         self.arena.unmap()
 
+    def asleep(self) -> None:
+        """The engine dozes, and its worker knows: the time for what would hold up one that serves. Nothing on
+        a CPU."""
+
     def unpin(self) -> None:
         """Nothing is pinned on a CPU."""
 
