@@ -19,17 +19,25 @@ from prism.scheduling.cost import ModelCost, model_cost
 
 pytestmark = pytest.mark.core
 
+PASS_TOKENS = 2048
 FACTS = ModelFacts("m", parameters=10**6, kv_elements_per_token=100, checkpoint_dtype="float32")
 
 
-def measured(cost: ModelCost) -> Probe:
-    """What probing a model of that cost sees, without noise."""
-    longest = PROMPTS[-1]
+def measured(cost: ModelCost, longest: int) -> Probe:
+    """What probing a model of that cost sees, without noise, whose context ends at `longest`."""
+    lengths = [length for length in PROMPTS if length <= longest]
+    passes = {count: -(-count // (PASS_TOKENS // longest)) for count in (1, BURST)}
     return Probe(
         "m",
-        {length: cost.request_s + cost.prefill_s(length) for length in PROMPTS},
+        PASS_TOKENS,
+        {length: cost.request_s + cost.prefill_s(length) for length in lengths},
         longest,
-        {count: cost.request_s + count * cost.prefill_s(longest) for count in (1, BURST)},
+        {
+            count: cost.request_s
+            + passes[count] * cost.prefill_fixed_s
+            + count * longest * cost.prefill_token_s
+            for count in (1, BURST)
+        },
         [
             (batch, batch * held, cost.decode_step_s(batch, batch * held))
             for held in (40, 280)
@@ -45,6 +53,7 @@ def measured(cost: ModelCost) -> Probe:
     decode_fixed_s=st.floats(1e-4, 0.1),
     decode_sequence_s=st.floats(0, 0.01),
     decode_kv_token_s=st.floats(0, 1e-4),
+    longest=st.sampled_from([512, 1024, 2048]),
 )
 def test_the_cost_behind_a_measurement_is_found(
     request_s: float,
@@ -53,6 +62,7 @@ def test_the_cost_behind_a_measurement_is_found(
     decode_fixed_s: float,
     decode_sequence_s: float,
     decode_kv_token_s: float,
+    longest: int,
 ) -> None:
     base = read_profile("h200")
     true = msgspec.structs.replace(
@@ -64,7 +74,7 @@ def test_the_cost_behind_a_measurement_is_found(
         decode_sequence_s=decode_sequence_s,
         decode_kv_token_s=decode_kv_token_s,
     )
-    found = fitted_cost(measured(true), FACTS, base, None)
+    found = fitted_cost(measured(true, longest), FACTS, base, None)
     for field in ModelCost.__struct_fields__:
         assert getattr(found, field) == pytest.approx(getattr(true, field), rel=1e-3, abs=1e-6), field
 

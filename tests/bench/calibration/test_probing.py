@@ -8,7 +8,13 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from prism.bench.calibration.probing import REPEATS, context_lengths, first_tokens_beside, generate
+from prism.bench.calibration.probing import (
+    REPEATS,
+    context_lengths,
+    first_tokens_beside,
+    generate,
+    probe,
+)
 from prism.common.errors import PrismError
 
 pytestmark = pytest.mark.core
@@ -110,6 +116,20 @@ async def test_prompts_differ_so_that_no_prefix_is_cached() -> None:
         for _ in range(3):
             await generate(client, "m", 16, 1, random_)
     assert len({tuple(ids[:8]) for ids in asked}) == 3
+
+
+async def test_no_prompt_of_a_probe_takes_two_passes() -> None:
+    asked: set[int] = set()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.add(len(json.loads(request.content)["input_ids"]))
+        return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
+
+    async with client_of(answer) as client:
+        seen = await probe(client, "m", 1 << 17, 1024)
+        assert sorted(seen.first_token_s) == [8, 64, 128, 256, 512, 1024]
+        assert (max(asked), seen.burst_tokens, seen.pass_tokens) == (1024, 1024, 1024)
+        assert max((await probe(client, "m", 600, 1024)).first_token_s) == 512
 
 
 async def test_an_error_of_the_system_is_told() -> None:

@@ -176,6 +176,7 @@ async def check(setup: Setup, folder: Path, admission: str, log: Path) -> Checke
                     base,
                     name=setup.device,
                     element_bytes=setup.element_bytes,
+                    pass_tokens=setup.limits.chunk_tokens,
                     tell=lambda line: click.echo(line, err=True),
                 )
                 models = [

@@ -33,10 +33,12 @@ async def calibrate(
     *,
     name: str,
     element_bytes: int | None,
+    pass_tokens: int,
     tell: Callable[[str], None],
 ) -> tuple[GpuProfile, dict[str, ModelCost]]:
     """Measure `specs`, which the system at `url` serves and nobody else uses meanwhile, one after the other
-    and all at once. Raises PrismError for a model that is not served or does not answer."""
+    and all at once; its engines prefill `pass_tokens` at once. Raises PrismError for a model that is not
+    served or does not answer."""
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
         served = await context_lengths(client)
         missing = [spec.model_name for spec in specs if spec.model_name not in served]
@@ -45,7 +47,7 @@ async def calibrate(
         facts = {spec.model_name: read_model_facts(spec.model_name, spec.model_path) for spec in specs}
         costs = {}
         for model, found in facts.items():
-            seen = await probe(client, model, served[model], tell=tell)
+            seen = await probe(client, model, served[model], pass_tokens, tell=tell)
             costs[model] = fitted_cost(seen, found, base, element_bytes)
         steps = prefills = 1.0
         if len(costs) > 1:
@@ -72,6 +74,13 @@ async def calibrate(
 @click.option(
     "--element-bytes", type=click.IntRange(1, 8), help="Of a weight, where not the checkpoint's own."
 )
+@click.option(
+    "--pass-tokens",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="The workers' --chunked-prefill-tokens: 2048 on GPUs, 512 on CPUs unless they were told otherwise.",
+)
 @click.option("--name", default="calibrated", show_default=True, help="What to call the profile.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The profile to write."
@@ -82,6 +91,7 @@ def calibrate_command(
     names: tuple[str, ...],
     base: str,
     element_bytes: int | None,
+    pass_tokens: int,
     name: str,
     out: Path,
 ) -> None:
@@ -104,6 +114,7 @@ def calibrate_command(
                 read_profile(base),
                 name=name,
                 element_bytes=element_bytes,
+                pass_tokens=pass_tokens,
                 tell=lambda line: click.echo(line, err=True),
             )
         )

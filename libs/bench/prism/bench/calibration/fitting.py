@@ -17,16 +17,18 @@ LEAST_TOKEN_S = 1e-9
 def fitted_cost(probe: Probe, facts: ModelFacts, base: GpuProfile, element_bytes: int | None) -> ModelCost:
     """The cost of the model that `probe` is of; what it does not tell (wakes, sizes) is as on `base`.
 
-    A first token takes request_s + prefill_fixed_s + tokens * prefill_token_s. A burst of n prompts that fill
-    a chunk each takes n times the last two, which tells the way to the engine and back from the prefill.
+    A first token takes request_s + prefill_fixed_s + tokens * prefill_token_s. A burst of prompts takes
+    prefill_fixed_s once for each of its passes, which tells the way to the engine and back from the prefill.
     """
     lengths = sorted(probe.first_token_s)
     token_s, _ = np.polyfit(lengths, [probe.first_token_s[length] for length in lengths], 1)
     token_s = max(float(token_s), LEAST_TOKEN_S)
     intercept = median(seconds - token_s * length for length, seconds in probe.first_token_s.items())
     few, many = min(probe.burst_s), max(probe.burst_s)
-    each = (probe.burst_s[many] - probe.burst_s[few]) / (many - few)
-    prefill_fixed_s = min(max(0.0, each - token_s * probe.burst_tokens), max(0.0, intercept))
+    more_tokens = (many - few) * probe.burst_tokens
+    more_passes = _passes(probe, many) - _passes(probe, few)
+    pass_s = (probe.burst_s[many] - probe.burst_s[few] - token_s * more_tokens) / more_passes
+    prefill_fixed_s = min(max(0.0, pass_s), max(0.0, intercept))
     fixed, sequence, kv = nonnegative_fit(
         [(1.0, float(batch), held) for batch, held, _ in probe.steps], [step for _, _, step in probe.steps]
     )
@@ -39,6 +41,11 @@ def fitted_cost(probe: Probe, facts: ModelFacts, base: GpuProfile, element_bytes
         decode_kv_token_s=kv,
         request_s=max(0.0, intercept - prefill_fixed_s),
     )
+
+
+def _passes(probe: Probe, prompts: int) -> int:
+    """How many passes a burst of so many takes."""
+    return -(-prompts // max(1, probe.pass_tokens // probe.burst_tokens))
 
 
 def nonnegative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:

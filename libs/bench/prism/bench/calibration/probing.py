@@ -12,8 +12,8 @@ import msgspec
 from prism.common.errors import ErrorCode, PrismError
 
 REPEATS = 5
-# As far as the model's context goes.
-PROMPTS = (8, 64, 128, 256, 512, 2048, 4096)
+# As far as the model's context goes, and one pass of prefill.
+PROMPTS = (8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8)
 BURST = 6
 SHORT_PROMPT, LONG_PROMPT, BESIDE_PROMPT = 16, 256, 1024
@@ -35,11 +35,12 @@ class Timed(msgspec.Struct, frozen=True):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """What was measured of one model alone: first tokens by length of the prompt, a burst of prompts of
-    `burst_tokens` by the time until all had their first token, and decode steps by sequences and KV
-    tokens."""
+    """What was measured of one model alone, whose engine prefills `pass_tokens` at once: first tokens by
+    length of the prompt, none longer than that, a burst of prompts of `burst_tokens` by the time until all
+    had their first token, and decode steps by sequences and KV tokens."""
 
     model: str
+    pass_tokens: int
     first_token_s: dict[int, float]
     burst_tokens: int
     burst_s: dict[int, float]
@@ -94,15 +95,19 @@ async def probe(
     client: httpx.AsyncClient,
     model: str,
     context_length: int,
+    pass_tokens: int,
     *,
     tell: Callable[[str], None] = lambda line: None,
     seed: int = 0,
 ) -> Probe:
-    """Measure a model that nobody else uses. Medians of REPEATS. `tell` hears what is under way."""
+    """Measure a model that nobody else uses. Medians of REPEATS. `tell` hears what is under way.
+
+    No prompt takes two passes: each pass has a cost of its own, which would look like one of tokens.
+    """
     tell(f"{model}: waking")
     random_ = random.Random(f"{model}/{seed}")
     await generate(client, model, SHORT_PROMPT, 4, random_)
-    lengths = [length for length in PROMPTS if length + 1 < context_length]
+    lengths = [length for length in PROMPTS if length + 1 < context_length and length <= pass_tokens]
     tell(f"{model}: first tokens")
     first_token_s = {}
     for length in lengths:
@@ -124,7 +129,8 @@ async def probe(
                 times = await _together([(model, prompt, OUTPUT)] * batch, client, random_)
                 tpots.append(median(each.tpot_s for each in times))
             steps.append((batch, batch * (prompt + OUTPUT / 2), median(tpots)))
-    return Probe(model, first_token_s, longest, {n: median(seen) for n, seen in bursts.items()}, steps)
+    burst_s = {count: median(seen) for count, seen in bursts.items()}
+    return Probe(model, pass_tokens, first_token_s, longest, burst_s, steps)
 
 
 async def slowdown(client: httpx.AsyncClient, models: Sequence[str], seed: int = 0) -> float:
