@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.gpu_worker.test_worker import KV_BYTES, SMALL, Rig, send, store_process, tokens_of, worker_rig
+from tests.gpu_worker.worker_rig import KV_BYTES, SMALL, Rig, send, store_process, tokens_of, worker_rig
 
 from prism.cli.nats_server import NatsServer
 from prism.common.bus import connect_bus

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.gpu_worker.test_worker import (
+from tests.gpu_worker.worker_rig import (
     SMALL,
     Frames,
     Rig,

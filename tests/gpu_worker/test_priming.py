@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tests.gpu_worker.test_kv_quotas import instance_of, output
-from tests.gpu_worker.test_worker import send, store_process, worker_rig
+from tests.gpu_worker.worker_rig import send, store_process, worker_rig
 
 from prism.cli.nats_server import NatsServer
 from prism.common.messages.placement import CommandKind

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.gpu_worker.test_worker import (
+from tests.gpu_worker.worker_rig import (
     DEADLINE_S,
     KV_BYTES,
     SMALL,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.gpu_worker.test_kv_quotas import instance_of
-from tests.gpu_worker.test_worker import Rig, send, store_process, tokens_of, worker_rig
+from tests.gpu_worker.worker_rig import Rig, send, store_process, tokens_of, worker_rig
 
 from prism.cli.nats_server import NatsServer
 from prism.common.messages.generation import TokenFrame

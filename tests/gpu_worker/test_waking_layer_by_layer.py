@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.gpu_worker.test_kv_quotas import instance_of, output
 from tests.gpu_worker.test_tensor_parallel import command as in_two_ranks
-from tests.gpu_worker.test_worker import (
+from tests.gpu_worker.worker_rig import (
     DEADLINE_S,
     SMALL,
     Rig,

@@ -11,7 +11,7 @@ from prism.bench.calibration.fitting import (
     nonnegative_fit,
     prefill_slowdown,
 )
-from prism.bench.calibration.probing import BATCHES, BURST, PROMPTS, Beside, Probe
+from prism.bench.calibration.probing import BATCHES, BURST_PASSES, PROMPTS, Beside, Probe
 from prism.bench.simulation.gpu import Gpu
 from prism.bench.simulation.profiles import read_profile
 from prism.common.messages.models import ModelFacts
@@ -19,25 +19,27 @@ from prism.scheduling.cost import ModelCost, model_cost
 
 pytestmark = pytest.mark.core
 
-PASS_TOKENS = 2048
 FACTS = ModelFacts("m", parameters=10**6, kv_elements_per_token=100, checkpoint_dtype="float32")
 
 
-def measured(cost: ModelCost, longest: int) -> Probe:
-    """What probing a model of that cost sees, without noise, whose context ends at `longest`."""
-    lengths = [length for length in PROMPTS if length <= longest]
-    passes = {count: -(-count // (PASS_TOKENS // longest)) for count in (1, BURST)}
+def measured(cost: ModelCost, pass_tokens: int, burst: int, longest: int) -> Probe:
+    """What probing a model of that cost sees, without noise: prompts of `longest` tokens at most, and
+    `burst` of them at once."""
+
+    def burst_s(prompts: int) -> float:
+        seconds, left = cost.request_s, prompts * longest
+        while left > 0:
+            taken = min(left, pass_tokens)
+            seconds += cost.prefill_s(taken)
+            left -= taken
+        return seconds
+
     return Probe(
         "m",
-        PASS_TOKENS,
-        {length: cost.request_s + cost.prefill_s(length) for length in lengths},
+        pass_tokens,
+        {length: cost.request_s + cost.prefill_s(length) for length in PROMPTS if length <= longest},
         longest,
-        {
-            count: cost.request_s
-            + passes[count] * cost.prefill_fixed_s
-            + count * longest * cost.prefill_token_s
-            for count in (1, BURST)
-        },
+        {count: burst_s(count) for count in (1, burst)},
         [
             (batch, batch * held, cost.decode_step_s(batch, batch * held))
             for held in (40, 280)
@@ -54,6 +56,7 @@ def measured(cost: ModelCost, longest: int) -> Probe:
     decode_sequence_s=st.floats(0, 0.01),
     decode_kv_token_s=st.floats(0, 1e-4),
     longest=st.sampled_from([512, 1024, 2048]),
+    pass_tokens=st.sampled_from([2048, 3000, 8192]),
 )
 def test_the_cost_behind_a_measurement_is_found(
     request_s: float,
@@ -63,6 +66,7 @@ def test_the_cost_behind_a_measurement_is_found(
     decode_sequence_s: float,
     decode_kv_token_s: float,
     longest: int,
+    pass_tokens: int,
 ) -> None:
     base = read_profile("h200")
     true = msgspec.structs.replace(
@@ -74,9 +78,17 @@ def test_the_cost_behind_a_measurement_is_found(
         decode_sequence_s=decode_sequence_s,
         decode_kv_token_s=decode_kv_token_s,
     )
-    found = fitted_cost(measured(true, longest), FACTS, base, None)
+    burst = BURST_PASSES * pass_tokens // longest
+    found = fitted_cost(measured(true, pass_tokens, burst, longest), FACTS, base, None)
     for field in ModelCost.__struct_fields__:
         assert getattr(found, field) == pytest.approx(getattr(true, field), rel=1e-3, abs=1e-6), field
+
+
+def test_a_burst_that_one_pass_takes_leaves_the_sum() -> None:
+    base = read_profile("h200")
+    true = msgspec.structs.replace(model_cost(FACTS, base), request_s=0.01, prefill_fixed_s=0.02)
+    found = fitted_cost(measured(true, 8192, 8, 512), FACTS, base, None)
+    assert found.request_s + found.prefill_fixed_s == pytest.approx(0.03)
 
 
 def test_no_cost_is_negative() -> None:

@@ -129,7 +129,9 @@ async def test_no_prompt_of_a_probe_takes_two_passes() -> None:
         seen = await probe(client, "m", 1 << 17, 1024)
         assert sorted(seen.first_token_s) == [8, 64, 128, 256, 512, 1024]
         assert (max(asked), seen.burst_tokens, seen.pass_tokens) == (1024, 1024, 1024)
-        assert max((await probe(client, "m", 600, 1024)).first_token_s) == 512
+        assert sorted(seen.burst_s) == [1, 6]
+        short = await probe(client, "m", 600, 1024)
+        assert (max(short.first_token_s), sorted(short.burst_s)) == (512, [1, 12]), "six passes as well"
 
 
 async def test_an_error_of_the_system_is_told() -> None:

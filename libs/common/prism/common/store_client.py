@@ -107,15 +107,15 @@ def lease(
 
 
 @contextlib.contextmanager
-def room(socket_path: Path | str, model: str, nbytes: int, deadline_s: float) -> Iterator[str]:
-    """Have the store keep room for an image of `nbytes` bytes within the `with`; yields what `deposit` is to
-    be told. What nobody borrows makes room for it, so that the host never holds more than the store may.
+def room(socket_path: Path | str, request: RoomRequest, deadline_s: float) -> Iterator[str]:
+    """Have the store keep room for an image within the `with`, and the image once it is deposited; yields
+    what `deposit` is to be told. What nobody borrows makes room for it, the model's checkpoint first.
 
-    Raises as `lease` does, out_of_memory when the store cannot have so much.
+    Raises as `lease` does, out_of_memory (retry) when leases leave too little.
     """
     path, deadline = Path(socket_path), _Deadline(deadline_s)
     with _connected(path) as sock:
-        _send(sock, path, encode(RoomRequest(model, nbytes)), [])
+        _send(sock, path, encode(request), [])
         payload, fds = _receive(sock, deadline)
         close_all(fds)
         reply = _reply(payload, path)

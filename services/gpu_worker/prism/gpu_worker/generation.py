@@ -10,53 +10,33 @@ import time
 from collections.abc import Callable
 from math import inf
 
-import msgspec
-
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
-from prism.common.messages.generation import Finish, GenerateRequest, SamplingParams
+from prism.common.messages.generation import Finish, GenerateRequest
 from prism.common.messages.models import ModelState
 from prism.common.telemetry import about
-from prism.gpu_worker.engine_protocol import PLANNED_NEW_TOKENS, Generate, Outputs, TokenOutput
+from prism.gpu_worker.engine_protocol import Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher, FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
 from prism.gpu_worker.request_queue import RequestQueue
-from prism.gpu_worker.serving_record import Objectives, objective_s
+from prism.gpu_worker.running_request import (
+    RunningRequest,
+    beyond_memory,
+    queued_request,
+    within_memory,
+)
+from prism.gpu_worker.serving_record import objective_s
 from prism.scheduling.admission import (
     SHORTEST_WAIT_S,
     AdmissionPolicy,
     Bounds,
     EngineCapacity,
     PrefillBacklog,
-    QueuedRequest,
 )
 
 log = logging.getLogger(__name__)
 
 ABORT_REPEAT_S = 0.1
 ABORT_ATTEMPTS = 50
-
-
-class RunningRequest:
-    """A request that an engine has."""
-
-    def __init__(self, request: GenerateRequest, frames: FrameStream, instance: ModelInstance) -> None:
-        self.request = request
-        self.frames = frames
-        self.instance = instance
-        self.objectives = Objectives(request, instance.spec)
-        self.arrived_at = time.monotonic()
-        self.expires = self.arrived_at + request.deadline_s
-        self.generated = 0
-        self.released_at = 0.0
-        self.first_token_at: float | None = None
-
-    @property
-    def kv_tokens(self) -> int:
-        """What it will probably hold of its engine's KV cache in the end."""
-        may_generate = self.request.sampling.max_new_tokens
-        remaining = self.instance.record.expected.remaining(may_generate, self.generated)
-        planned = min(may_generate, PLANNED_NEW_TOKENS)
-        return len(self.request.input_ids) + max(planned, self.generated + remaining)
 
 
 class GenerationRequests:
@@ -100,11 +80,11 @@ class GenerationRequests:
         if request.rid in self._queued or request.rid in self._running:
             log.warning("a request arrived twice", extra=about(rid=request.rid, model=request.model))
             return
-        if (refusal := _beyond_memory(request, instance)) is not None:
+        if (refusal := beyond_memory(request, instance)) is not None:
             frames.fail(refusal)
             return
         entry = self._queued[request.rid] = RunningRequest(request, frames, instance)
-        self._entries.add(_queued_request(entry))
+        self._entries.add(queued_request(entry))
         # The gateway waits for tokens with patience only once it knows that the request is here.
         frames.alive()
         self._on_demand()
@@ -197,7 +177,7 @@ class GenerationRequests:
                 Generate(
                     request.rid,
                     request.input_ids,
-                    _within_memory(request, entry.instance),
+                    within_memory(request, entry.instance),
                     request.top_logprobs,
                     request.priority,
                     request.streamed,
@@ -404,48 +384,3 @@ class GenerationRequests:
             if running.expires < now and rid not in self._aborting:
                 running.frames.fail(ErrorBody(ErrorCode.DEADLINE_EXCEEDED, "not finished by its deadline"))
                 self.cancel(rid)
-
-
-def _queued_request(entry: RunningRequest) -> QueuedRequest:
-    request, sampling = entry.request, entry.request.sampling
-    expected = entry.instance.record.expected.tokens(sampling.max_new_tokens)
-    if expected is not None:
-        # Less than that, its engine does not start it with.
-        expected = max(expected, PLANNED_NEW_TOKENS)
-    return QueuedRequest(
-        rid=request.rid,
-        model=request.model,
-        arrival_s=entry.arrived_at,
-        prompt_tokens=len(request.input_ids),
-        max_new_tokens=sampling.max_new_tokens,
-        deadline_s=entry.expires,
-        priority=request.priority,
-        ttft_slo_s=inf if entry.objectives.ttft_s is None else entry.objectives.ttft_s,
-        expected_new_tokens=expected,
-    )
-
-
-def _beyond_memory(request: GenerateRequest, instance: ModelInstance) -> ErrorBody | None:
-    """Why its engine could never start it, however much KV memory others gave up; None if it could."""
-    most = instance.most_kv_tokens
-    prompt = len(request.input_ids)
-    planned = min(request.sampling.max_new_tokens, PLANNED_NEW_TOKENS)
-    if most is None or prompt + planned <= most:
-        return None
-    return ErrorBody(
-        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-        f"{prompt} prompt tokens and room for {planned} more are {prompt + planned}; there is KV memory for "
-        f"{most} tokens of {instance.name} at most ({instance.memory.most_kv_bytes / 1e6:.1f} MB here). "
-        "Shorten the prompt, or have the model's max_memory_pool_size or the worker's memory raised",
-    )
-
-
-def _within_memory(request: GenerateRequest, instance: ModelInstance) -> SamplingParams:
-    """Ends at the length that there can be memory for, as at the model's context length."""
-    sampling, most = request.sampling, instance.most_kv_tokens
-    room = sampling.max_new_tokens if most is None else most - len(request.input_ids)
-    if sampling.max_new_tokens <= room:
-        return sampling
-    return msgspec.structs.replace(
-        sampling, max_new_tokens=room, min_new_tokens=min(sampling.min_new_tokens, room)
-    )

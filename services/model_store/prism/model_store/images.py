@@ -129,12 +129,14 @@ class ImageTable:
             self._free_if_orphaned(image)
 
     @contextlib.contextmanager
-    def reserve(self, nbytes: int, what: str) -> Iterator[None]:
-        """Make room for an image that is about to be made. Within the `with` its bytes count as used.
+    def reserve(self, nbytes: int, what: str, *, in_place_of: str = "") -> Iterator[None]:
+        """Make room for an image that is about to be made. Within the `with` its bytes count as used. It
+        supersedes the checkpoint of the fingerprint `in_place_of`.
 
         Raises PrismError(out_of_memory, retry) when evicting all idle images would not be enough.
         """
-        victims = choose_victims(self._snapshot(), self.budget_bytes - self.used_bytes, nbytes)
+        free = self.budget_bytes - self.used_bytes
+        victims = choose_victims(self._snapshot(in_place_of), free, nbytes)
         if victims is None:
             leased = sum(image.nbytes for image in self._images.values() if image.users)
             raise PrismError(
@@ -178,8 +180,8 @@ class ImageTable:
         self._images.clear()
         self._by_key.clear()
 
-    def _snapshot(self) -> list[HeldImage]:
-        in_engine_layout = {key.fingerprint for key in self._by_key if key.layout}
+    def _snapshot(self, in_place_of: str) -> list[HeldImage]:
+        in_engine_layout = {key.fingerprint for key in self._by_key if key.layout} | {in_place_of}
         return [
             HeldImage(
                 key=image.number,

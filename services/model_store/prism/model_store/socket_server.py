@@ -26,6 +26,7 @@ from prism.common.messages.store import (
 )
 from prism.common.store_client import wait_readable
 from prism.common.telemetry import about
+from prism.model_store.images import ImageKey
 from prism.model_store.sole_store import unusable
 from prism.model_store.store import ModelStore
 
@@ -196,7 +197,8 @@ async def _lend(store: ModelStore, sock: socket.socket, request: LeaseRequest) -
 
 
 async def _keep_room(store: ModelStore, sock: socket.socket, request: RoomRequest) -> None:
-    async with store.room(request.model, request.nbytes) as name:
+    key = ImageKey(request.fingerprint, request.layout)
+    async with store.room(request.model, key, request.nbytes) as name:
         await _send(sock, RoomGranted(name), [])
         # As with a lease: it ends when the peer goes.
         await asyncio.get_running_loop().create_future()

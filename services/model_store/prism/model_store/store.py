@@ -37,8 +37,10 @@ T = TypeVar("T")
 
 PROGRESS_PERIOD_S = 0.25
 WRITE_DEADLINE_S = 60.0
-# Until a lease that its engine has closed has ended here as well.
+# Until a lease that its engine has closed has ended here as well; until others have built an engine from the
+# same checkpoint.
 ROOM_PATIENCE_S = 1.0
+SHARED_CHECKPOINT_PATIENCE_S = 60.0
 ROOM_POLL_S = 0.02
 
 
@@ -131,17 +133,22 @@ class ModelStore:
             return lent.image.nbytes
 
     @contextlib.asynccontextmanager
-    async def room(self, model: str, nbytes: int) -> AsyncIterator[str]:
-        """Keep room in memory for an engine's image of `model`, until it is deposited under the name yielded
-        or the `async with` ends. Raises PrismError(out_of_memory)."""
-        deadline = time.monotonic() + ROOM_PATIENCE_S
+    async def room(self, model: str, key: ImageKey, nbytes: int) -> AsyncIterator[str]:
+        """Keep room in memory within the `async with` for the image of an engine, and the image once it is
+        deposited under the name yielded. Raises PrismError(out_of_memory)."""
+        began = time.monotonic()
         with contextlib.ExitStack() as kept:
             while True:
+                needed = 0 if self.table.get(key) else nbytes
                 try:
-                    kept.enter_context(self.table.reserve(nbytes, f"the engine image of {model}"))
+                    what = f"the engine image of {model}"
+                    kept.enter_context(self.table.reserve(needed, what, in_place_of=key.fingerprint))
                     break
                 except PrismError:
-                    if time.monotonic() > deadline:
+                    checkpoint = self.table.get(ImageKey(key.fingerprint, ""))
+                    shared = checkpoint is not None and checkpoint.leases
+                    patience_s = SHARED_CHECKPOINT_PATIENCE_S if shared else ROOM_PATIENCE_S
+                    if time.monotonic() > began + patience_s:
                         raise
                 await asyncio.sleep(ROOM_POLL_S)
             name = secrets.token_hex(8)
@@ -169,12 +176,17 @@ class ModelStore:
             manifest = msgspec.structs.replace(manifest, content_hash=hashed)
             key = ImageKey(manifest.fingerprint, manifest.layout)
             try:
-                # The bytes of an image count from here on as those of its room did.
-                self._rooms.pop(room, contextlib.ExitStack()).close()
+                kept = self._rooms.pop(room, None)
+                if kept is not None:
+                    # The bytes of the image count from here on as those of its room did.
+                    kept.close()
                 needed = 0 if self.table.equal_to(manifest) else manifest.nbytes
                 with self.table.reserve(needed, f"the engine image of {model}"):
                     on_error.pop_all()
                     image = self.table.add(manifest, fd, model)
+                if kept is not None:
+                    # Whoever has the room has no lease yet.
+                    kept.enter_context(self.table.use(image))
             except PrismError as error:
                 if error.code is not ErrorCode.OUT_OF_MEMORY:
                     raise

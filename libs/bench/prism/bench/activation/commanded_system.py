@@ -97,12 +97,17 @@ class CommandedSystem:
         """Whether the store can write so many bytes to its disk."""
         return shutil.disk_usage(self.image_dir.parent).free > nbytes
 
+    @property
+    def images_on_disk(self) -> int:
+        """How many images the store has written."""
+        # A folder gets its name once the image in it is whole.
+        return len(list(self.image_dir.glob("*/[!.]*/manifest.json")))
+
     async def images_written(self, count: int) -> bool:
         """Wait until the store has written so many images to disk: a disk that is written to slows copies
         down. False when that takes longer than DISK_DEADLINE_S."""
         deadline = time.monotonic() + DISK_DEADLINE_S
-        # A folder gets its name once the image in it is whole.
-        while len(list(self.image_dir.glob("*/[!.]*/manifest.json"))) < count:
+        while self.images_on_disk < count:
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(DISK_POLL_S)

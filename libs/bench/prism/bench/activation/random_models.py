@@ -106,9 +106,9 @@ def write_random_model(folder: Path, shape: Shape, seed: int) -> int:
     marker = folder / "complete"
     if marker.exists():
         return int(marker.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     total = 0
     with ThreadPoolExecutor(WRITERS, "write") as pool:
@@ -117,12 +117,15 @@ def write_random_model(folder: Path, shape: Shape, seed: int) -> int:
             name = f"model-{number:05}.safetensors"
             files.update(dict.fromkeys(shard, name))
             total += sum(tensor.nbytes for tensor in shard.values())
-            if number > WRITERS:
-                # No more shards are held than are written.
-                written[-WRITERS].result()
             written.append(pool.submit(_write_shard, shard, folder / name))
+            if len(written) >= WRITERS:
+                # No more shards are held than are being written.
+                written[-WRITERS].result()
         for each in written:
             each.result()
+    if device.type == "cuda":
+        # Who measures in this process needs none of it, and others may need all.
+        torch.cuda.empty_cache()
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config_of(shape), indent=2))

@@ -60,8 +60,8 @@ async def wake_cell(
     ) as system:
         up_s = round(time.monotonic() - began, 2)
         rows.append(row(f"worker_up_{_named(sizes[0], tp_size, buses)}_s", up_s, "s"))
-        for count, size in enumerate(sizes, 1):
-            rows += await _woken_again_and_again(system, size, bandwidth, tp_size, buses, count * tp_size)
+        for size in sizes:
+            rows += await _woken_again_and_again(system, size, bandwidth, tp_size, buses)
         return [*rows, *(await _cycled(system, sizes, cycles) if cycles else ())]
 
 
@@ -71,11 +71,11 @@ def _named(size: str, tp_size: int, buses: int) -> str:
 
 
 async def _woken_again_and_again(
-    system: CommandedSystem, size: str, bandwidth: float, tp_size: int, buses: int, images: int
+    system: CommandedSystem, size: str, bandwidth: float, tp_size: int, buses: int
 ) -> list[Row]:
-    """`images`: how many the store has, this model's among them."""
     weights = weights_bytes(system.facts[size], None, tp_size)
     to_be_written = system.disk_has_room_for(weights * tp_size)
+    images = system.images_on_disk + tp_size
     started = await system.command(CommandKind.ACTIVATE, size)
     prompt = prompt_of(1)
     undisturbed = (await system.complete(size, prompt, ANSWER_TOKENS)).text

@@ -76,7 +76,7 @@ async def calibrate(
 )
 @click.option(
     "--pass-tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=64),
     default=2048,
     show_default=True,
     help="The workers' --chunked-prefill-tokens: 2048 on GPUs, 512 on CPUs unless they were told otherwise.",

@@ -27,7 +27,9 @@ def fitted_cost(probe: Probe, facts: ModelFacts, base: GpuProfile, element_bytes
     few, many = min(probe.burst_s), max(probe.burst_s)
     more_tokens = (many - few) * probe.burst_tokens
     more_passes = _passes(probe, many) - _passes(probe, few)
-    pass_s = (probe.burst_s[many] - probe.burst_s[few] - token_s * more_tokens) / more_passes
+    more_s = probe.burst_s[many] - probe.burst_s[few] - token_s * more_tokens
+    # Prompts of which one pass takes a whole burst tell nothing of that: all of it counts as prefill then.
+    pass_s = more_s / more_passes if more_passes else intercept
     prefill_fixed_s = min(max(0.0, pass_s), max(0.0, intercept))
     fixed, sequence, kv = nonnegative_fit(
         [(1.0, float(batch), held) for batch, held, _ in probe.steps], [step for _, _, step in probe.steps]
@@ -44,8 +46,8 @@ def fitted_cost(probe: Probe, facts: ModelFacts, base: GpuProfile, element_bytes
 
 
 def _passes(probe: Probe, prompts: int) -> int:
-    """How many passes a burst of so many takes."""
-    return -(-prompts // max(1, probe.pass_tokens // probe.burst_tokens))
+    """How many passes a burst of so many takes: each is filled, the last prompt in it cut if need be."""
+    return -(-prompts * probe.burst_tokens // probe.pass_tokens)
 
 
 def nonnegative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:

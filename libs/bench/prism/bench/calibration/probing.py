@@ -15,7 +15,8 @@ REPEATS = 5
 # As far as the model's context goes, and one pass of prefill.
 PROMPTS = (8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8)
-BURST = 6
+# Passes that a burst takes, and the most prompts in one.
+BURST_PASSES, MOST_BURST = 6, 48
 SHORT_PROMPT, LONG_PROMPT, BESIDE_PROMPT = 16, 256, 1024
 OUTPUT = 48
 DEADLINE_S = 120.0
@@ -115,7 +116,7 @@ async def probe(
         first_token_s[length] = median(seen)
     tell(f"{model}: bursts")
     longest = lengths[-1]
-    bursts: dict[int, list[float]] = {1: [], BURST: []}
+    bursts: dict[int, list[float]] = {1: [], min(BURST_PASSES * pass_tokens // longest, MOST_BURST): []}
     for _ in range(REPEATS):
         for count, seen in bursts.items():
             times = await _together([(model, longest, 1)] * count, client, random_)

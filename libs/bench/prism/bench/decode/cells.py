@@ -31,6 +31,8 @@ from prism.common.messages.placement import CommandKind
 RATIO_TARGET = 0.97
 CHECKED_PROMPTS = 16
 CHECKED_TOKENS = 64
+# What one of the checked prompts needs many times over.
+LEAST_KV_TOKENS = 16_384
 PAIR = ("1b", "8b")
 MOVED = ("1b", "3b")
 # Its step is a millisecond: fewer, and the times of the prefills before them would show in the difference.
@@ -82,7 +84,8 @@ async def decode_cell(size: str, scale: Scale, models: Path, log: Path) -> list[
     async with contextlib.AsyncExitStack() as both:
         plain = await both.enter_async_context(plain_side(settings, log))
         # All start at once: starting is most of a cell's time.
-        async with plain_side(msgspec.structs.replace(settings, same_kernels=True), log) as alike:
+        one_at_a_time = msgspec.structs.replace(settings, same_kernels=True, kv_tokens=LEAST_KV_TOKENS)
+        async with plain_side(one_at_a_time, log) as alike:
             system = await both.enter_async_context(system_of({size: path}, scale, log, {}))
             await system.command(CommandKind.ACTIVATE, size)
             await alike.started()

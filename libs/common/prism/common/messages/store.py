@@ -57,10 +57,12 @@ class LeaseRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="lease")
 
 
 class RoomRequest(msgspec.Struct, frozen=True, tag="room"):
-    """Make room for an engine-layout image of `nbytes` bytes that is about to be made. Answered by
-    `RoomGranted`; the room is kept until the image is deposited, or the connection ends."""
+    """Make room for the engine-layout image of a fingerprint, of `nbytes` bytes, that is about to be made.
+    Answered by `RoomGranted`. While the connection stays open the room is kept, and then the image in it."""
 
     model: str
+    fingerprint: str
+    layout: str
     nbytes: int
 
 

@@ -204,7 +204,14 @@ class CudaModelWeights(ModelWeights):
         return image
 
     def _export_image(self) -> None:
-        super()._export_image()
+        try:
+            super()._export_image()
+        except BaseException:
+            # The mapping would keep the memory of an image that nobody has.
+            image, self._registered = self._registered, None
+            if image is not None:
+                image.close()
+            raise
         assert self._lease is not None
         # The store lends what it was given, or an equal image that it had already. Pinned while it sleeps.
         self._image(self._lease.fd, end_of(self._layout))

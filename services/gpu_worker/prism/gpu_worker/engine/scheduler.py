@@ -220,6 +220,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
     def handle_wake(self, request: Wake) -> None:
         """Take memory again, weights copied back from the image: the last of them while requests may come."""
         self._transition(request.call, self._wake)
+        if self.dozing:
+            self.weights.asleep()
         if self._arrivals is not None:
             arrivals = (self._arrivals,)
             self._arrival = threading.Thread(

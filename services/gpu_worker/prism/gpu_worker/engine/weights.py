@@ -24,7 +24,13 @@ from torch import nn
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.memfd import create_memfd
-from prism.common.messages.store import ImageKind, ImageManifest, LeaseRequest, TensorEntry
+from prism.common.messages.store import (
+    ImageKind,
+    ImageManifest,
+    LeaseRequest,
+    RoomRequest,
+    TensorEntry,
+)
 from prism.common.store_client import Lease, deposit, lease, room
 from prism.gpu_worker.engine.arena import TENSOR_ALIGNMENT, MemoryArena, align
 from prism.gpu_worker.engine.arrivals import Arrivals
@@ -181,35 +187,19 @@ class ModelWeights:
             tensors=self._layout,
             layout=self._start.layout,
         )
-        # Given back first: the store may need the checkpoint's room for the image.
+        # Given back first: the store needs the checkpoint's room for the image.
         self._lease.close()
         self._lease = None
-        with self._room(nbytes) as granted_room, contextlib.ExitStack() as stack:
+        start, deadline_s = self._start, self._start.store_deadline_s
+        wanted = RoomRequest(start.model, manifest.fingerprint, start.layout, nbytes)
+        with room(start.store_socket, wanted, deadline_s) as granted, contextlib.ExitStack() as stack:
             fd = create_memfd("prism-image", nbytes)
             stack.callback(os.close, fd)
             self._copy_to_image(fd, nbytes)
-            deposit(
-                self._start.store_socket,
-                self._start.model,
-                manifest,
-                fd,
-                self._start.store_deadline_s,
-                granted_room,
-            )
-        self._lease = self._take_lease(self._start.layout)
-
-    @contextlib.contextmanager
-    def _room(self, nbytes: int) -> Iterator[str]:
-        """Room in the store for the image; '' when it has none: the image goes through memory to its disk."""
-        with contextlib.ExitStack() as stack:
-            kept = room(self._start.store_socket, self._start.model, nbytes, self._start.store_deadline_s)
-            try:
-                granted = stack.enter_context(kept)
-            except PrismError as error:
-                if error.code is not ErrorCode.OUT_OF_MEMORY:
-                    raise
-                granted = ""
-            yield granted
+            deposit(start.store_socket, start.model, manifest, fd, deadline_s, granted)
+            self._lease = self._take_lease(start.layout)
+        if not self.imaged:
+            raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the store lost the image again", retry=True)
 
     def require_image(self, *, wait: bool = False) -> None:
         """Raises PrismError(store_unavailable) when there is no image to wake from; with `wait`, one that is
@@ -220,7 +210,8 @@ class ModelWeights:
             raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
         if not self.imaged:
             reason = self._export_error.message if self._export_error else "no image was exported"
-            raise PrismError(ErrorCode.STORE_UNAVAILABLE, f"cannot doze without an image: {reason}")
+            why = f"cannot doze without an image: {reason}"
+            raise PrismError(ErrorCode.STORE_UNAVAILABLE, why, retry=True)
 
     def unmap(self) -> None:
         """Give the weights' memory back; `require_image` has been asked before."""
