@@ -1,11 +1,9 @@
 """The store as its clients see it: leases, deposits, eviction, over a real socket."""
 
 import asyncio
-import contextlib
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,54 +11,27 @@ from typing import Any
 import pytest
 from tests.model_store.conftest import Running, StartStore, engine_manifest, eventually
 from tests.model_store.model_folders import big_model, tensor_bytes, write_model
+from tests.model_store.store_clients import (
+    DEADLINE_S,
+    LAYOUT,
+    borrow,
+    give,
+    give_one_of,
+    until_unleased,
+    until_written,
+)
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd, memfd_of, read_memfd
 from prism.common.messages.codec import encode
-from prism.common.messages.store import ImageKind, LeaseRequest, RoomRequest
-from prism.common.store_client import Lease, deposit, lease, room, wait_readable
+from prism.common.messages.store import ImageKind, LeaseRequest
+from prism.common.store_client import deposit, lease, wait_readable
 from prism.model_store import store
 from prism.model_store.content_hash import hash_of_image
 from prism.model_store.image_disk import ImageDisk
 from prism.model_store.staging import ImagePlan, ReadProgress, read_image
 
 pytestmark = pytest.mark.core
-
-LAYOUT = "test-engine 1"
-DEADLINE_S = 20.0
-
-
-async def borrow(running: Running, model: str, folder: Path, layout: str = "") -> Lease:
-    request = LeaseRequest(model, str(folder), layout)
-    return await asyncio.to_thread(lease, running.socket, request, DEADLINE_S)
-
-
-async def give(running: Running, model: str, fingerprint: str, content: bytes, room: str = "") -> str:
-    fd = memfd_of("engine-image", content)
-    try:
-        manifest = engine_manifest(fingerprint, len(content))
-        return await asyncio.to_thread(deposit, running.socket, model, manifest, fd, DEADLINE_S, room)
-    finally:
-        os.close(fd)
-
-
-async def give_one_of(running: Running, folder: Path, content: bytes) -> tuple[str, str]:
-    """Deposit an engine's image of the model in `folder`; its fingerprint and its hash."""
-    with await borrow(running, "m", folder) as checkpoint:
-        fingerprint = checkpoint.manifest.fingerprint
-    return fingerprint, await give(running, "m", fingerprint, content)
-
-
-async def until_unleased(running: Running) -> None:
-    """Wait until the store has noticed that all leases ended."""
-    await eventually(lambda: not any(image.leases for image in running.store.report().images))
-
-
-async def until_written(running: Running) -> None:
-    """Wait until all that is in memory in an engine's layout is on disk too."""
-    await eventually(
-        lambda: all(i.on_disk for i in running.store.report().images if i.kind is ImageKind.ENGINE)
-    )
 
 
 async def test_a_lease_brings_the_bytes_of_the_files(running: Running, tmp_path: Path) -> None:
@@ -319,117 +290,6 @@ async def test_deposits_that_can_not_be_used_are_refused(running: Running) -> No
             await asyncio.to_thread(deposit, running.socket, "m", manifest, fd, DEADLINE_S)
         os.close(fd)
     assert running.store.report().images == []
-
-
-@contextlib.asynccontextmanager
-async def kept_room(running: Running, fingerprint: str, nbytes: int) -> AsyncIterator[str]:
-    wanted = RoomRequest("m", fingerprint, LAYOUT, nbytes)
-    with contextlib.ExitStack() as stack:
-        kept = room(running.socket, wanted, DEADLINE_S)
-        yield await asyncio.to_thread(stack.enter_context, kept)
-
-
-async def test_room_for_an_image_is_made_before_the_image_is(start_store: StartStore, tmp_path: Path) -> None:
-    content = os.urandom(6_000_000)
-    async with start_store(budget_bytes=10_000_000) as running:
-        checkpoint = await borrow(running, "m", big_model(tmp_path / "m", 6))
-        fingerprint = checkpoint.manifest.fingerprint
-        # Just closed, as engines do: the store may learn of the end of the lease after it is asked for room.
-        checkpoint.close()
-        async with kept_room(running, fingerprint, len(content)) as granted:
-            assert running.told("evicted") == ["m"]
-            assert running.store.report().used_bytes == len(content)
-            await give(running, "m", fingerprint, content, granted)
-            assert running.store.report().used_bytes == len(content)
-        (image,) = running.store.report().images
-        assert image.kind is ImageKind.ENGINE
-
-
-async def test_an_image_stays_while_whoever_brought_it_has_no_lease_of_it_yet(
-    start_store: StartStore, tmp_path: Path
-) -> None:
-    content, other = os.urandom(6_000_000), big_model(tmp_path / "other", 6)
-    async with start_store(budget_bytes=10_000_000) as running:
-        with await borrow(running, "m", write_model(tmp_path / "m")) as checkpoint:
-            fingerprint = checkpoint.manifest.fingerprint
-        async with kept_room(running, fingerprint, len(content)) as granted:
-            await give(running, "m", fingerprint, content, granted)
-            await until_written(running)
-            with pytest.raises(PrismError, match="leases hold"):
-                await borrow(running, "other", other)
-        await eventually(lambda: not any(image.users for image in running.store.table.images))
-        with await borrow(running, "other", other):
-            assert running.told("evicted")[-1] == "m"
-
-
-async def test_the_checkpoint_makes_room_for_its_image_before_others_do(
-    start_store: StartStore, tmp_path: Path
-) -> None:
-    async with start_store(budget_bytes=13_000_000) as running:
-        (await borrow(running, "other", big_model(tmp_path / "other", 6, seed=2))).close()
-        with await borrow(running, "m", big_model(tmp_path / "m", 6)) as checkpoint:
-            fingerprint = checkpoint.manifest.fingerprint
-        await until_unleased(running)
-        async with kept_room(running, fingerprint, 6_000_000):
-            assert running.told("evicted") == ["m"]
-
-
-async def test_there_is_no_more_room_than_the_image_that_is_there_needs(
-    start_store: StartStore, tmp_path: Path
-) -> None:
-    async with start_store(budget_bytes=10_000_000) as running:
-        (await borrow(running, "other", big_model(tmp_path / "other", 6))).close()
-        fingerprint, _ = await give_one_of(running, write_model(tmp_path / "m"), os.urandom(3_000_000))
-        used = running.store.report().used_bytes
-        async with kept_room(running, fingerprint, 3_000_000):
-            assert running.store.report().used_bytes == used
-    assert running.told("evicted") == []
-
-
-async def test_room_is_waited_for_while_others_build_from_the_same_checkpoint(
-    start_store: StartStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "ROOM_PATIENCE_S", 0.0)
-    async with start_store(budget_bytes=10_000_000) as running:
-        checkpoint = await borrow(running, "m", big_model(tmp_path / "m", 6))
-
-        async def ask() -> None:
-            async with kept_room(running, checkpoint.manifest.fingerprint, 6_000_000):
-                assert running.told("evicted") == ["m"]
-
-        refused = asyncio.Event()
-        reserve = running.store.table.reserve
-
-        def reserving(*asked: Any, **options: Any) -> Any:
-            refused.set()
-            return reserve(*asked, **options)
-
-        monkeypatch.setattr(running.store.table, "reserve", reserving)
-        asking = asyncio.create_task(ask())
-        await asyncio.wait_for(refused.wait(), DEADLINE_S)
-        assert not asking.done()
-        checkpoint.close()
-        await asyncio.wait_for(asking, DEADLINE_S)
-
-
-async def test_room_that_nothing_was_deposited_in_is_free_again(running: Running) -> None:
-    with contextlib.ExitStack() as stack:
-        wanted = RoomRequest("m", "0" * 32, LAYOUT, 1_000_000)
-        await asyncio.to_thread(stack.enter_context, room(running.socket, wanted, DEADLINE_S))
-        assert running.store.report().used_bytes == 1_000_000
-    await eventually(lambda: running.store.report().used_bytes == 0)
-
-
-async def test_there_is_no_room_beside_what_is_on_lease(
-    start_store: StartStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "ROOM_PATIENCE_S", 0.0)
-    async with start_store(budget_bytes=10_000_000) as running:
-        with await borrow(running, "m", big_model(tmp_path / "m", 6)):
-            kept = room(running.socket, RoomRequest("m", "0" * 32, LAYOUT, 6_000_000), DEADLINE_S)
-            with pytest.raises(PrismError, match="leases hold") as caught:
-                await asyncio.to_thread(kept.__enter__)
-        assert caught.value.code is ErrorCode.OUT_OF_MEMORY
 
 
 def test_an_image_for_which_the_disk_has_no_room_is_not_begun(

@@ -198,7 +198,7 @@ async def _lend(store: ModelStore, sock: socket.socket, request: LeaseRequest) -
 
 async def _keep_room(store: ModelStore, sock: socket.socket, request: RoomRequest) -> None:
     key = ImageKey(request.fingerprint, request.layout)
-    async with store.room(request.model, key, request.nbytes) as name:
+    async with store.rooms.keep(request.model, key, request.nbytes) as name:
         await _send(sock, RoomGranted(name), [])
         # As with a lease: it ends when the peer goes.
         await asyncio.get_running_loop().create_future()

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from prism.model_store.flights import Flight, Flights, OnProgress
 from prism.model_store.image_disk import FINGERPRINT, ImageDisk
 from prism.model_store.images import Image, ImageKey, ImageTable
 from prism.model_store.model_folder import resolve_folder
+from prism.model_store.rooms import Rooms
 from prism.model_store.staging import ImagePlan, ReadProgress, plan_checkpoint_image, read_image
 
 log = logging.getLogger(__name__)
@@ -37,11 +37,6 @@ T = TypeVar("T")
 
 PROGRESS_PERIOD_S = 0.25
 WRITE_DEADLINE_S = 60.0
-# Until a lease that its engine has closed has ended here as well; until others have built an engine from the
-# same checkpoint.
-ROOM_PATIENCE_S = 1.0
-SHARED_CHECKPOINT_PATIENCE_S = 60.0
-ROOM_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,7 @@ class ModelStore:
     ) -> None:
         self.node = node
         self.table = ImageTable(budget_bytes, self._on_evicted)
+        self.rooms = Rooms(self.table)
         self.disk = ImageDisk(image_dir)
         self._source = source
         self._threads = threads
@@ -78,7 +74,6 @@ class ModelStore:
         self._fingerprints: dict[Path, tuple[Signature, str]] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._on_disk: set[ImageKey] = set()
-        self._rooms: dict[str, contextlib.ExitStack] = {}
 
     async def __aenter__(self) -> "ModelStore":
         await asyncio.to_thread(self.disk.clean)
@@ -132,32 +127,6 @@ class ModelStore:
         async with self.lend(model, model_path, layouts[0] if layouts else "", lambda *_: None) as lent:
             return lent.image.nbytes
 
-    @contextlib.asynccontextmanager
-    async def room(self, model: str, key: ImageKey, nbytes: int) -> AsyncIterator[str]:
-        """Keep room in memory within the `async with` for the image of an engine, and the image once it is
-        deposited under the name yielded. Raises PrismError(out_of_memory)."""
-        began = time.monotonic()
-        with contextlib.ExitStack() as kept:
-            while True:
-                needed = 0 if self.table.get(key) else nbytes
-                try:
-                    what = f"the engine image of {model}"
-                    kept.enter_context(self.table.reserve(needed, what, in_place_of=key.fingerprint))
-                    break
-                except PrismError:
-                    checkpoint = self.table.get(ImageKey(key.fingerprint, ""))
-                    shared = checkpoint is not None and checkpoint.leases
-                    patience_s = SHARED_CHECKPOINT_PATIENCE_S if shared else ROOM_PATIENCE_S
-                    if time.monotonic() > began + patience_s:
-                        raise
-                await asyncio.sleep(ROOM_POLL_S)
-            name = secrets.token_hex(8)
-            self._rooms[name] = kept
-            try:
-                yield name
-            finally:
-                self._rooms.pop(name, None)
-
     async def deposit(self, model: str, manifest: ImageManifest, fd: int, room: str = "") -> str:
         """Take in an image in an engine's layout, in the `room` that was kept for it if it has one; `fd`
         becomes the store's. Returns the content hash.
@@ -176,10 +145,7 @@ class ModelStore:
             manifest = msgspec.structs.replace(manifest, content_hash=hashed)
             key = ImageKey(manifest.fingerprint, manifest.layout)
             try:
-                kept = self._rooms.pop(room, None)
-                if kept is not None:
-                    # The bytes of the image count from here on as those of its room did.
-                    kept.close()
+                kept = self.rooms.vacated(room)
                 needed = 0 if self.table.equal_to(manifest) else manifest.nbytes
                 with self.table.reserve(needed, f"the engine image of {model}"):
                     on_error.pop_all()
