@@ -26,6 +26,7 @@ from prism.common.messages.store import (
     StageProgress,
     StoreFailure,
     StoreReply,
+    StoreRequest,
 )
 
 # Called with the bytes staged so far, and in all.
@@ -115,10 +116,7 @@ def room(socket_path: Path | str, request: RoomRequest, deadline_s: float) -> It
     """
     path, deadline = Path(socket_path), _Deadline(deadline_s)
     with _connected(path) as sock:
-        _send(sock, path, encode(request), [])
-        payload, fds = _receive(sock, deadline)
-        close_all(fds)
-        reply = _reply(payload, path)
+        reply = _asked(sock, path, request, [], deadline)
         if not isinstance(reply, RoomGranted):
             raise _unexpected(reply, path)
         yield reply.room
@@ -145,10 +143,7 @@ def deposit(
         manifest_fd = memfd_of("prism-manifest", written)
         stack.callback(os.close, manifest_fd)
         request = DepositRequest(model, len(written), granted_room)
-        _send(sock, path, encode(request), [image_fd, manifest_fd])
-        payload, fds = _receive(sock, deadline)
-        close_all(fds)
-        reply = _reply(payload, path)
+        reply = _asked(sock, path, request, [image_fd, manifest_fd], deadline)
         if not isinstance(reply, Deposited):
             raise _unexpected(reply, path)
         return reply.content_hash
@@ -183,6 +178,16 @@ def _send(sock: socket.socket, socket_path: Path, payload: bytes, fds: list[int]
         send_with_fds(sock, payload, fds)
     except OSError as error:
         raise _unavailable(socket_path, str(error)) from error
+
+
+def _asked(
+    sock: socket.socket, path: Path, request: StoreRequest, fds: list[int], deadline: _Deadline
+) -> StoreReply:
+    """The answer to a request that is answered once, without descriptors."""
+    _send(sock, path, encode(request), fds)
+    payload, unwanted = _receive(sock, deadline)
+    close_all(unwanted)
+    return _reply(payload, path)
 
 
 def _receive(sock: socket.socket, deadline: _Deadline) -> tuple[bytes, list[int]]:
