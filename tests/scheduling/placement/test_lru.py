@@ -316,6 +316,23 @@ class TestInitialPlacement:
         assert told(cluster(workers, models)) == [("Doze", "b", "home")]
         assert told(cluster([worker("home", 40, b=busy())], models)) == []
 
+    def test_requests_that_wait_take_a_pinned_model_nowhere_else(self) -> None:
+        models = [model("a", pin=True, init_placements=on(0)), model("b")]
+        home, roomier = worker("home", 40, gpu_ids=(0,)), worker("v", 1000, gpu_ids=(1,))
+        demand = {"a": parked()}
+        assert told(cluster([home, roomier], models, demand=demand)) == [("Activate", "a", "home")]
+        taken = worker("home", 40, gpu_ids=(0,), b=active())
+        assert told(cluster([taken, roomier], models, demand=demand)) == [("Doze", "b", "home")]
+
+    def test_unless_no_worker_has_its_gpus_or_it_failed_on_all_that_do(self) -> None:
+        models = [model("a", pin=True, init_placements=on(0))]
+        home, other = worker("home", gpu_ids=(0,)), worker("v", gpu_ids=(1,))
+        assert told(cluster([other], models, demand={"a": parked()})) == [("Activate", "a", "v")]
+        failures = (Failure("home", "a", 1, NOW + 5.0),)
+        snapshot = cluster([home, other], models, demand={"a": parked()}, failures=failures)
+        assert told(snapshot) == [("Activate", "a", "v")]
+        assert told(cluster([home, other], models, failures=failures)) == [], "nobody waits for it"
+
 
 class TestWhatCannotBe:
     def test_a_model_larger_than_every_worker_is_told_with_both_sizes(self) -> None:

@@ -29,3 +29,9 @@ def test_a_pinned_model_that_has_moved_leaves_its_old_place_however_hot_it_is() 
     assert told(it) == [("Doze", "hot", "w0")]
     it.held.pop(("w0", "hot"))
     assert told(it) == []
+
+
+def test_its_first_requests_do_not_bring_it_up_elsewhere_to_move_it_then() -> None:
+    it = cluster([view("pinned", 8, pin=True, init_placements=[InitialPlacement([1])])])
+    it.ask(["pinned"])
+    assert told(it) == [("Activate", "pinned", "w1")]

@@ -115,7 +115,7 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
     ] = 0
     pin: Annotated[
         bool,
-        Meta(description="Never sleeps; elsewhere than on its GPUs only while those are gone"),
+        Meta(description="Never sleeps; elsewhere than on its GPUs only while those are gone or fail it"),
     ] = False
     replicas: Annotated[
         int,

@@ -41,7 +41,9 @@ def wanted_models(
 
     A model that is active or on its way between states on a worker that stays is not among the first three.
     Parked requests may take a model to any worker, as may the want of a replica; the other two reasons only
-    to the GPUs that they name, unless those have been gone for `home_patience_s` seconds.
+    to the GPUs that they name, unless those have been gone for `home_patience_s` seconds. A pinned model
+    that requests are parked for waits for nobody: where no worker has its GPUs, or it failed on all that do,
+    it may go to any.
     """
     workers = [worker for worker in snapshot.workers if not worker.draining]
     placed, active = defaultdict(set), set()
@@ -54,6 +56,7 @@ def wanted_models(
             if model.state is ModelState.ACTIVE:
                 active.add(name)
     gone = frozenset(gpu for gpu, seconds in snapshot.gone_gpus.items() if seconds > home_patience_s)
+    failed = {(failure.worker, failure.model) for failure in snapshot.failures}
     notes: list[Note] = []
     pinned, parked, initial, further = [], [], [], []
     for name, view in snapshot.models.items():
@@ -65,6 +68,10 @@ def wanted_models(
             continue
         if (obstacle := _obstacle(view)) is not None:
             notes.append(Note(name, obstacle))
+        elif view.spec.pin and demand.parked:
+            wanted = Wanted(name, view, f"pinned, {demand.parked} requests parked", demand)
+            able = [worker for worker in workers if (worker.id, name) not in failed]
+            pinned += _at_home(wanted, able, frozenset(), []) or [wanted]
         elif demand.parked:
             parked.append(Wanted(name, view, f"{demand.parked} requests parked", demand))
         elif view.spec.pin:
