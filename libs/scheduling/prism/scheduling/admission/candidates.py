@@ -6,7 +6,7 @@ that the order of the queue makes no difference.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -167,17 +167,18 @@ class _ManyCandidates(Candidates):
         on_time = start_s + setups[families] + seconds <= dues
         rest = np.flatnonzero(on_time)
         if len(rest):
-            priority = np.array([request.priority for request in self._requests])[self._index[rest]]
-            weight = np.array([request.weight for request in self._requests])[self._index[rest]]
+            priority = _integers([request.priority for request in self._requests])[self._index[rest]]
+            weight = _floats([request.weight for request in self._requests])[self._index[rest]]
             costs = -seconds[rest] / weight
             one_priority = bool((priority == priority[0]).all())
             order = np.argsort(costs, kind="stable") if one_priority else np.lexsort((costs, priority))
+            everyone = len(rest) == self.count
             late = late_positions(
                 start_s,
-                seconds[rest].tolist(),
-                dues[rest].tolist(),
+                self.seconds if everyone else seconds[rest].tolist(),
+                self.dues if everyone else dues[rest].tolist(),
                 order.tolist(),
-                families[rest].tolist() if setups.any() else (),
+                () if not setups.any() else self.families if everyone else families[rest].tolist(),
                 self.setups if setups.any() else (),
             )
             on_time[rest[late]] = False
@@ -185,9 +186,9 @@ class _ManyCandidates(Candidates):
 
     def by_wait(self, late: Sequence[int], now: float) -> Sequence[QueuedRequest]:
         index = self._index[np.array(late)]
-        priority = np.array([request.priority for request in self._requests])[index]
-        weight = np.array([request.weight for request in self._requests])[index]
-        arrival = np.array([request.arrival_s for request in self._requests])[index]
+        priority = _integers([request.priority for request in self._requests])[index]
+        weight = _floats([request.weight for request in self._requests])[index]
+        arrival = _floats([request.arrival_s for request in self._requests])[index]
         order = np.lexsort(((arrival - now) * weight, -priority))
         return _Chosen(self._requests, index[order])
 
@@ -297,12 +298,12 @@ def many_candidates(
         if engine.accepting and engine.running < engine.max_running:
             numbers[model] = len(every)
             every.append(Family(len(every), engine, budget))
-    number = np.array([numbers.get(request.model, -1) for request in queue])
-    arrival = np.array([request.arrival_s for request in queue])
-    slo = np.array([request.ttft_slo_s for request in queue])
-    deadline = np.array([request.deadline_s for request in queue])
+    number = _integers([numbers.get(request.model, -1) for request in queue])
+    arrival = _floats([request.arrival_s for request in queue])
+    slo = _floats([request.ttft_slo_s for request in queue])
+    deadline = _floats([request.deadline_s for request in queue])
     able = (number >= 0) & (deadline > now)
-    tokens = np.array([request.prompt_tokens for request in queue])
+    tokens = _integers([request.prompt_tokens for request in queue])
     # The last one is for requests of models that have no engine.
     token_s = np.array([*(family.token_s for family in every), 0.0])
     seconds = tokens * token_s[number]
@@ -322,7 +323,7 @@ def many_candidates(
         )
         seconds[index] += share
         due[index] -= margin
-        index = _sorted(queue, index, due, arrival)
+        index = _sorted(queue, index, due, arrival, "stable")
     setups = [family.setup_s for family in every]
     return _ManyCandidates(queue, index, seconds[index], due[index], number[index], setups, overaged)
 
@@ -338,10 +339,11 @@ def _many_together(
     """By how much earlier each must be thought to be due, and its share of fixed parts (see `Family`)."""
     by_family = np.argsort(number, kind="stable")
     members = number[by_family]
-    first = np.searchsorted(members, members)
+    sizes = np.bincount(number, minlength=len(families))
+    ends = np.cumsum(sizes)
+    first, last = (ends - sizes)[members], (ends - 1)[members]
     done_s, done = np.cumsum(work_s[by_family]), np.cumsum(tokens[by_family])
     left_s, before = np.empty_like(work_s), np.empty_like(work_s)
-    last = np.searchsorted(members, members, side="right") - 1
     left_s[by_family] = done_s[last] - done_s
     before[by_family] = done - tokens[by_family] - (done - tokens[by_family])[first]
     setup_s = np.array([family.setup_s for family in families])[number]
@@ -353,11 +355,27 @@ def _many_together(
     return margin, np.where(before >= filled, fixed_s * np.minimum(1.0, tokens / filled), 0.0)
 
 
-def _sorted(queue: Sequence[QueuedRequest], index: Integers, times: Floats, arrivals: Floats) -> Integers:
-    """Places in the queue by time, then arrival, then rid."""
-    index = index[np.argsort(times[index])]
+def _sorted(
+    queue: Sequence[QueuedRequest],
+    index: Integers,
+    times: Floats,
+    arrivals: Floats,
+    kind: Literal["quicksort", "stable"] = "quicksort",
+) -> Integers:
+    """Places in the queue by time, then arrival, then rid. "stable" is faster when they are nearly so now."""
+    index = index[np.argsort(times[index], kind=kind)]
     ordered = times[index]
     if not (ordered[1:] == ordered[:-1]).any():
         return index
     names = np.array([queue[place].rid for place in index.tolist()])
     return index[np.lexsort((names, arrivals[index], ordered))]
+
+
+def _floats(values: list[float]) -> Floats:
+    """An array, faster than by asking for the type of each value."""
+    return np.fromiter(values, np.float64, len(values))
+
+
+def _integers(values: list[int]) -> Integers:
+    """An array, faster than by asking for the type of each value."""
+    return np.fromiter(values, np.int64, len(values))

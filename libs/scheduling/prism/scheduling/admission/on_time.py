@@ -12,7 +12,10 @@ out is on time all the same, and the largest such set where there are no setups.
 """
 
 from collections.abc import Sequence
-from heapq import heappop, heappush, heappushpop
+from heapq import heapify, heappop, heappush, heappushpop
+
+HEAPIFY_FROM = 8
+"""Making a heap anew takes less than adding to it one by one when so much of it, one in this many, is new."""
 
 
 def late_positions(
@@ -35,25 +38,38 @@ def late_positions(
     for order, position in enumerate(first_out):
         rank[position] = order
     late: list[int] = []
+    # Jobs on time since somebody was given up last wait beside the heap: most are never looked at again.
     kept: list[int] = []
+    fresh: list[int] = []
     owed = list(setups)
+    owing = any(owed)
     at = start_s
     for order, job_s, due, family in zip(rank, seconds, dues, families, strict=True):
-        ends = at + owed[family] + job_s
+        ends = at + owed[family] + job_s if owing else at + job_s
         if ends <= due:
-            heappush(kept, order)
-            owed[family] = 0.0
+            fresh.append(order)
             at = ends
+            if owing:
+                owed[family] = 0.0
+                owing = any(owed)
             continue
         if start_s + setups[family] + job_s > due:
             late.append(first_out[order])
             continue
+        if len(fresh) * HEAPIFY_FROM > len(kept):
+            kept += fresh
+            heapify(kept)
+        else:
+            for one in fresh:
+                heappush(kept, one)
+        fresh.clear()
         out = heappushpop(kept, order)
         late.append(first_out[out])
         if out == order:
             ends = at
         else:
             owed[family] = 0.0
+            owing = any(owed)
             ends -= seconds[first_out[out]]
         while ends > due and kept:
             out = heappop(kept)
@@ -61,5 +77,6 @@ def late_positions(
             ends -= seconds[first_out[out]]
         if not kept:
             owed, ends = list(setups), start_s
+            owing = any(owed)
         at = ends
     return late
