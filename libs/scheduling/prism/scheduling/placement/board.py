@@ -46,8 +46,7 @@ class Board:
         self._fronts: dict[object, Front] = {}
         self._measured = False
         self._kinds: dict[tuple[int | None, bool], WorkerView] = {}
-        self._needs: dict[int, int] = {}
-        self._fixed: dict[int, int] = {}
+        self._taken: dict[int, tuple[int, int]] = {}
         self._sized: ModelView | None = None
         numbers: dict[tuple[int | None, bool, int], int] = {}
         for worker in snapshot.workers:
@@ -174,31 +173,25 @@ class Board:
         return max(0, takes - here.held_bytes)
 
     def need_at(self, view: ModelView, place: Place) -> int:
-        """The same for one of many places of a model: of workers of a kind that hold nothing of it only the
-        first is asked."""
-        worker = place.worker
-        if view.spec.model_name in worker.models:
-            return self.need(view, worker)
-        if view is not self._sized:
-            self._sized, self._needs, self._fixed = view, {}, {}
-        kind = place.gpus[0].kind
-        need = self._needs.get(kind)
-        if need is None:
-            need = self._needs[kind] = self.need(view, worker)
-        return need
+        """`need` for one of many places of a model."""
+        return self._taken_at(view, place)[0]
 
     def fixed_at(self, view: ModelView, place: Place) -> int:
-        """`fixed_bytes` in the same way."""
+        """`fixed_bytes` for one of many places of a model."""
+        return self._taken_at(view, place)[1]
+
+    def _taken_at(self, view: ModelView, place: Place) -> tuple[int, int]:
+        """Both: of workers of a kind that hold nothing of the model only the first is asked."""
         worker = place.worker
         if view.spec.model_name in worker.models:
-            return self.fixed_bytes(view, worker)
+            return self.need(view, worker), self.fixed_bytes(view, worker)
         if view is not self._sized:
-            self._sized, self._needs, self._fixed = view, {}, {}
+            self._sized, self._taken = view, {}
         kind = place.gpus[0].kind
-        fixed = self._fixed.get(kind)
-        if fixed is None:
-            fixed = self._fixed[kind] = self.fixed_bytes(view, worker)
-        return fixed
+        taken = self._taken.get(kind)
+        if taken is None:
+            taken = self._taken[kind] = self.need(view, worker), self.fixed_bytes(view, worker)
+        return taken
 
     def least_need(self, view: ModelView) -> int:
         """A lower bound of what an activation takes of each GPU, wherever it goes."""
