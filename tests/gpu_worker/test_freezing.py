@@ -197,7 +197,7 @@ async def test_a_freeze_that_the_process_does_not_survive_leaves_nothing(
 async def test_memory_that_stays_although_frozen_is_not_believed_to_be_free(
     rig: Rig, device: CountingDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prism.gpu_worker.model_instance.FREED_DEADLINE_S", 0.05)
+    monkeypatch.setattr("prism.gpu_worker.counted_memory.FREED_DEADLINE_S", 0.05)
     await rig.command(CommandKind.ACTIVATE)
     device.holds_on = True
     outcome = await rig.command(CommandKind.FREEZE)

@@ -51,7 +51,7 @@ def instance_of(rig: Rig) -> ModelInstance:
 
 def resident_kv(rig: Rig) -> int:
     """KV memory of the engine, as the kernel counts it."""
-    return instance_of(rig).resident_bytes()[1]
+    return instance_of(rig).counted.resident_bytes()[1]
 
 
 async def start_all(rig: Rig, name: str) -> list[Frames]:

@@ -83,7 +83,7 @@ class Announcements:
     ) -> None:
         """An event for a command that changed something, with the time it took and the memory in use now."""
         if seconds:
-            weights, kv = instance.resident_bytes()
+            weights, kv = instance.counted.resident_bytes()
             self._tell(
                 COMMAND_DONE[kind], instance.name, f"from {before}", seconds, {"weights": weights, "kv": kv}
             )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.gpu_worker.counted_memory import CountedMemory
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
 from prism.gpu_worker.engine_protocol import Done, Outputs, Progress, Ready, StartEngine
@@ -30,8 +31,6 @@ STORE_DEADLINE_S = 600.0
 SLOWEST_COPY_BYTES_PER_S = 500e6
 ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
 LOST = (ErrorCode.ENGINE_LOST, ErrorCode.DEADLINE_EXCEEDED)
-FREED_DEADLINE_S = 2.0
-FREED_POLL_S = 0.002
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
@@ -82,6 +81,7 @@ class ModelInstance:
         self.record = ServingRecord()
         self.lock = asyncio.Lock()
         self.memory = InstanceMemory(spec, facts, device, ledger, room)
+        self.counted = CountedMemory(spec.model_name, device, self._alive)
         self._device = device
         self._store_socket = store_socket
         self._limits = limits
@@ -175,7 +175,7 @@ class ModelInstance:
             await turn.aclose()
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
             rolled_back = isinstance(error, PrismError) and error.code in ROLLED_BACK
-            if rolled_back and not self._left_bytes():
+            if rolled_back and not self.counted.left_bytes():
                 self.memory.hold_fixed()
                 self.set_state(ModelState.DOZING)
             else:
@@ -331,7 +331,8 @@ class ModelInstance:
         try:
             done = await self.engine.doze(min(deadline_s, self._limits.stall_s))
             given_back = time.perf_counter()
-            await self._confirm_freed()
+            await self.counted.until_dozing()
+            self.memory.hold_fixed()
         except BaseException as error:
             await self.discard_engine(*_after(error, "doze failed"))
             raise
@@ -359,7 +360,7 @@ class ModelInstance:
                 await self.discard_engine(*_after(error, "freeze failed"))
             raise
         try:
-            await self._confirm_gone(self._held_bytes)
+            await self.counted.until_frozen()
         except BaseException as error:
             await self.discard_engine(*_after(error, "freeze failed"))
             raise
@@ -383,29 +384,10 @@ class ModelInstance:
         self.set_state(ModelState.DOZING)
         return {**thawed, "total": time.perf_counter() - began}
 
-    async def _confirm_freed(self) -> None:
-        await self._confirm_gone(self._left_bytes)
-        self.memory.hold_fixed()
-
-    async def _confirm_gone(self, held: Callable[[], int]) -> None:
-        # A driver may take a moment to count.
-        deadline = time.monotonic() + FREED_DEADLINE_S
-        while (left := held()) and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(FREED_POLL_S)
-        if left:
-            raise PrismError(
-                ErrorCode.INTERNAL, f"{self.name}: {left} bytes are still mapped after the engine freed them"
-            )
-
-    def _held_bytes(self) -> int:
+    def _alive(self) -> tuple[int, Ready] | None:
         if self.engine is None or self.ready is None or self.engine.ended.done():
-            return 0
-        return self._device.held_bytes(self.engine.pid, self.ready)
-
-    def _left_bytes(self) -> int:
-        if self.engine is None or self.ready is None or self.engine.ended.done():
-            return 0
-        return self._device.left_bytes(self.engine.pid, self.ready)
+            return None
+        return self.engine.pid, self.ready
 
     async def discard_engine(self, state: ModelState, failure: str | None = None) -> None:
         """End the engine, if any; its memory is free when this returns, and the state is `state`."""
@@ -439,12 +421,6 @@ class ModelInstance:
         if self._lost is not engine:
             self._lost = engine
             self._on_engine_lost(self, how)
-
-    def resident_bytes(self) -> tuple[int, int]:
-        """Memory that stands behind weights and KV cache now, as the kernel counts it."""
-        if self.engine is None or self.ready is None or self.engine.ended.done():
-            return 0, 0
-        return self._device.resident_bytes(self.engine.pid, self.ready)
 
 
 def _after(error: BaseException, what: str = "") -> tuple[ModelState, str | None]:

@@ -10,7 +10,7 @@ from prism.gpu_worker.model_instance import ModelInstance
 def load_of(instance: ModelInstance, queued: int, kv_wanted_tokens: int) -> ModelLoad:
     """What there is to report of `instance` now; bytes are what the kernel says is there. Of its requests
     `queued` wait here, and all of them want `kv_wanted_tokens` of its KV cache."""
-    weights, kv = instance.resident_bytes()
+    weights, kv = instance.counted.resident_bytes()
     engine = instance.engine_load
     running = engine.running + engine.waiting
     busy = queued + running > 0
