@@ -5,7 +5,6 @@ import os
 import socket
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +21,12 @@ from tests.model_store.store_clients import (
 )
 
 from prism.common.errors import ErrorCode, PrismError
-from prism.common.memfd import create_memfd, memfd_of, read_memfd
+from prism.common.memfd import create_memfd, read_memfd
 from prism.common.messages.codec import encode
 from prism.common.messages.store import ImageKind, LeaseRequest
 from prism.common.store_client import deposit, lease, wait_readable
 from prism.model_store import store
 from prism.model_store.content_hash import hash_of_image
-from prism.model_store.image_disk import ImageDisk
 from prism.model_store.staging import ImagePlan, ReadProgress, read_image
 
 pytestmark = pytest.mark.core
@@ -290,19 +288,6 @@ async def test_deposits_that_can_not_be_used_are_refused(running: Running) -> No
             await asyncio.to_thread(deposit, running.socket, "m", manifest, fd, DEADLINE_S)
         os.close(fd)
     assert running.store.report().images == []
-
-
-def test_an_image_for_which_the_disk_has_no_room_is_not_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=999))
-    fd = memfd_of("image", bytes(1000))
-    try:
-        with pytest.raises(PrismError, match=r"0.0 GB are free there; it stays in memory only"):
-            ImageDisk(tmp_path).write(engine_manifest("0" * 32, 1000), fd)
-    finally:
-        os.close(fd)
-    assert list(tmp_path.rglob("image.bin")) == []
 
 
 async def test_evict_frees_what_is_not_on_lease(running: Running, tmp_path: Path) -> None:

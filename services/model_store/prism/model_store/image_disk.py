@@ -1,12 +1,18 @@
-"""Engine-layout images on disk: `<root>/<fingerprint>/<digest of the layout>/{image.bin, manifest.json}`."""
+"""Engine-layout images on disk: `<root>/<fingerprint>/<digest of the layout>/{image.bin, manifest.json}`.
+
+Stores may share a folder: what is there is whole, what is being written is locked by who writes it, and of
+two who write the same the last stays.
+"""
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
@@ -24,6 +30,7 @@ FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 IMAGE, MANIFEST = "image.bin", "manifest.json"
 _TEMPORARY = ".writing-"
 _SEND_BYTES = 256 * 1024 * 1024
+_TRIES = 10
 
 
 class ImageDisk:
@@ -35,8 +42,10 @@ class ImageDisk:
     def clean(self) -> None:
         """Remove what a store that was killed in the middle of writing left behind."""
         for left_over in self.root.glob(f"*/{_TEMPORARY}*"):
-            log.info("removing the unfinished %s", left_over)
-            shutil.rmtree(left_over, ignore_errors=True)
+            # Another store's that is at work on it, or is gone by now.
+            with contextlib.suppress(OSError), _locked(left_over):
+                log.info("removing the unfinished %s", left_over)
+                shutil.rmtree(left_over, ignore_errors=True)
 
     def find(self, key: ImageKey) -> ImageManifest | None:
         """The manifest of the image under `key`; None if there is none, none that can be verified, or only a
@@ -84,16 +93,18 @@ class ImageDisk:
             return
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                prefix=_TEMPORARY, dir=folder.parent, ignore_cleanup_errors=True
-            ) as temporary:
+            with (
+                tempfile.TemporaryDirectory(
+                    prefix=_TEMPORARY, dir=folder.parent, ignore_cleanup_errors=True
+                ) as temporary,
+                _locked(Path(temporary)),
+            ):
                 complete = Path(temporary) / "complete"
                 complete.mkdir()
                 _write_image(complete / IMAGE, fd, manifest.nbytes)
                 _write_synced(complete / MANIFEST, encode(manifest))
                 _sync_folder(complete)
-                shutil.rmtree(folder, ignore_errors=True)
-                complete.rename(folder)
+                _put_in_place(complete, folder)
             _sync_folder(folder.parent)
         except OSError as error:
             raise PrismError(
@@ -131,6 +142,36 @@ def _write_image(path: Path, fd: int, nbytes: int) -> None:
                 raise OSError("the memory of the image is smaller than its manifest says")
             done += count
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else has this folder locked. Raises OSError when somebody has; the kernel takes the lock from a
+    process that dies."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(complete: Path, folder: Path) -> None:
+    """Have `complete` be `folder`, in place of what is there, or comes there from another store meanwhile."""
+    for _ in range(_TRIES):
+        _delete_folder(folder)
+        try:
+            complete.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+    raise OSError(errno.EBUSY, "others keep writing it")
+
+
+def _delete_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_synced(path: Path, payload: bytes) -> None:
