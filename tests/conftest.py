@@ -4,16 +4,17 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from prism.cli.nats_server import NatsServer, nats_server
 from prism.cli.tiny_models import make_tiny_models
 from prism.common.bus import Bus, connect_bus
 
 # The same examples every time, so that a failure is of the change that it comes with. `make explore` draws
-# others.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("exploring", derandomize=False)
+# others. How fast this machine is at the moment is no property of the code.
+whatever_it_takes = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", whatever_it_takes, derandomize=True)
+settings.register_profile("exploring", whatever_it_takes, derandomize=False)
 settings.load_profile("repeatable")
 
 # Kept between runs; writing it is atomic, so two runs at once may share it.

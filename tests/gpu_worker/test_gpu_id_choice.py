@@ -162,7 +162,7 @@ class ClaimsMachine(RuleBasedStateMachine):
 
 
 TestClaims = ClaimsMachine.TestCase
-TestClaims.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestClaims.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @given(st.integers(1, 6), st.data())

@@ -4,7 +4,7 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prism.scheduling.quotas import QuotaHolder, QuotaPlan, arbitrate
@@ -141,7 +141,6 @@ def carried_out(
 
 
 @given(groups, sizes.map(lambda size: size * 4), st.randoms())
-@settings(deadline=None)
 def test_promises_never_exceed_the_pool_and_settle(
     group: list[QuotaHolder], pool: int, chance: random.Random
 ) -> None:

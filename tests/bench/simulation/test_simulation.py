@@ -222,7 +222,7 @@ def _check_memory(made: Simulation) -> None:
 @given(
     rows=rows_of, seed=st.integers(0, 1000), drain_s=st.sampled_from([0.0, 0.5, 20.0]), elastic=st.booleans()
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_request_ends_exactly_once_and_memory_is_never_exceeded(
     rows: list[Row], seed: int, drain_s: float, elastic: bool
 ) -> None:
@@ -253,7 +253,7 @@ def test_every_request_ends_exactly_once_and_memory_is_never_exceeded(
 
 
 @given(rows=rows_of)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_same_input_gives_the_same_result(rows: list[Row]) -> None:
     def once() -> object:
         return report(run([model(0), model(1), model(2, on=False)], rows, memory_bytes=90_000))

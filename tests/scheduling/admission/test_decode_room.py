@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.scheduling.admission.queues import engine, queued
 
@@ -141,7 +141,6 @@ def test_where_too_many_work_those_longest_at_work_take_no_younger_ones_than_who
     st.floats(0, 1),
     st.floats(0.1, 5),
 )
-@settings(deadline=None)
 def test_whatever_others_do_nobody_waits_for_ever(
     shares: list[float], share: float, recent_prefill_s: float, takes_s: float
 ) -> None:

@@ -4,7 +4,7 @@ import random
 from itertools import accumulate, combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.scheduling.admission.queues import RATE, engine, queued, queues
 
@@ -107,7 +107,6 @@ def can_all_be_on_time(chosen: tuple[QueuedRequest, ...]) -> bool:
 
 
 @given(queues(10))
-@settings(deadline=None)
 def test_no_choice_has_more_on_time(queue: list[QueuedRequest]) -> None:
     met = kept_on_time(queue, order(queue))
     assert not any(can_all_be_on_time(more) for more in combinations(queue, met + 1))
@@ -180,7 +179,6 @@ class TestWaiting:
     @given(
         st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=25), st.integers(0, 99)
     )
-    @settings(deadline=None)
     def test_under_any_load_a_wait_is_bounded_by_the_older_ones(
         self, drawn: list[tuple[int, int]], seed: int
     ) -> None:
@@ -331,7 +329,6 @@ class TestPasses:
         assert order(queue, FIXED) == ["a0", "a1", "a2", "b0", "b1", "b2"]
 
     @given(queues(VECTORISED_FROM - 1), st.sampled_from([0.0, 0.25, 2.0]), st.integers(0, 3))
-    @settings(deadline=None)
     def test_a_long_queue_is_decided_as_a_short_one_is(
         self, queue: list[QueuedRequest], fixed: float, waiting: int
     ) -> None:
@@ -341,7 +338,6 @@ class TestPasses:
         assert order(others + elsewhere, engines) == order(others, engines)
 
     @given(queues(30), st.sampled_from([0.25, 2.0]))
-    @settings(deadline=None)
     def test_nobody_is_started_twice_and_everybody_in_the_end(
         self, queue: list[QueuedRequest], fixed: float
     ) -> None:

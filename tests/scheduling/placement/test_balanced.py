@@ -324,7 +324,7 @@ def best_possible(views: list[ModelView], gpus: int, it: Cluster) -> float:
     return best
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from([1, 3, 8, 14]), st.floats(0.1, 6.0)), min_size=2, max_size=6),
     st.integers(2, 3),

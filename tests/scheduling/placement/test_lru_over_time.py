@@ -216,7 +216,7 @@ def specs(draw: st.DrawFn) -> dict[str, ModelSpec]:
     return {name: one(name) for name in "abcdef"}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     specs(),
     st.lists(st.integers(20, 110), min_size=6, max_size=6),

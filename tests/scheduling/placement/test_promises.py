@@ -68,7 +68,7 @@ names = st.sets(st.sampled_from(NAMES), max_size=3)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(clusters(), st.lists(st.tuples(names, names), max_size=25))
 def test_memory_is_never_exceeded_and_everything_comes_to_rest(
     policy: str,
@@ -91,7 +91,7 @@ def test_memory_is_never_exceeded_and_everything_comes_to_rest(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(clusters(), st.integers(2, 60))
 def test_a_move_never_takes_a_models_last_instance_while_it_has_requests(
     policy: str,
@@ -115,7 +115,7 @@ def test_a_move_never_takes_a_models_last_instance_while_it_has_requests(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(clusters())
 def test_with_steady_traffic_plans_are_stable(policy: str, drawn: Drawn) -> None:
     views, workers, kind = drawn
