@@ -36,6 +36,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((waking, "WAKES"), (freezing, "FREEZES"), (starting, "STARTS")):
         monkeypatch.setattr(module, name, 2)
     monkeypatch.setattr(starting, "GRAPHS_BEHIND_S", 0.1)
+    monkeypatch.setattr(commanding, "PIN_DEADLINE_S", 0.1)
     monkeypatch.setenv("PRISM_SIMULATED_DECODE_STEP_MS", "1")
     monkeypatch.setenv("PRISM_BENCH_CYCLES", "6")
 
@@ -47,10 +48,11 @@ async def measured(name: str, folder: Path) -> dict[str, Row]:
 
 
 async def test_waking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The simulated device has no image to write.
+    # The simulated device has no image to write, nor to pin.
     monkeypatch.setattr(commanding, "DISK_DEADLINE_S", 0.1)
     rows = await measured("wake_8b", tmp_path)
-    assert rows["wake_8b_first_token_s"].note.endswith("the image was not on disk by then")
+    note = rows["wake_8b_first_token_s"].note
+    assert note.endswith("the image was not on disk by then; it was not pinned by then")
     assert rows["wake_8b_mismatches"].value == 0
     assert (rows["dozing_footprint_mib"].value, rows["dozing_footprint_mib"].met) == (900, False)
     assert {"wake_8b_first_token_s", "wake_8b_copy_share", "doze_8b_s"} <= rows.keys()

@@ -121,11 +121,15 @@ def test_whoever_stops_half_way_leaves_no_thread_at_work(image: RegisteredImage,
     assert threading.active_count() == before
 
 
-def test_the_rest_is_pinned_behind(image: RegisteredImage, driver: FakeDriver) -> None:
+def test_the_rest_is_pinned_behind_and_that_is_told(
+    image: RegisteredImage, driver: FakeDriver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     image.pin_behind()
     assert image._behind is not None
     image._behind.join(10)
     assert image.pinned_bytes == NBYTES
+    assert caplog.text.count("image pinned") == 1
     assert sum(driver.registered.values()) == NBYTES, "no piece is pinned twice"
     image.unpin()
     assert image.pinned_bytes == 0

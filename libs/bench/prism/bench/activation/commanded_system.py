@@ -32,7 +32,10 @@ COMMAND_DEADLINE_S = 400.0
 ANSWER_DEADLINE_S = 120.0
 IMAGE_DEADLINE_S = 300.0
 DISK_DEADLINE_S = 60.0
-DISK_POLL_S = 0.2
+PIN_DEADLINE_S = 60.0
+POLL_S = 0.2
+PINNED = "image pinned"
+"""What an engine logs once all of its image is."""
 EPOCH = 1
 
 
@@ -49,8 +52,8 @@ class Answer:
 class CommandedSystem:
     """The bus, the gateway and the worker of a running system.
 
-    `requested_at` and `framed_at` are when the last request and the frames of its answer were on the bus, in
-    seconds on the monotonic clock.
+    `pinned` are the log lines of engines whose image is. `requested_at` and `framed_at` are when the last
+    request and the frames of its answer were on the bus, in seconds on the monotonic clock.
     """
 
     bus: Bus
@@ -58,6 +61,7 @@ class CommandedSystem:
     specs: dict[str, ModelSpec]
     facts: dict[str, ModelFacts]
     image_dir: Path
+    pinned: list[str]
     worker: str = ""
     ready: bool = False
     reported: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,7 +114,17 @@ class CommandedSystem:
         while self.images_on_disk < count:
             if time.monotonic() > deadline:
                 return False
-            await asyncio.sleep(DISK_POLL_S)
+            await asyncio.sleep(POLL_S)
+        return True
+
+    async def until_pinned(self, count: int) -> bool:
+        """Wait until so many images are pinned: a wake before that is slower. False when that takes longer
+        than PIN_DEADLINE_S."""
+        deadline = time.monotonic() + PIN_DEADLINE_S
+        while len(self.pinned) < count:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(POLL_S)
         return True
 
     async def complete(self, model: str, prompt: list[int], tokens: int) -> Answer:
@@ -199,8 +213,15 @@ async def commanded_system(
     )
     place = [{"gpu_ids": list(range(tp_size)), "on": False, "max_memory_pool_size": kv_gb}]
     with log.open("w", buffering=1) as lines:
+        pinned: list[str] = []
+
+        def told(service: str, line: str) -> None:
+            print(service, line, file=lines)
+            if PINNED in line:
+                pinned.append(line)
+
         async with (
-            running_system(settings, lambda name, line: print(name, line, file=lines)) as system,
+            running_system(settings, told) as system,
             connect_bus(system.nats_url, name="bench") as bus,
             httpx.AsyncClient(base_url=system.gateway_url) as http,
         ):
@@ -219,7 +240,7 @@ async def commanded_system(
             }
             for name, spec in specs.items():
                 await bucket.put(subjects.spec_key(name), encode(spec))
-            commanded = CommandedSystem(bus, http, specs, {}, images)
+            commanded = CommandedSystem(bus, http, specs, {}, images, pinned)
 
             async def on_load(message: Msg) -> None:
                 report = decode(message.data, LoadReport)

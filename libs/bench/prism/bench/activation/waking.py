@@ -31,10 +31,6 @@ DOZE_TARGET_S = 0.060
 FOOTPRINT_SIZE = "8b"
 FOOTPRINT_TARGET_MIB = 800
 COPY_SHARE_TARGET = 0.97
-# An image is pinned behind its first doze. A wake before that is a few per cent slower, and no first token
-# comes while its last weights do.
-PINNED_BYTES_PER_S = 10e9
-
 DOZE_PHASES = {
     "unmap": "weights, in the engine",
     "kv": "KV cache and what torch holds, in the engine",
@@ -85,9 +81,10 @@ async def _woken_again_and_again(
         awake.append((await system.complete(size, prompt_of(seed), ANSWER_TOKENS)).first_byte_at - asked)
     pid = engine_pid(size)
     active_bytes = gpu_used_bytes()[pid]
+    pins = len(system.pinned) + tp_size
     await system.doze_once_imaged(size)
     written = to_be_written and await system.images_written(images)
-    await asyncio.sleep(weights / PINNED_BYTES_PER_S)
+    pinned = await system.until_pinned(pins)
     await system.command(CommandKind.ACTIVATE, size)
     wakes: list[Woken] = []
     dozes: list[dict[str, float]] = []
@@ -108,6 +105,7 @@ async def _woken_again_and_again(
         f"{weights / 1e9:.2f} GB at {buses * bandwidth / 1e9:.1f} GB/s take {floor:.3f} s; median of {WAKES}"
     )
     note += "" if written else "; the image was not on disk by then"
+    note += "" if pinned else "; it was not pinned by then"
     share_note = (
         "of the pinned bandwidth measured in the same run; mapping the memory included, by the GPU's clock"
     )

@@ -5,6 +5,7 @@ import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -111,6 +112,7 @@ class RegisteredImage:
         def pin() -> None:
             cuda_driver.use_context(context)
             self._stop_behind.wait(PIN_AFTER_S)
+            began = time.perf_counter()
             try:
                 for offset, size in self.pieces():
                     if self._stop_behind.is_set():
@@ -120,6 +122,8 @@ class RegisteredImage:
             except PrismError as error:
                 # The next wake is slower then, no more.
                 log.info("image left unpinned: %s", error)
+                return
+            log.info("image pinned: %.1f GB in %.2f s", self.nbytes / 1e9, time.perf_counter() - began)
 
         self._behind = threading.Thread(target=pin, name="pin behind", daemon=True)
         self._behind.start()
