@@ -1,6 +1,8 @@
 """An engine that gets no more memory ends by its allocator's error; its requests go on in the next one."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
@@ -8,21 +10,28 @@ import httpx
 import msgspec
 import psutil
 import pytest
+from nats.aio.msg import Msg
 from tests.chaos.campaign import learn_answers
 from tests.chaos.stage import prompts_of
 from tests.chaos.traffic import COMPLETE, Traffic
 from tests.end_to_end.observing import DEADLINE_S, engine_processes, watching
 
 from prism.cli.system import SystemSettings, running_system
-from prism.common.bus import connect_bus
+from prism.common import subjects
+from prism.common.bus import Bus, connect_bus
 from prism.common.messages.models import InitialPlacement, ModelSpec
 
 pytestmark = pytest.mark.engine
 
 MODEL = "tiny-llama"
 PROMPTS, PROMPT_TOKENS = 8, 2000
-# Several prompts in one step, for which what the allocator has kept of freed memory is far too little.
-LONG_STEPS = {"PRISM_CHUNKED_PREFILL_TOKENS": "8192"}
+# Several prompts in one step, for which what the allocator has kept of freed memory is far too little: they
+# are sent while the engine is suspended, and none is held back meanwhile.
+LONG_STEPS = {
+    "PRISM_CHUNKED_PREFILL_TOKENS": "8192",
+    "PRISM_ADMISSION": "first_come",
+    "PRISM_ENGINE_STALL_S": str(DEADLINE_S),
+}
 KV_GB = 0.13
 
 
@@ -37,6 +46,18 @@ async def long_prompt(client: httpx.AsyncClient, token: int) -> int:
     if response.status_code == 200:
         assert len(response.json()["output_ids"]) == 1
     return response.status_code
+
+
+@asynccontextmanager
+async def requests_seen(bus: Bus) -> AsyncIterator[asyncio.Queue[Msg]]:
+    """What gateways ask of workers from now on."""
+    seen: asyncio.Queue[Msg] = asyncio.Queue()
+    subscription = await bus.subscribe(subjects.request(MODEL, "*"), seen.put, inline=True)
+    await bus.flush()
+    try:
+        yield seen
+    finally:
+        await subscription.unsubscribe()
 
 
 async def test_requests_of_an_engine_out_of_memory_are_finished_by_the_next_one(
@@ -80,7 +101,18 @@ async def test_requests_of_an_engine_out_of_memory_are_finished_by_the_next_one(
         await watcher.until(
             lambda: any(load.running for report in watcher.reports[-1:] for load in report.models)
         )
-        statuses = await asyncio.gather(*(long_prompt(client, 5 + index) for index in range(PROMPTS)))
+        engine.suspend()
+        try:
+            async with requests_seen(bus) as seen, asyncio.timeout(DEADLINE_S):
+                prompts = [asyncio.create_task(long_prompt(client, 5 + index)) for index in range(PROMPTS)]
+                for _ in range(PROMPTS):
+                    await seen.get()
+            # The worker has them as well: it has reported since.
+            reports = len(watcher.reports)
+            await watcher.until(lambda: len(watcher.reports) > reports + 1)
+        finally:
+            engine.resume()
+        statuses = await asyncio.gather(*prompts)
         exchange = await asyncio.wait_for(stream, DEADLINE_S)
         successor = engine_processes(system)[MODEL]
     told = [line for line in lines if "engine ended" in line]
