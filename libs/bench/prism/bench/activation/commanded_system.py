@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,22 +110,12 @@ class CommandedSystem:
     async def images_written(self, count: int) -> bool:
         """Wait until the store has written so many images to disk: a disk that is written to slows copies
         down. False when that takes longer than DISK_DEADLINE_S."""
-        deadline = time.monotonic() + DISK_DEADLINE_S
-        while self.images_on_disk < count:
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(POLL_S)
-        return True
+        return await _comes_true(lambda: self.images_on_disk >= count, DISK_DEADLINE_S)
 
     async def until_pinned(self, count: int) -> bool:
         """Wait until so many images are pinned: a wake before that is slower. False when that takes longer
         than PIN_DEADLINE_S."""
-        deadline = time.monotonic() + PIN_DEADLINE_S
-        while len(self.pinned) < count:
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(POLL_S)
-        return True
+        return await _comes_true(lambda: len(self.pinned) >= count, PIN_DEADLINE_S)
 
     async def complete(self, model: str, prompt: list[int], tokens: int) -> Answer:
         """A greedy streamed completion of token ids."""
@@ -169,6 +159,16 @@ class CommandedSystem:
                 if sum(float(line.rsplit(" ", 1)[1]) for line in lines) >= count:
                     return
                 await asyncio.sleep(0.005)
+
+
+async def _comes_true(condition: Callable[[], bool], deadline_s: float) -> bool:
+    """Wait until `condition` holds; False when that takes longer than `deadline_s` seconds."""
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True
 
 
 def _worker_gpus(device: str, count: int) -> dict[str, str]:
