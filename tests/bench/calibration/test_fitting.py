@@ -91,6 +91,20 @@ def test_a_burst_that_one_pass_takes_leaves_the_sum() -> None:
     assert found.request_s + found.prefill_fixed_s == pytest.approx(0.03)
 
 
+@given(slow=st.floats(1.0, 1.3), length=st.sampled_from([8, 64, 128, 256, 512]))
+def test_one_prompt_that_took_longer_puts_none_off_by_more_than_itself(slow: float, length: int) -> None:
+    base = read_profile("h200")
+    true = msgspec.structs.replace(
+        model_cost(FACTS, base), request_s=0.002, prefill_fixed_s=0.008, prefill_token_s=3e-4
+    )
+    seen = measured(true, 512, 6, 512)
+    seen.first_token_s[length] *= slow
+    found = fitted_cost(seen, FACTS, base, None)
+    for prompt in (16, 200, 400):
+        expected = true.request_s + true.prefill_s(prompt)
+        assert found.request_s + found.prefill_s(prompt) == pytest.approx(expected, rel=slow - 1 + 1e-6)
+
+
 def test_no_cost_is_negative() -> None:
     found = nonnegative_fit([(1.0, 1.0), (1.0, 2.0), (1.0, 4.0)], [3.0, 2.0, 1.0])
     assert found[0] == pytest.approx(2.0)

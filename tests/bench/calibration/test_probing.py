@@ -9,11 +9,10 @@ import httpx
 import pytest
 
 from prism.bench.calibration.probing import (
-    REPEATS,
+    beside_once,
     context_lengths,
-    first_tokens_beside,
     generate,
-    probe,
+    probe_once,
 )
 from prism.common.errors import PrismError
 
@@ -81,13 +80,12 @@ async def test_prefills_are_measured_alone_and_while_all_others_decode_in_turn()
         return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
 
     async with client_of(answer) as client:
-        seen = await first_tokens_beside(client, {"a": 600, "b": 1 << 17, "c": 1 << 17})
+        seen = await beside_once(client, {"a": 600, "b": 1 << 17, "c": 1 << 17}, random.Random(1))
     assert [(each.model, each.prompt_tokens) for each in seen] == [("a", 300), ("b", 1024), ("c", 1024)]
     assert all(min(each.alone_s, each.beside_s) > 0 for each in seen)
     assert beside == [
         (each.model, each.prompt_tokens, others)
         for each in seen
-        for _ in range(REPEATS)
         for others in ([], [other for other in "abc" if other != each.model])
     ]
 
@@ -99,7 +97,7 @@ async def test_nobody_waits_for_the_first_token_of_one_that_fails() -> None:
 
     async with client_of(answer) as client:
         with pytest.raises(PrismError, match="b: status 503"):
-            await first_tokens_beside(client, {"a": 600, "b": 600})
+            await beside_once(client, {"a": 600, "b": 600}, random.Random(1))
 
 
 async def test_prompts_differ_so_that_no_prefix_is_cached() -> None:
@@ -126,11 +124,11 @@ async def test_no_prompt_of_a_probe_takes_two_passes() -> None:
         return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
 
     async with client_of(answer) as client:
-        seen = await probe(client, "m", 1 << 17, 1024)
+        seen = await probe_once(client, "m", 1 << 17, 1024, random.Random(1))
         assert sorted(seen.first_token_s) == [8, 64, 128, 256, 512, 1024]
         assert (max(asked), seen.burst_tokens, seen.pass_tokens) == (1024, 1024, 1024)
         assert sorted(seen.burst_s) == [1, 6]
-        short = await probe(client, "m", 600, 1024)
+        short = await probe_once(client, "m", 600, 1024, random.Random(1))
         assert (max(short.first_token_s), sorted(short.burst_s)) == (512, [1, 12]), "six passes as well"
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 
-from prism.bench.scheduling.admission_time import NOW_S, admission_times, engines, queue_of
+from prism.bench.scheduling.admission_time import (
+    LOADS,
+    NOW_S,
+    admission_times,
+    engines,
+    queue_of,
+    worker_admission_times,
+)
 from prism.scheduling.admission import Bounds, policies
 
 pytestmark = pytest.mark.core
@@ -33,3 +40,9 @@ def test_every_policy_is_measured_at_every_length() -> None:
     rows = admission_times([1, 5], least_s=0.0)
     assert {(row.policy, row.queued) for row in rows} == {(name, n) for name in policies for n in (1, 5)}
     assert all(0 <= row.median_s <= row.worst_s for row in rows)
+
+
+def test_a_process_of_its_own_measures_every_load() -> None:
+    rows = worker_admission_times("moore_hodgson", 5, least_s=0.0)
+    assert [row.load for row in rows] == list(LOADS)
+    assert all(row.queued == 5 and row.policy == "moore_hodgson" for row in rows)

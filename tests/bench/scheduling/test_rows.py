@@ -29,7 +29,7 @@ def test_a_plan_that_takes_too_long_says_of_which_cluster(
     decision = SimpleNamespace(load="mixed", median_s=0.001, worst_s=0.002)
     monkeypatch.setattr(comparison, "plan_times", lambda: plans)
     monkeypatch.setattr(comparison, "simulator_speed", lambda *_, **__: speed)
-    monkeypatch.setattr(comparison, "admission_time", lambda *_: decision)
+    monkeypatch.setattr(comparison, "worker_admission_times", lambda *_: [decision])
     monkeypatch.setattr(comparison, "plot_lines", lambda *_, **__: None)
     rows = {each.figure: each for each in comparison.speed_rows(tmp_path)}
     slow = rows["plan_10000_models_s"]

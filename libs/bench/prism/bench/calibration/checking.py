@@ -12,8 +12,8 @@ import httpx
 import msgspec
 import numpy as np
 
-from prism.bench.calibration.command import calibrate
 from prism.bench.calibration.probing import DEADLINE_S, Timed, generate
+from prism.bench.calibration.rounds import Rounds, served_contexts
 from prism.bench.calibration.setups import Setup
 from prism.bench.results import Row, row
 from prism.bench.simulation.model import SimulatedModel
@@ -148,16 +148,11 @@ def checked_requests(load: float, seen: list[Timed], outcome: Outcome) -> list[C
 
 
 async def check(setup: Setup, folder: Path, admission: str, log: Path) -> Checked:
-    """Calibrate and check on one system, in one go: the machine may be another one tomorrow. `log` gets what
-    the services say."""
+    """Calibrate and check on one system, by turns: the machine may be another one minutes later, and what
+    the rounds around a check say of it is what it was. `log` gets what the services say."""
     paths = await asyncio.to_thread(setup.models, folder)
     placements = [InitialPlacement([0], on=True, max_memory_pool_size=setup.pool_gb)]
     specs = [ModelSpec(name, str(path), init_placements=placements) for name, path in paths.items()]
-    base = msgspec.structs.replace(
-        read_profile("h200"), memory_bytes=round(setup.worker_gb * 1e9), context_bytes=setup.context_bytes
-    )
-    rows: list[Row] = []
-    requests: list[CheckedRequest] = []
     with tempfile.TemporaryDirectory(prefix="prism-calibration-") as temporary:
         placement = Path(temporary) / "placement.json"
         placement.write_bytes(msgspec.json.encode(specs))
@@ -169,40 +164,58 @@ async def check(setup: Setup, folder: Path, admission: str, log: Path) -> Checke
             environment={"PRISM_ADMISSION": admission},
         )
         with log.open("w", buffering=1) as lines:
-            async with running_system(settings, lambda name, line: print(name, line, file=lines)) as system:
-                profile, costs = await calibrate(
-                    system.gateway_url,
-                    specs,
-                    base,
-                    name=setup.device,
-                    element_bytes=setup.element_bytes,
-                    pass_tokens=setup.limits.chunk_tokens,
-                    tell=lambda line: click.echo(line, err=True),
-                )
-                models = [
-                    SimulatedModel(
-                        index,
-                        spec,
-                        msgspec.structs.replace(
-                            read_model_facts(spec.model_name, spec.model_path), checkpoint_dtype=setup.dtype
-                        ),
-                        costs[spec.model_name],
-                        max_new_tokens=setup.outputs[1],
-                    )
-                    for index, spec in enumerate(specs)
-                ]
-                limits = httpx.Limits(max_connections=None)
-                async with httpx.AsyncClient(
-                    base_url=system.gateway_url, timeout=DEADLINE_S, limits=limits
-                ) as client:
-                    for load in setup.loads:
-                        click.echo(f"checking at a load of {load:g}", err=True)
-                        trace = check_trace(costs, setup, load, TRACE_SEED)
-                        seen = await replay(client, trace, load)
-                        memory = round(setup.worker_gb * 1e9)
-                        alone = [measure_alone(trace, model, profile, memory) for model in models]
-                        promised = with_objectives(models, alone, SCALE, SCALE)
-                        outcome = simulated(trace, promised, profile, admission, setup)
-                        rows += compared(f"load_{round(100 * load)}", seen, outcome, promised)
-                        requests += checked_requests(load, seen, outcome)
+            async with (
+                running_system(settings, lambda name, line: print(name, line, file=lines)) as system,
+                httpx.AsyncClient(
+                    base_url=system.gateway_url,
+                    timeout=DEADLINE_S,
+                    limits=httpx.Limits(max_connections=None),
+                ) as client,
+            ):
+                return await _checked(client, setup, specs, admission)
+
+
+async def _checked(
+    client: httpx.AsyncClient, setup: Setup, specs: Sequence[ModelSpec], admission: str
+) -> Checked:
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    memory = round(setup.worker_gb * 1e9)
+    base = msgspec.structs.replace(
+        read_profile("h200"), memory_bytes=memory, context_bytes=setup.context_bytes
+    )
+    facts = {spec.model_name: read_model_facts(spec.model_name, spec.model_path) for spec in specs}
+    contexts = await served_contexts(client, list(facts))
+    rounds = Rounds(client, contexts, setup.limits.chunk_tokens, tell)
+
+    def fitted() -> tuple[GpuProfile, dict[str, ModelCost]]:
+        return rounds.fitted(facts, base, name=setup.device, element_bytes=setup.element_bytes)
+
+    replayed: list[tuple[float, Trace, list[Timed]]] = []
+    await rounds.measure(setup.rounds)
+    for load in setup.loads:
+        tell(f"checking at a load of {load:g}")
+        trace = check_trace(fitted()[1], setup, load, TRACE_SEED)
+        replayed.append((load, trace, await replay(client, trace, load)))
+        await rounds.measure(setup.rounds)
+    profile, costs = fitted()
+    models = [
+        SimulatedModel(
+            index,
+            spec,
+            msgspec.structs.replace(facts[spec.model_name], checkpoint_dtype=setup.dtype),
+            costs[spec.model_name],
+            max_new_tokens=setup.outputs[1],
+        )
+        for index, spec in enumerate(specs)
+    ]
+    rows: list[Row] = []
+    requests: list[CheckedRequest] = []
+    for load, trace, seen in replayed:
+        alone = [measure_alone(trace, model, profile, memory) for model in models]
+        promised = with_objectives(models, alone, SCALE, SCALE)
+        outcome = simulated(trace, promised, profile, admission, setup)
+        rows += compared(f"load_{round(100 * load)}", seen, outcome, promised)
+        requests += checked_requests(load, seen, outcome)
     return Checked(rows, profile, costs, requests)

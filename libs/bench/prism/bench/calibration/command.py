@@ -8,14 +8,8 @@ from pathlib import Path
 import click
 import httpx
 
-from prism.bench.calibration.fitting import fitted_cost, fitted_profile, prefill_slowdown
-from prism.bench.calibration.probing import (
-    DEADLINE_S,
-    context_lengths,
-    first_tokens_beside,
-    probe,
-    slowdown,
-)
+from prism.bench.calibration.probing import DEADLINE_S
+from prism.bench.calibration.rounds import Rounds, served_contexts
 from prism.bench.simulation.model_config import read_model_facts
 from prism.bench.simulation.options import clean_end
 from prism.bench.simulation.profiles import read_profile, write_profile
@@ -24,6 +18,8 @@ from prism.common.messages.models import ModelSpec
 from prism.common.placement_file import read_placement_file
 from prism.scheduling.cost import GpuProfile, ModelCost
 from prism.scheduling.profiles import profile_names
+
+ROUNDS = 5
 
 
 async def calibrate(
@@ -36,27 +32,15 @@ async def calibrate(
     pass_tokens: int,
     tell: Callable[[str], None],
 ) -> tuple[GpuProfile, dict[str, ModelCost]]:
-    """Measure `specs`, which the system at `url` serves and nobody else uses meanwhile, one after the other
-    and all at once; its engines prefill `pass_tokens` at once. Raises PrismError for a model that is not
-    served or does not answer."""
+    """Measure `specs`, which the system at `url` serves and nobody else uses meanwhile, in ROUNDS; its
+    engines prefill `pass_tokens` at once. Raises PrismError for a model that is not served or does not
+    answer."""
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
-        served = await context_lengths(client)
-        missing = [spec.model_name for spec in specs if spec.model_name not in served]
-        if missing:
-            raise PrismError(ErrorCode.INVALID_REQUEST, f"{url} does not serve {', '.join(missing)}")
+        contexts = await served_contexts(client, [spec.model_name for spec in specs])
         facts = {spec.model_name: read_model_facts(spec.model_name, spec.model_path) for spec in specs}
-        costs = {}
-        for model, found in facts.items():
-            seen = await probe(client, model, served[model], pass_tokens, tell=tell)
-            costs[model] = fitted_cost(seen, found, base, element_bytes)
-        steps = prefills = 1.0
-        if len(costs) > 1:
-            tell("measuring all at once")
-            steps = await slowdown(client, list(costs))
-            beside = await first_tokens_beside(client, {model: served[model] for model in costs})
-            prefills = prefill_slowdown(beside, costs)
-    profile = fitted_profile(costs, facts, base, slowdown=steps, prefill_slowdown=prefills, name=name)
-    return profile, costs
+        rounds = Rounds(client, contexts, pass_tokens, tell)
+        await rounds.measure(ROUNDS)
+    return rounds.fitted(facts, base, name=name, element_bytes=element_bytes)
 
 
 @click.command("calibrate")

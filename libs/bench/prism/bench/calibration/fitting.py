@@ -17,31 +17,33 @@ LEAST_TOKEN_S = 1e-9
 def fitted_cost(probe: Probe, facts: ModelFacts, base: GpuProfile, element_bytes: int | None) -> ModelCost:
     """The cost of the model that `probe` is of; what it does not tell (wakes, sizes) is as on `base`.
 
-    A first token takes request_s + prefill_fixed_s + tokens * prefill_token_s. A burst of prompts takes
-    prefill_fixed_s once for each of its passes, which tells the way to the engine and back from the prefill.
+    A burst of prompts takes request_s once, prefill_fixed_s for each of its passes and prefill_token_s for
+    each token; one prompt is a burst of one. By least squares of the errors relative to what was measured:
+    a slow machine takes longer for all in proportion.
     """
-    lengths = sorted(probe.first_token_s)
-    token_s, _ = np.polyfit(lengths, [probe.first_token_s[length] for length in lengths], 1)
-    token_s = max(float(token_s), LEAST_TOKEN_S)
-    intercept = median(seconds - token_s * length for length, seconds in probe.first_token_s.items())
-    few, many = min(probe.burst_s), max(probe.burst_s)
-    more_tokens = (many - few) * probe.burst_tokens
-    more_passes = _passes(probe, many) - _passes(probe, few)
-    more_s = probe.burst_s[many] - probe.burst_s[few] - token_s * more_tokens
-    # Prompts of which one pass takes a whole burst tell nothing of that: all of it counts as prefill then.
-    pass_s = more_s / more_passes if more_passes else intercept
-    prefill_fixed_s = min(max(0.0, pass_s), max(0.0, intercept))
+    bursts = [(1, length, seconds) for length, seconds in probe.first_token_s.items()]
+    bursts += [(count, probe.burst_tokens, seconds) for count, seconds in probe.burst_s.items()]
+    request_s, prefill_fixed_s, token_s = nonnegative_fit(
+        [
+            (1.0 / seconds, _passes(probe, count) / seconds, count * length / seconds)
+            for count, length, seconds in bursts
+        ],
+        [1.0] * len(bursts),
+    )
+    if max(_passes(probe, count) for count in probe.burst_s) == 1:
+        # No burst takes two passes, and none tells the two apart.
+        request_s, prefill_fixed_s = 0.0, request_s + prefill_fixed_s
     fixed, sequence, kv = nonnegative_fit(
         [(1.0, float(batch), held) for batch, held, _ in probe.steps], [step for _, _, step in probe.steps]
     )
     return msgspec.structs.replace(
         model_cost(facts, base, element_bytes=element_bytes),
         prefill_fixed_s=prefill_fixed_s,
-        prefill_token_s=token_s,
+        prefill_token_s=max(token_s, LEAST_TOKEN_S),
         decode_fixed_s=max(fixed, LEAST_TOKEN_S),
         decode_sequence_s=sequence,
         decode_kv_token_s=kv,
-        request_s=max(0.0, intercept - prefill_fixed_s),
+        request_s=request_s,
     )
 
 

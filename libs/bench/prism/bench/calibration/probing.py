@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import httpx
@@ -11,7 +11,6 @@ import msgspec
 
 from prism.common.errors import ErrorCode, PrismError
 
-REPEATS = 5
 # As far as the model's context goes, and one pass of prefill.
 PROMPTS = (8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8)
@@ -92,74 +91,50 @@ async def generate(
     return Timed(first - began, time.perf_counter() - began, output_tokens)
 
 
-async def probe(
-    client: httpx.AsyncClient,
-    model: str,
-    context_length: int,
-    pass_tokens: int,
-    *,
-    tell: Callable[[str], None] = lambda line: None,
-    seed: int = 0,
+async def probe_once(
+    client: httpx.AsyncClient, model: str, context_length: int, pass_tokens: int, random_: random.Random
 ) -> Probe:
-    """Measure a model that nobody else uses. Medians of REPEATS. `tell` hears what is under way.
+    """Measure a model that nobody else uses, each figure once: the machine may be a slower one for seconds,
+    and what is measured again in the next round is most likely measured outside of them.
 
     No prompt takes two passes: each pass has a cost of its own, which would look like one of tokens.
     """
-    tell(f"{model}: waking")
-    random_ = random.Random(f"{model}/{seed}")
     await generate(client, model, SHORT_PROMPT, 4, random_)
     lengths = [length for length in PROMPTS if length + 1 < context_length and length <= pass_tokens]
-    tell(f"{model}: first tokens")
-    first_token_s = {}
-    for length in lengths:
-        seen = [(await generate(client, model, length, 1, random_)).ttft_s for _ in range(REPEATS)]
-        first_token_s[length] = median(seen)
-    tell(f"{model}: bursts")
+    first_token_s = {length: (await generate(client, model, length, 1, random_)).ttft_s for length in lengths}
     longest = lengths[-1]
-    bursts: dict[int, list[float]] = {1: [], min(BURST_PASSES * pass_tokens // longest, MOST_BURST): []}
-    for _ in range(REPEATS):
-        for count, seen in bursts.items():
-            times = await _together([(model, longest, 1)] * count, client, random_)
-            seen.append(max(each.ttft_s for each in times))
-    tell(f"{model}: steps")
+    burst_s = {}
+    for count in (1, min(BURST_PASSES * pass_tokens // longest, MOST_BURST)):
+        times = await _together([(model, longest, 1)] * count, client, random_)
+        burst_s[count] = max(each.ttft_s for each in times)
     steps = []
     for prompt in (SHORT_PROMPT, min(LONG_PROMPT, context_length // 2)):
         for batch in BATCHES:
-            tpots = []
-            for _ in range(max(1, REPEATS // 2)):
-                times = await _together([(model, prompt, OUTPUT)] * batch, client, random_)
-                tpots.append(median(each.tpot_s for each in times))
-            steps.append((batch, batch * (prompt + OUTPUT / 2), median(tpots)))
-    burst_s = {count: median(seen) for count, seen in bursts.items()}
+            times = await _together([(model, prompt, OUTPUT)] * batch, client, random_)
+            steps.append((batch, batch * (prompt + OUTPUT / 2), median(each.tpot_s for each in times)))
     return Probe(model, pass_tokens, first_token_s, longest, burst_s, steps)
 
 
-async def slowdown(client: httpx.AsyncClient, models: Sequence[str], seed: int = 0) -> float:
-    """How many times longer steps take when all `models` decode at once."""
-    random_ = random.Random(f"slowdown/{seed}")
-    ratios = []
-    for _ in range(REPEATS):
-        alone = [(await generate(client, model, SHORT_PROMPT, OUTPUT, random_)).tpot_s for model in models]
-        together = await _together([(model, SHORT_PROMPT, OUTPUT) for model in models], client, random_)
-        ratios += [both.tpot_s / one for one, both in zip(alone, together, strict=True)]
-    return median(ratios)
+async def slowdown_once(
+    client: httpx.AsyncClient, models: Sequence[str], random_: random.Random
+) -> list[float]:
+    """How many times longer a step of each takes when all `models` decode at once."""
+    alone = [(await generate(client, model, SHORT_PROMPT, OUTPUT, random_)).tpot_s for model in models]
+    together = await _together([(model, SHORT_PROMPT, OUTPUT) for model in models], client, random_)
+    return [both.tpot_s / one for one, both in zip(alone, together, strict=True)]
 
 
-async def first_tokens_beside(
-    client: httpx.AsyncClient, context_lengths: Mapping[str, int], seed: int = 0
+async def beside_once(
+    client: httpx.AsyncClient, context_lengths: Mapping[str, int], random_: random.Random
 ) -> list[Beside]:
-    """Of each of the models, whose contexts are `context_lengths`. Medians of REPEATS, alone and beside the
-    others by turns, so that both see the machine in the same state."""
-    random_ = random.Random(f"beside/{seed}")
+    """Of each of the models, whose contexts are `context_lengths`."""
     found = []
     for model, context_length in context_lengths.items():
         prompt = min(BESIDE_PROMPT, context_length // 2)
         others = [other for other in context_lengths if other != model]
-        alone, beside = [], []
-        for _ in range(REPEATS):
-            alone.append((await generate(client, model, prompt, 1, random_)).ttft_s)
-            beside.append(await _first_token_beside(client, model, prompt, others, random_))
-        found.append(Beside(model, prompt, median(alone), median(beside)))
+        alone_s = (await generate(client, model, prompt, 1, random_)).ttft_s
+        beside_s = await _first_token_beside(client, model, prompt, others, random_)
+        found.append(Beside(model, prompt, alone_s, beside_s))
     return found
 
 

@@ -16,8 +16,8 @@ CUDA_MODELS = ("1b", "3b")
 class Setup:
     """One device. `models` makes checkpoints in a folder, by name; memory in 10^9 bytes, `pool_gb` is each
     model's KV quota. `loads` are shares of the device's time, in the simulator's own costs; `prompts` and
-    `outputs` the ranges of tokens; `limits` those of its workers. `element_bytes` of a weight,
-    None for the checkpoint's own.
+    `outputs` the ranges of tokens; `rounds` of measurements are taken before the checks and after
+    each; `limits` are those of its workers. `element_bytes` of a weight, None for the checkpoint's own.
     """
 
     device: str
@@ -30,6 +30,7 @@ class Setup:
     loads: tuple[float, ...]
     prompts: tuple[int, int]
     outputs: tuple[int, int]
+    rounds: int
     check_s: float
     limits: Limits
 
@@ -57,6 +58,7 @@ SETUPS = {
         loads=(0.25, 0.5),
         prompts=(16, 400),
         outputs=(8, 48),
+        rounds=2,
         check_s=240.0,
         limits=Limits(max_running=16, chunk_tokens=512, elastic=False, freezes=False),
     ),
@@ -71,6 +73,7 @@ SETUPS = {
         loads=(0.25, 0.5),
         prompts=(64, 2048),
         outputs=(16, 256),
+        rounds=2,
         check_s=40.0,
         limits=Limits(max_running=64, chunk_tokens=2048, elastic=False, freezes=False),
     ),

@@ -13,8 +13,7 @@ import click
 from prism.bench.results import Row, missed, row, table, write_results
 from prism.bench.scheduling.admission_experiment import FACTOR, LONG, SHORT, compare
 from prism.bench.scheduling.admission_experiment import POLICIES as ADMISSIONS
-from prism.bench.scheduling.admission_time import LOADS as QUEUES
-from prism.bench.scheduling.admission_time import admission_time
+from prism.bench.scheduling.admission_time import worker_admission_times
 from prism.bench.scheduling.cells import (
     TARGET,
     TPOT_SCALE,
@@ -219,7 +218,7 @@ def speed_rows(root: Path) -> list[Row]:
         y="seconds",
         percent=False,
     )
-    deciding = [admission_time("moore_hodgson", QUEUED, queue) for queue in QUEUES]
+    deciding = worker_admission_times("moore_hodgson", QUEUED)
     slowest = max(deciding, key=lambda each: each.median_s)
     told = f"attainment {overloaded['both_attainment']:.3f}, longest queue {overloaded['longest_queue']}"
     return [

@@ -1,0 +1,109 @@
+"""Rounds of measurements: everything once, then everything again, so that no figure hangs on what else the
+machine did during the seconds that it was measured in."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+import httpx
+
+from prism.bench.calibration.fitting import fitted_cost, fitted_profile, prefill_slowdown
+from prism.bench.calibration.probing import (
+    Beside,
+    Probe,
+    beside_once,
+    context_lengths,
+    probe_once,
+    slowdown_once,
+)
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.models import ModelFacts
+from prism.scheduling.cost import GpuProfile, ModelCost
+
+
+class Rounds:
+    """What was measured so far of a running system's models, one after the other and all at once. Nobody
+    else should use the system while `measure` runs."""
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        contexts: Mapping[str, int],
+        pass_tokens: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        """`contexts`: the models to measure, and how long each one's context is; engines prefill
+        `pass_tokens` at once; `tell` hears what is under way."""
+        self._client = client
+        self._contexts = dict(contexts)
+        self._pass_tokens = pass_tokens
+        self._tell = tell
+        self._random = random.Random("calibration")
+        self._probes: dict[str, list[Probe]] = {model: [] for model in contexts}
+        self._slowdowns: list[float] = []
+        self._beside: dict[str, list[Beside]] = {model: [] for model in contexts}
+
+    async def measure(self, rounds: int) -> None:
+        """Take so many rounds more. Raises PrismError where the system does not answer."""
+        for index in range(rounds):
+            for model, context in self._contexts.items():
+                self._tell(f"round {index + 1} of {rounds}: {model}")
+                self._probes[model].append(
+                    await probe_once(self._client, model, context, self._pass_tokens, self._random)
+                )
+            if len(self._contexts) > 1:
+                self._tell(f"round {index + 1} of {rounds}: all at once")
+                self._slowdowns += await slowdown_once(self._client, list(self._contexts), self._random)
+                for beside in await beside_once(self._client, self._contexts, self._random):
+                    self._beside[beside.model].append(beside)
+
+    def fitted(
+        self, facts: Mapping[str, ModelFacts], base: GpuProfile, *, name: str, element_bytes: int | None
+    ) -> tuple[GpuProfile, dict[str, ModelCost]]:
+        """The device and its models by the medians of all rounds so far; what they do not tell is as on
+        `base`."""
+        costs = {
+            model: fitted_cost(median_probe(seen), facts[model], base, element_bytes)
+            for model, seen in self._probes.items()
+        }
+        steps = prefills = 1.0
+        if len(costs) > 1:
+            steps = median(self._slowdowns)
+            prefills = prefill_slowdown([median_beside(seen) for seen in self._beside.values()], costs)
+        profile = fitted_profile(costs, facts, base, slowdown=steps, prefill_slowdown=prefills, name=name)
+        return profile, costs
+
+
+def median_probe(seen: Sequence[Probe]) -> Probe:
+    """Of one model's: each figure by its median."""
+    first = seen[0]
+    return Probe(
+        first.model,
+        first.pass_tokens,
+        {length: median(each.first_token_s[length] for each in seen) for length in first.first_token_s},
+        first.burst_tokens,
+        {count: median(each.burst_s[count] for each in seen) for count in first.burst_s},
+        [
+            (batch, held, median(each.steps[place][2] for each in seen))
+            for place, (batch, held, _) in enumerate(first.steps)
+        ],
+    )
+
+
+def median_beside(seen: Sequence[Beside]) -> Beside:
+    """Of one model's: both times by their medians."""
+    return Beside(
+        seen[0].model,
+        seen[0].prompt_tokens,
+        median(each.alone_s for each in seen),
+        median(each.beside_s for each in seen),
+    )
+
+
+async def served_contexts(client: httpx.AsyncClient, models: Sequence[str]) -> dict[str, int]:
+    """How long the context of each of `models` is. Raises PrismError for one that is not served."""
+    served = await context_lengths(client)
+    missing = [model for model in models if model not in served]
+    if missing:
+        raise PrismError(ErrorCode.INVALID_REQUEST, f"{client.base_url} does not serve {', '.join(missing)}")
+    return {model: served[model] for model in models}

@@ -1,0 +1,77 @@
+"""Everything is measured once, then everything again; each figure is its median."""
+
+import json
+from collections.abc import Iterable
+from itertools import groupby
+
+import httpx
+import pytest
+
+from prism.bench.calibration.probing import Beside, Probe
+from prism.bench.calibration.rounds import Rounds, median_beside, median_probe, served_contexts
+from prism.bench.simulation.profiles import read_profile
+from prism.common.errors import PrismError
+from prism.common.messages.models import ModelFacts
+
+pytestmark = pytest.mark.core
+
+FACTS = ModelFacts("m", parameters=10**6, kv_elements_per_token=100, checkpoint_dtype="float32")
+
+
+def answering(asked: list[str]) -> httpx.AsyncClient:
+    """A gateway that serves `a` and `b`."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(
+                200, json={"data": [{"id": model, "context_length": 600} for model in "ab"]}
+            )
+        asked.append(json.loads(request.content)["model"])
+        return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
+
+    return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://gateway")
+
+
+def runs(asked: Iterable[str]) -> str:
+    return "".join(model for model, _ in groupby(asked))
+
+
+async def test_a_round_measures_every_model_alone_then_all_at_once() -> None:
+    asked: list[str] = []
+    said: list[str] = []
+    async with answering(asked) as client:
+        rounds = Rounds(client, await served_contexts(client, ["a", "b"]), 512, said.append)
+        await rounds.measure(1)
+        once = list(asked)
+        await rounds.measure(2)
+        profile, costs = rounds.fitted(
+            dict.fromkeys("ab", FACTS), read_profile("h200"), name="mine", element_bytes=None
+        )
+    assert len(asked) == 3 * len(once)
+    assert runs(asked).startswith("ab"), "not first all of one model's samples"
+    assert said[:3] == ["round 1 of 1: a", "round 1 of 1: b", "round 1 of 1: all at once"]
+    assert said[3:6] == ["round 1 of 2: a", "round 1 of 2: b", "round 1 of 2: all at once"]
+    assert (set(costs), profile.name) == ({"a", "b"}, "mine")
+
+
+async def test_a_model_by_itself_has_no_others_to_slow_it() -> None:
+    async with answering([]) as client:
+        rounds = Rounds(client, await served_contexts(client, ["a"]), 512, lambda line: None)
+        await rounds.measure(1)
+        profile, _ = rounds.fitted({"a": FACTS}, read_profile("h200"), name="x", element_bytes=None)
+    assert (profile.parallel_engines, profile.prefill_parallel_engines) == (1.0, 1.0)
+
+
+async def test_a_model_that_is_not_served_is_told() -> None:
+    async with answering([]) as client:
+        with pytest.raises(PrismError, match="gateway does not serve c"):
+            await served_contexts(client, ["a", "c"])
+
+
+def test_one_round_in_which_the_machine_was_slow_changes_nothing() -> None:
+    def probe(times: float) -> Probe:
+        return Probe("m", 512, {8: times, 16: 2 * times}, 16, {1: times, 6: 3 * times}, [(1, 40.0, times)])
+
+    assert median_probe([probe(0.1), probe(9.0), probe(0.1)]) == probe(0.1)
+    quiet, busy = Beside("m", 300, 0.1, 0.2), Beside("m", 300, 9.0, 9.5)
+    assert median_beside([busy, quiet, quiet]) == quiet
