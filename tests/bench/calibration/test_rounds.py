@@ -1,4 +1,4 @@
-"""Everything is measured once, then everything again; each figure is its median."""
+"""Everything is measured once, then everything again; each figure is as it usually was."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from prism.bench.calibration.probing import Beside, Probe
-from prism.bench.calibration.rounds import Rounds, median_beside, median_probe, served_contexts
+from prism.bench.calibration.rounds import Rounds, served_contexts, usual, usual_beside, usual_probe
 from prism.bench.simulation.profiles import read_profile
 from prism.common.errors import PrismError
 from prism.common.messages.models import ModelFacts
@@ -72,6 +72,11 @@ def test_one_round_in_which_the_machine_was_slow_changes_nothing() -> None:
     def probe(times: float) -> Probe:
         return Probe("m", 512, {8: times, 16: 2 * times}, 16, {1: times, 6: 3 * times}, [(1, 40.0, times)])
 
-    assert median_probe([probe(0.1), probe(9.0), probe(0.1)]) == probe(0.1)
-    quiet, busy = Beside("m", 300, 0.1, 0.2), Beside("m", 300, 9.0, 9.5)
-    assert median_beside([busy, quiet, quiet]) == quiet
+    assert usual_probe([probe(0.25), probe(9.0), probe(0.25)]) == probe(0.25)
+    quiet, busy = Beside("m", 300, 0.25, 0.5), Beside("m", 300, 9.0, 9.5)
+    assert usual_beside([busy, quiet, quiet]) == quiet
+
+
+def test_a_machine_that_is_slow_often_is_so_in_the_fit() -> None:
+    assert usual([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 1.0]) == pytest.approx(8 / 6)
+    assert (usual([1.0]), usual([1.0, 3.0])) == (1.0, 2.0)

@@ -4,7 +4,9 @@ import asyncio
 import random
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -23,7 +25,7 @@ from prism.bench.simulation.profiles import read_profile
 from prism.bench.simulation.scenario import admission_policy
 from prism.bench.simulation.simulation import Outcome, Simulation
 from prism.bench.traces.synthetic import Synthetic, synthetic_trace
-from prism.bench.traces.trace import Trace
+from prism.bench.traces.trace import Trace, trace_of
 from prism.cli.system import SystemSettings, running_system
 from prism.common.messages.models import InitialPlacement, ModelSpec
 from prism.scheduling.cost import GpuProfile, ModelCost
@@ -31,6 +33,9 @@ from prism.scheduling.placement import LruPlacement
 
 SCALE = 3.0
 TRACE_SEED, PROMPT_SEED = 11, 12
+# Longer than any answer takes: while the real system is measured, the simulated one is idle.
+PAUSE_S = 10.0
+FIRST_ROUNDS = 2
 
 
 def check_trace(costs: dict[str, ModelCost], setup: Setup, load: float, seed: int) -> Trace:
@@ -54,18 +59,40 @@ def check_trace(costs: dict[str, ModelCost], setup: Setup, load: float, seed: in
     return synthetic_trace(tuple(costs), shape, seed)
 
 
-async def replay(client: httpx.AsyncClient, trace: Trace, load: float) -> list[Timed]:
-    """The trace against the running system, each request sent when it is due. Each load has prompts of its
-    own: the engines' caches still hold those of the one before."""
-    random_ = random.Random(f"{PROMPT_SEED}/{load:g}")
-    began = time.perf_counter()
+def parts_of(trace: Trace, count: int, duration_s: float) -> list[range]:
+    """The requests of each of `count` equal parts of the time; parts that nobody asks in are left out."""
+    ends = [bisect_left(trace.arrival_s, duration_s * (part + 1) / count) for part in range(count)]
+    ends[-1] = len(trace)
+    return [range(start, end) for start, end in pairwise([0, *ends]) if end > start]
+
+
+def paused(trace: Trace, parts: Sequence[range]) -> Trace:
+    """The trace with PAUSE_S without a request before each part but the first."""
+    rows = [
+        (
+            trace.arrival_s[index] + pauses * PAUSE_S,
+            trace.model[index],
+            trace.prompt_tokens[index],
+            trace.output_tokens[index],
+        )
+        for pauses, part in enumerate(parts)
+        for index in part
+    ]
+    return trace_of(trace.models, rows, sort=False)
+
+
+async def replay(client: httpx.AsyncClient, trace: Trace, part: range, load: float) -> list[Timed]:
+    """A part of the trace against the running system: its first request at once, each other one when it is
+    due then. Each load has prompts of its own: the engines' caches still hold those of the one before."""
+    random_ = random.Random(f"{PROMPT_SEED}/{load:g}/{part.start}")
+    began = time.perf_counter() - trace.arrival_s[part.start]
 
     async def one(index: int) -> Timed:
         await asyncio.sleep(max(0.0, began + trace.arrival_s[index] - time.perf_counter()))
         model = trace.models[trace.model[index]]
         return await generate(client, model, trace.prompt_tokens[index], trace.output_tokens[index], random_)
 
-    return list(await asyncio.gather(*(one(index) for index in range(len(trace)))))
+    return list(await asyncio.gather(*(one(index) for index in part)))
 
 
 def simulated(
@@ -148,8 +175,8 @@ def checked_requests(load: float, seen: list[Timed], outcome: Outcome) -> list[C
 
 
 async def check(setup: Setup, folder: Path, admission: str, log: Path) -> Checked:
-    """Calibrate and check on one system, by turns: the machine may be another one minutes later, and what
-    the rounds around a check say of it is what it was. `log` gets what the services say."""
+    """Calibrate and check on one system, by turns: a machine may be a slower one for seconds or minutes, and
+    both should meet it in all its states. `log` gets what the services say."""
     paths = await asyncio.to_thread(setup.models, folder)
     placements = [InitialPlacement([0], on=True, max_memory_pool_size=setup.pool_gb)]
     specs = [ModelSpec(name, str(path), init_placements=placements) for name, path in paths.items()]
@@ -193,12 +220,16 @@ async def _checked(
         return rounds.fitted(facts, base, name=setup.device, element_bytes=setup.element_bytes)
 
     replayed: list[tuple[float, Trace, list[Timed]]] = []
-    await rounds.measure(setup.rounds)
+    await rounds.measure(FIRST_ROUNDS)
     for load in setup.loads:
         tell(f"checking at a load of {load:g}")
         trace = check_trace(fitted()[1], setup, load, TRACE_SEED)
-        replayed.append((load, trace, await replay(client, trace, load)))
-        await rounds.measure(setup.rounds)
+        parts = parts_of(trace, setup.parts, setup.check_s)
+        seen: list[Timed] = []
+        for part in parts:
+            seen += await replay(client, trace, part, load)
+            await rounds.measure(1)
+        replayed.append((load, paused(trace, parts), seen))
     profile, costs = fitted()
     models = [
         SimulatedModel(

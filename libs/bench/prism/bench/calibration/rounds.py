@@ -3,7 +3,7 @@ machine did during the seconds that it was measured in."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from statistics import fmean
 
 import httpx
 
@@ -60,43 +60,50 @@ class Rounds:
     def fitted(
         self, facts: Mapping[str, ModelFacts], base: GpuProfile, *, name: str, element_bytes: int | None
     ) -> tuple[GpuProfile, dict[str, ModelCost]]:
-        """The device and its models by the medians of all rounds so far; what they do not tell is as on
+        """The device and its models by all rounds so far (see `usual`); what they do not tell is as on
         `base`."""
         costs = {
-            model: fitted_cost(median_probe(seen), facts[model], base, element_bytes)
+            model: fitted_cost(usual_probe(seen), facts[model], base, element_bytes)
             for model, seen in self._probes.items()
         }
         steps = prefills = 1.0
         if len(costs) > 1:
-            steps = median(self._slowdowns)
-            prefills = prefill_slowdown([median_beside(seen) for seen in self._beside.values()], costs)
+            steps = usual(self._slowdowns)
+            prefills = prefill_slowdown([usual_beside(seen) for seen in self._beside.values()], costs)
         profile = fitted_profile(costs, facts, base, slowdown=steps, prefill_slowdown=prefills, name=name)
         return profile, costs
 
 
-def median_probe(seen: Sequence[Probe]) -> Probe:
-    """Of one model's: each figure by its median."""
+def usual(seen: Sequence[float]) -> float:
+    """The mean without the least and the greatest: a machine that is slow a third of the time is so in what
+    its clients see on the mean, where a median would not know of it; one outlier says nothing."""
+    middle = sorted(seen)[1:-1] if len(seen) > 2 else seen
+    return fmean(middle)
+
+
+def usual_probe(seen: Sequence[Probe]) -> Probe:
+    """Of one model's: each figure as it usually is."""
     first = seen[0]
     return Probe(
         first.model,
         first.pass_tokens,
-        {length: median(each.first_token_s[length] for each in seen) for length in first.first_token_s},
+        {length: usual([each.first_token_s[length] for each in seen]) for length in first.first_token_s},
         first.burst_tokens,
-        {count: median(each.burst_s[count] for each in seen) for count in first.burst_s},
+        {count: usual([each.burst_s[count] for each in seen]) for count in first.burst_s},
         [
-            (batch, held, median(each.steps[place][2] for each in seen))
+            (batch, held, usual([each.steps[place][2] for each in seen]))
             for place, (batch, held, _) in enumerate(first.steps)
         ],
     )
 
 
-def median_beside(seen: Sequence[Beside]) -> Beside:
-    """Of one model's: both times by their medians."""
+def usual_beside(seen: Sequence[Beside]) -> Beside:
+    """Of one model's: both times as they usually are."""
     return Beside(
         seen[0].model,
         seen[0].prompt_tokens,
-        median(each.alone_s for each in seen),
-        median(each.beside_s for each in seen),
+        usual([each.alone_s for each in seen]),
+        usual([each.beside_s for each in seen]),
     )
 
 

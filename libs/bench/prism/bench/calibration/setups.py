@@ -16,8 +16,9 @@ CUDA_MODELS = ("1b", "3b")
 class Setup:
     """One device. `models` makes checkpoints in a folder, by name; memory in 10^9 bytes, `pool_gb` is each
     model's KV quota. `loads` are shares of the device's time, in the simulator's own costs; `prompts` and
-    `outputs` the ranges of tokens; `rounds` of measurements are taken before the checks and after
-    each; `limits` are those of its workers. `element_bytes` of a weight, None for the checkpoint's own.
+    `outputs` the ranges of tokens; a check takes `check_s` seconds, in `parts` with a round of
+    measurements after each; `limits` are those of its workers. `element_bytes` of a weight, None for the
+    checkpoint's own.
     """
 
     device: str
@@ -30,8 +31,8 @@ class Setup:
     loads: tuple[float, ...]
     prompts: tuple[int, int]
     outputs: tuple[int, int]
-    rounds: int
     check_s: float
+    parts: int
     limits: Limits
 
 
@@ -58,8 +59,8 @@ SETUPS = {
         loads=(0.25, 0.5),
         prompts=(16, 400),
         outputs=(8, 48),
-        rounds=2,
         check_s=240.0,
+        parts=4,
         limits=Limits(max_running=16, chunk_tokens=512, elastic=False, freezes=False),
     ),
     "cuda": Setup(
@@ -73,8 +74,8 @@ SETUPS = {
         loads=(0.25, 0.5),
         prompts=(64, 2048),
         outputs=(16, 256),
-        rounds=2,
         check_s=40.0,
+        parts=4,
         limits=Limits(max_running=64, chunk_tokens=2048, elastic=False, freezes=False),
     ),
 }
