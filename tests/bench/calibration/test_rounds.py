@@ -32,6 +32,18 @@ def answering(asked: list[str]) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://gateway")
 
 
+async def rounds_of(client: httpx.AsyncClient, models: str, said: list[str]) -> Rounds:
+    return Rounds(
+        client,
+        await served_contexts(client, list(models)),
+        dict.fromkeys(models, FACTS),
+        read_profile("h200"),
+        pass_tokens=512,
+        element_bytes=None,
+        tell=said.append,
+    )
+
+
 def runs(asked: Iterable[str]) -> str:
     return "".join(model for model, _ in groupby(asked))
 
@@ -40,13 +52,11 @@ async def test_a_round_measures_every_model_alone_then_all_at_once() -> None:
     asked: list[str] = []
     said: list[str] = []
     async with answering(asked) as client:
-        rounds = Rounds(client, await served_contexts(client, ["a", "b"]), 512, said.append)
+        rounds = await rounds_of(client, "ab", said)
         await rounds.measure(1)
         once = list(asked)
         await rounds.measure(2)
-        profile, costs = rounds.fitted(
-            dict.fromkeys("ab", FACTS), read_profile("h200"), name="mine", element_bytes=None
-        )
+        profile, costs = rounds.fitted("mine")
     assert len(asked) == 3 * len(once)
     assert runs(asked).startswith("ab"), "not first all of one model's samples"
     assert said[:3] == ["round 1 of 1: a", "round 1 of 1: b", "round 1 of 1: all at once"]
@@ -56,10 +66,26 @@ async def test_a_round_measures_every_model_alone_then_all_at_once() -> None:
 
 async def test_a_model_by_itself_has_no_others_to_slow_it() -> None:
     async with answering([]) as client:
-        rounds = Rounds(client, await served_contexts(client, ["a"]), 512, lambda line: None)
+        rounds = await rounds_of(client, "a", [])
         await rounds.measure(1)
-        profile, _ = rounds.fitted({"a": FACTS}, read_profile("h200"), name="x", element_bytes=None)
+        profile, _ = rounds.fitted("x")
     assert (profile.parallel_engines, profile.prefill_parallel_engines) == (1.0, 1.0)
+
+
+async def test_what_was_served_between_rounds_is_fitted_to() -> None:
+    asked: list[str] = []
+    said: list[str] = []
+    async with answering(asked) as client:
+        rounds = await rounds_of(client, "ab", said)
+        await rounds.measure(1)
+        probed = rounds.fitted("x")[1]
+        before = len(asked)
+        await rounds.serve(0.01)
+        await rounds.measure(1)
+        await rounds.serve(0.01)
+    assert said.count("serving for 0.01 s") == 2
+    assert len(asked) > 2 * before, "each time one request at least"
+    assert rounds.fitted("x")[1] != probed
 
 
 async def test_a_model_that_is_not_served_is_told() -> None:

@@ -1,12 +1,8 @@
 """The simulator against a real system: fitted on probes, checked on a Poisson trace of two models at once."""
 
 import asyncio
-import random
 import tempfile
-import time
-from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -14,8 +10,10 @@ import httpx
 import msgspec
 import numpy as np
 
-from prism.bench.calibration.probing import DEADLINE_S, Timed, generate
+from prism.bench.calibration.probing import DEADLINE_S, Timed
+from prism.bench.calibration.replaying import joined, parts_of, replay
 from prism.bench.calibration.rounds import Rounds, served_contexts
+from prism.bench.calibration.serving import poisson_trace
 from prism.bench.calibration.setups import Setup
 from prism.bench.results import Row, row
 from prism.bench.simulation.model import SimulatedModel
@@ -24,8 +22,7 @@ from prism.bench.simulation.objectives import measure_alone, with_objectives
 from prism.bench.simulation.profiles import read_profile
 from prism.bench.simulation.scenario import admission_policy
 from prism.bench.simulation.simulation import Outcome, Simulation
-from prism.bench.traces.synthetic import Synthetic, synthetic_trace
-from prism.bench.traces.trace import Trace, trace_of
+from prism.bench.traces.trace import Trace
 from prism.cli.system import SystemSettings, running_system
 from prism.common.messages.models import InitialPlacement, ModelSpec
 from prism.scheduling.cost import GpuProfile, ModelCost
@@ -33,66 +30,7 @@ from prism.scheduling.placement import LruPlacement
 
 SCALE = 3.0
 TRACE_SEED, PROMPT_SEED = 11, 12
-# Longer than any answer takes: while the real system is measured, the simulated one is idle.
-PAUSE_S = 10.0
 FIRST_ROUNDS = 2
-
-
-def check_trace(costs: dict[str, ModelCost], setup: Setup, load: float, seed: int) -> Trace:
-    """A Poisson trace that keeps the device busy for `load` of its time."""
-    prompt, output = sum(setup.prompts) / 2, sum(setup.outputs) / 2
-    mean_s = float(
-        np.mean(
-            [
-                cost.prefill_s(round(prompt)) + output * cost.decode_step_s(1, prompt)
-                for cost in costs.values()
-            ]
-        )
-    )
-    shape = Synthetic(
-        rate=load / mean_s,
-        duration_s=setup.check_s,
-        alpha=1.0,
-        prompt_tokens=setup.prompts,
-        output_tokens=setup.outputs,
-    )
-    return synthetic_trace(tuple(costs), shape, seed)
-
-
-def parts_of(trace: Trace, count: int, duration_s: float) -> list[range]:
-    """The requests of each of `count` equal parts of the time; parts that nobody asks in are left out."""
-    ends = [bisect_left(trace.arrival_s, duration_s * (part + 1) / count) for part in range(count)]
-    ends[-1] = len(trace)
-    return [range(start, end) for start, end in pairwise([0, *ends]) if end > start]
-
-
-def paused(trace: Trace, parts: Sequence[range]) -> Trace:
-    """The trace with PAUSE_S without a request before each part but the first."""
-    rows = [
-        (
-            trace.arrival_s[index] + pauses * PAUSE_S,
-            trace.model[index],
-            trace.prompt_tokens[index],
-            trace.output_tokens[index],
-        )
-        for pauses, part in enumerate(parts)
-        for index in part
-    ]
-    return trace_of(trace.models, rows, sort=False)
-
-
-async def replay(client: httpx.AsyncClient, trace: Trace, part: range, load: float) -> list[Timed]:
-    """A part of the trace against the running system: its first request at once, each other one when it is
-    due then. Each load has prompts of its own: the engines' caches still hold those of the one before."""
-    random_ = random.Random(f"{PROMPT_SEED}/{load:g}/{part.start}")
-    began = time.perf_counter() - trace.arrival_s[part.start]
-
-    async def one(index: int) -> Timed:
-        await asyncio.sleep(max(0.0, began + trace.arrival_s[index] - time.perf_counter()))
-        model = trace.models[trace.model[index]]
-        return await generate(client, model, trace.prompt_tokens[index], trace.output_tokens[index], random_)
-
-    return list(await asyncio.gather(*(one(index) for index in part)))
 
 
 def simulated(
@@ -214,23 +152,36 @@ async def _checked(
     )
     facts = {spec.model_name: read_model_facts(spec.model_name, spec.model_path) for spec in specs}
     contexts = await served_contexts(client, list(facts))
-    rounds = Rounds(client, contexts, setup.limits.chunk_tokens, tell)
-
-    def fitted() -> tuple[GpuProfile, dict[str, ModelCost]]:
-        return rounds.fitted(facts, base, name=setup.device, element_bytes=setup.element_bytes)
-
+    rounds = Rounds(
+        client,
+        contexts,
+        facts,
+        base,
+        pass_tokens=setup.limits.chunk_tokens,
+        element_bytes=setup.element_bytes,
+        tell=tell,
+    )
     replayed: list[tuple[float, Trace, list[Timed]]] = []
     await rounds.measure(FIRST_ROUNDS)
     for load in setup.loads:
         tell(f"checking at a load of {load:g}")
-        trace = check_trace(fitted()[1], setup, load, TRACE_SEED)
+        trace = poisson_trace(
+            rounds.fitted(setup.device)[1],
+            setup.prompts,
+            setup.outputs,
+            load=load,
+            duration_s=setup.check_s,
+            seed=TRACE_SEED,
+        )
         parts = parts_of(trace, setup.parts, setup.check_s)
         seen: list[Timed] = []
-        for part in parts:
-            seen += await replay(client, trace, part, load)
+        for number, part in enumerate(parts):
+            # Each load has prompts of its own: the caches still hold those of the one before.
+            seen += await replay(client, part, f"{PROMPT_SEED}/{load:g}/{number}")
             await rounds.measure(1)
-        replayed.append((load, paused(trace, parts), seen))
-    profile, costs = fitted()
+            await rounds.serve(setup.fit_s / len(setup.loads) / len(parts))
+        replayed.append((load, joined(parts), seen))
+    profile, costs = rounds.fitted(setup.device)
     models = [
         SimulatedModel(
             index,

@@ -20,6 +20,7 @@ from prism.scheduling.cost import GpuProfile, ModelCost
 from prism.scheduling.profiles import profile_names
 
 ROUNDS = 5
+SERVED_S = 60.0
 
 
 async def calibrate(
@@ -32,15 +33,19 @@ async def calibrate(
     pass_tokens: int,
     tell: Callable[[str], None],
 ) -> tuple[GpuProfile, dict[str, ModelCost]]:
-    """Measure `specs`, which the system at `url` serves and nobody else uses meanwhile, in ROUNDS; its
-    engines prefill `pass_tokens` at once. Raises PrismError for a model that is not served or does not
-    answer."""
+    """Measure `specs`, which the system at `url` serves and nobody else uses meanwhile, in ROUNDS, between
+    which a workload is served, SERVED_S in all; its engines prefill `pass_tokens` at once. Raises PrismError
+    for a model that is not served or does not answer."""
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as client:
         contexts = await served_contexts(client, [spec.model_name for spec in specs])
         facts = {spec.model_name: read_model_facts(spec.model_name, spec.model_path) for spec in specs}
-        rounds = Rounds(client, contexts, pass_tokens, tell)
-        await rounds.measure(ROUNDS)
-    return rounds.fitted(facts, base, name=name, element_bytes=element_bytes)
+        rounds = Rounds(
+            client, contexts, facts, base, pass_tokens=pass_tokens, element_bytes=element_bytes, tell=tell
+        )
+        for _ in range(ROUNDS):
+            await rounds.measure(1)
+            await rounds.serve(SERVED_S / ROUNDS)
+    return rounds.fitted(name)
 
 
 @click.command("calibrate")
@@ -82,7 +87,7 @@ def calibrate_command(
     """Measure a running system through its gateway, and write a cost profile for `prism simulate --profile`.
 
     Nobody else should use the system meanwhile: what is measured is the time of single requests, of batches,
-    and of models that decode at once.
+    of models that decode at once, and of a minute's requests for all of them.
     """
     with clean_end():
         specs = read_placement_file(models)

@@ -1,5 +1,5 @@
 """Rounds of measurements: everything once, then everything again, so that no figure hangs on what else the
-machine did during the seconds that it was measured in."""
+machine did during the seconds that it was measured in. Between them a workload that is served."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +11,20 @@ from prism.bench.calibration.fitting import fitted_cost, fitted_profile, prefill
 from prism.bench.calibration.probing import (
     Beside,
     Probe,
+    Timed,
     beside_once,
     context_lengths,
     probe_once,
     slowdown_once,
 )
+from prism.bench.calibration.replaying import joined, replay
+from prism.bench.calibration.serving import fitted_to_served, serving_trace
+from prism.bench.traces.trace import Trace
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import ModelFacts
 from prism.scheduling.cost import GpuProfile, ModelCost
+
+SERVING_SEED = 101
 
 
 class Rounds:
@@ -29,19 +35,29 @@ class Rounds:
         self,
         client: httpx.AsyncClient,
         contexts: Mapping[str, int],
+        facts: Mapping[str, ModelFacts],
+        base: GpuProfile,
+        *,
         pass_tokens: int,
+        element_bytes: int | None,
         tell: Callable[[str], None],
     ) -> None:
-        """`contexts`: the models to measure, and how long each one's context is; engines prefill
-        `pass_tokens` at once; `tell` hears what is under way."""
+        """`contexts`: the models to measure, and how long each one's context is. What measuring does not tell
+        comes from `facts` and `base`; weights have `element_bytes`, None for the checkpoint's own. Engines
+        prefill `pass_tokens` at once; `tell` hears what is under way."""
         self._client = client
         self._contexts = dict(contexts)
+        self._facts = dict(facts)
+        self._base = base
         self._pass_tokens = pass_tokens
+        self._element_bytes = element_bytes
         self._tell = tell
         self._random = random.Random("calibration")
         self._probes: dict[str, list[Probe]] = {model: [] for model in contexts}
         self._slowdowns: list[float] = []
         self._beside: dict[str, list[Beside]] = {model: [] for model in contexts}
+        self._served: list[Trace] = []
+        self._seen: list[Timed] = []
 
     async def measure(self, rounds: int) -> None:
         """Take so many rounds more. Raises PrismError where the system does not answer."""
@@ -57,21 +73,45 @@ class Rounds:
                 for beside in await beside_once(self._client, self._contexts, self._random):
                     self._beside[beside.model].append(beside)
 
-    def fitted(
-        self, facts: Mapping[str, ModelFacts], base: GpuProfile, *, name: str, element_bytes: int | None
-    ) -> tuple[GpuProfile, dict[str, ModelCost]]:
-        """The device and its models by all rounds so far (see `usual`); what they do not tell is as on
-        `base`."""
-        costs = {
-            model: fitted_cost(usual_probe(seen), facts[model], base, element_bytes)
-            for model, seen in self._probes.items()
-        }
+    async def serve(self, duration_s: float) -> None:
+        """Have so many seconds more of a workload served, which costs are fitted to; at least a round was
+        measured before. Raises PrismError where the system does not answer."""
+        self._tell(f"serving for {duration_s:g} s")
+        number = len(self._served)
+        trace = serving_trace(
+            self._probed_costs(),
+            min(self._contexts.values()),
+            self._pass_tokens,
+            duration_s=duration_s,
+            seed=SERVING_SEED + number,
+        )
+        self._served.append(trace)
+        self._seen += await replay(self._client, trace, f"serving/{number}")
+
+    def fitted(self, name: str) -> tuple[GpuProfile, dict[str, ModelCost]]:
+        """The device and its models by all rounds so far (see `usual`), and by what was served, if any was;
+        what they do not tell is as on the base."""
+        costs = self._probed_costs()
         steps = prefills = 1.0
         if len(costs) > 1:
             steps = usual(self._slowdowns)
             prefills = prefill_slowdown([usual_beside(seen) for seen in self._beside.values()], costs)
-        profile = fitted_profile(costs, facts, base, slowdown=steps, prefill_slowdown=prefills, name=name)
-        return profile, costs
+
+        def profile_of(costs: Mapping[str, ModelCost]) -> GpuProfile:
+            return fitted_profile(
+                costs, self._facts, self._base, slowdown=steps, prefill_slowdown=prefills, name=name
+            )
+
+        if self._served:
+            trace = joined(self._served)
+            costs = fitted_to_served(trace, self._seen, self._facts, costs, profile_of(costs))
+        return profile_of(costs), costs
+
+    def _probed_costs(self) -> dict[str, ModelCost]:
+        return {
+            model: fitted_cost(usual_probe(seen), self._facts[model], self._base, self._element_bytes)
+            for model, seen in self._probes.items()
+        }
 
 
 def usual(seen: Sequence[float]) -> float:

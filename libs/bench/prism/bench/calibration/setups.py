@@ -16,9 +16,9 @@ CUDA_MODELS = ("1b", "3b")
 class Setup:
     """One device. `models` makes checkpoints in a folder, by name; memory in 10^9 bytes, `pool_gb` is each
     model's KV quota. `loads` are shares of the device's time, in the simulator's own costs; `prompts` and
-    `outputs` the ranges of tokens; a check takes `check_s` seconds, in `parts` with a round of
-    measurements after each; `limits` are those of its workers. `element_bytes` of a weight, None for the
-    checkpoint's own.
+    `outputs` the ranges of tokens; a check takes `check_s` seconds, in `parts` with a round of measurements
+    after each, and with a part of the workload that is fitted to, `fit_s` in all. `limits` are those of its
+    workers. `element_bytes` of a weight, None for the checkpoint's own.
     """
 
     device: str
@@ -33,6 +33,7 @@ class Setup:
     outputs: tuple[int, int]
     check_s: float
     parts: int
+    fit_s: float
     limits: Limits
 
 
@@ -61,6 +62,7 @@ SETUPS = {
         outputs=(8, 48),
         check_s=240.0,
         parts=4,
+        fit_s=160.0,
         limits=Limits(max_running=16, chunk_tokens=512, elastic=False, freezes=False),
     ),
     "cuda": Setup(
@@ -76,6 +78,7 @@ SETUPS = {
         outputs=(16, 256),
         check_s=40.0,
         parts=4,
+        fit_s=40.0,
         limits=Limits(max_running=64, chunk_tokens=2048, elastic=False, freezes=False),
     ),
 }
