@@ -10,9 +10,9 @@ import pytest
 
 from prism.bench.calibration.probing import (
     beside_once,
-    context_lengths,
     generate,
     probe_once,
+    served_models,
 )
 from prism.common.errors import PrismError
 
@@ -144,4 +144,4 @@ async def test_a_gateway_that_is_not_there_is_told() -> None:
 
     async with client_of(refuse) as client:
         with pytest.raises(PrismError, match="does not list its models"):
-            await context_lengths(client)
+            await served_models(client)

@@ -18,14 +18,16 @@ pytestmark = pytest.mark.core
 FACTS = ModelFacts("m", parameters=10**6, kv_elements_per_token=100, checkpoint_dtype="float32")
 
 
-def answering(asked: list[str]) -> httpx.AsyncClient:
-    """A gateway that serves `a` and `b`."""
+def answering(asked: list[str], asleep: str = "") -> httpx.AsyncClient:
+    """A gateway that serves `a` and `b`, of which `asleep` never stays awake."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
-            return httpx.Response(
-                200, json={"data": [{"id": model, "context_length": 600} for model in "ab"]}
-            )
+            served = [
+                {"id": model, "context_length": 600, "state": "sleeping" if model == asleep else "ready"}
+                for model in "ab"
+            ]
+            return httpx.Response(200, json={"data": served})
         asked.append(json.loads(request.content)["model"])
         return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
 
@@ -59,8 +61,8 @@ async def test_a_round_measures_every_model_alone_then_all_at_once() -> None:
         profile, costs = rounds.fitted("mine")
     assert len(asked) == 3 * len(once)
     assert runs(asked).startswith("ab"), "not first all of one model's samples"
-    assert said[:3] == ["round 1 of 1: a", "round 1 of 1: b", "round 1 of 1: all at once"]
-    assert said[3:6] == ["round 1 of 2: a", "round 1 of 2: b", "round 1 of 2: all at once"]
+    assert said[:3] == ["round 1: a", "round 1: b", "round 1: all at once"]
+    assert said[3:6] == ["round 2: a", "round 2: b", "round 2: all at once"]
     assert (set(costs), profile.name) == ({"a", "b"}, "mine")
 
 
@@ -86,6 +88,22 @@ async def test_what_was_served_between_rounds_is_fitted_to() -> None:
     assert said.count("serving for 0.01 s") == 2
     assert len(asked) > 2 * before, "each time one request at least"
     assert rounds.fitted("x")[1] != probed
+
+
+async def test_models_that_do_not_fit_in_memory_together_are_measured_alone_only() -> None:
+    said: list[str] = []
+    async with answering([], asleep="b") as client:
+        rounds = await rounds_of(client, "ab", said)
+        await rounds.measure(1)
+        await rounds.serve(0.01)
+    assert [line[:10] for line in said] == ["round 1: a", "round 1: b", "b: not awa", "b: not awa"]
+    base = read_profile("h200")
+    profile, costs = rounds.fitted("x")
+    assert set(costs) == {"a", "b"}
+    assert profile.parallel_engines == base.parallel_engines
+    assert profile.source == (
+        "prism calibrate: a, b; not measured, as in h200: 2 at once, wakes, dozes, bus and disk"
+    )
 
 
 async def test_a_model_that_is_not_served_is_told() -> None:

@@ -82,14 +82,25 @@ def fitted_profile(
     facts: Mapping[str, ModelFacts],
     base: GpuProfile,
     *,
-    slowdown: float,
-    prefill_slowdown: float,
+    slowdown: float | None,
+    prefill_slowdown: float | None,
     name: str,
 ) -> GpuProfile:
     """A profile of the device: what models of other sizes would reach there, by the median of those
     measured. `slowdown` is how many times longer steps take when all of them compute, `prefill_slowdown` how
-    many times longer prefills do."""
+    many times longer prefills do; None where that was not measured, which is as on `base` then."""
     together = len(costs)
+    told, unknown = "", "wakes, dozes, bus and disk"
+    parallel, prefill_parallel = base.parallel_engines, base.prefill_parallel_engines
+    if slowdown is None or prefill_slowdown is None:
+        unknown = f"{together} at once, {unknown}"
+    else:
+        parallel = max(1.0, together / max(1.0, slowdown))
+        prefill_parallel = max(1.0, together / max(1.0, prefill_slowdown))
+        told = (
+            f"{together} at once take {slowdown:.2f} times as long, a prefill among them "
+            f"{prefill_slowdown:.2f} times; "
+        )
     return msgspec.structs.replace(
         base,
         name=name,
@@ -104,9 +115,7 @@ def fitted_profile(
         decode_sequence_s=median(cost.decode_sequence_s for cost in costs.values()),
         request_s=median(cost.request_s for cost in costs.values()),
         context_bytes=0,
-        parallel_engines=max(1.0, together / max(1.0, slowdown)),
-        prefill_parallel_engines=max(1.0, together / max(1.0, prefill_slowdown)),
-        source=f"prism calibrate: {', '.join(costs)}; {together} at once take {slowdown:.2f} times as long, "
-        f"a prefill among them {prefill_slowdown:.2f} times; not measured, as in {base.name}: "
-        "wakes, dozes, bus and disk",
+        parallel_engines=parallel,
+        prefill_parallel_engines=prefill_parallel,
+        source=f"prism calibrate: {', '.join(costs)}; {told}not measured, as in {base.name}: {unknown}",
     )

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import httpx
 import msgspec
@@ -167,12 +168,13 @@ async def _together(
     )
 
 
-async def context_lengths(client: httpx.AsyncClient) -> dict[str, int]:
-    """Of all models that the gateway serves. Raises PrismError when it can't be asked."""
+async def served_models(client: httpx.AsyncClient) -> dict[str, dict[str, Any]]:
+    """What the gateway tells of each model that it serves, by name. Raises PrismError when it can't be
+    asked."""
     try:
         answer = (await client.get("/v1/models")).raise_for_status().json()
     except (httpx.HTTPError, ValueError) as error:
         raise PrismError(
             ErrorCode.INTERNAL, f"{client.base_url} does not list its models: {error}"
         ) from error
-    return {entry["id"]: entry.get("context_length") or 2048 for entry in answer["data"]}
+    return {entry["id"]: entry for entry in answer["data"]}

@@ -13,8 +13,8 @@ from prism.bench.calibration.probing import (
     Probe,
     Timed,
     beside_once,
-    context_lengths,
     probe_once,
+    served_models,
     slowdown_once,
 )
 from prism.bench.calibration.replaying import joined, replay
@@ -53,6 +53,7 @@ class Rounds:
         self._element_bytes = element_bytes
         self._tell = tell
         self._random = random.Random("calibration")
+        self._rounds = 0
         self._probes: dict[str, list[Probe]] = {model: [] for model in contexts}
         self._slowdowns: list[float] = []
         self._beside: dict[str, list[Beside]] = {model: [] for model in contexts}
@@ -61,21 +62,28 @@ class Rounds:
 
     async def measure(self, rounds: int) -> None:
         """Take so many rounds more. Raises PrismError where the system does not answer."""
-        for index in range(rounds):
+        for _ in range(rounds):
+            self._rounds += 1
             for model, context in self._contexts.items():
-                self._tell(f"round {index + 1} of {rounds}: {model}")
+                self._tell(f"round {self._rounds}: {model}")
                 self._probes[model].append(
                     await probe_once(self._client, model, context, self._pass_tokens, self._random)
                 )
-            if len(self._contexts) > 1:
-                self._tell(f"round {index + 1} of {rounds}: all at once")
-                self._slowdowns += await slowdown_once(self._client, list(self._contexts), self._random)
-                for beside in await beside_once(self._client, self._contexts, self._random):
-                    self._beside[beside.model].append(beside)
+            if len(self._contexts) > 1 and await self._all_awake():
+                self._tell(f"round {self._rounds}: all at once")
+                slowdowns = await slowdown_once(self._client, list(self._contexts), self._random)
+                seen = await beside_once(self._client, self._contexts, self._random)
+                if await self._all_awake():
+                    self._slowdowns += slowdowns
+                    for beside in seen:
+                        self._beside[beside.model].append(beside)
 
     async def serve(self, duration_s: float) -> None:
         """Have so many seconds more of a workload served, which costs are fitted to; at least a round was
-        measured before. Raises PrismError where the system does not answer."""
+        measured before. Nothing is where models don't fit in memory together: they would wait for each other
+        to sleep. Raises PrismError where the system does not answer."""
+        if not await self._all_awake():
+            return
         self._tell(f"serving for {duration_s:g} s")
         number = len(self._served)
         trace = serving_trace(
@@ -85,15 +93,27 @@ class Rounds:
             duration_s=duration_s,
             seed=SERVING_SEED + number,
         )
-        self._served.append(trace)
-        self._seen += await replay(self._client, trace, f"serving/{number}")
+        seen = await replay(self._client, trace, f"serving/{number}")
+        if await self._all_awake():
+            self._served.append(trace)
+            self._seen += seen
+
+    async def _all_awake(self) -> bool:
+        told = await served_models(self._client)
+        asleep = [model for model in self._contexts if told.get(model, {}).get("state") != "ready"]
+        if asleep:
+            self._tell(
+                f"{', '.join(asleep)}: not awake with the others, so nothing is measured of all at once; "
+                "give the worker more memory, or measure those that fit together (--model)"
+            )
+        return not asleep
 
     def fitted(self, name: str) -> tuple[GpuProfile, dict[str, ModelCost]]:
         """The device and its models by all rounds so far (see `usual`), and by what was served, if any was;
         what they do not tell is as on the base."""
         costs = self._probed_costs()
-        steps = prefills = 1.0
-        if len(costs) > 1:
+        steps = prefills = 1.0 if len(costs) == 1 else None
+        if self._slowdowns:
             steps = usual(self._slowdowns)
             prefills = prefill_slowdown([usual_beside(seen) for seen in self._beside.values()], costs)
 
@@ -149,8 +169,8 @@ def usual_beside(seen: Sequence[Beside]) -> Beside:
 
 async def served_contexts(client: httpx.AsyncClient, models: Sequence[str]) -> dict[str, int]:
     """How long the context of each of `models` is. Raises PrismError for one that is not served."""
-    served = await context_lengths(client)
+    served = await served_models(client)
     missing = [model for model in models if model not in served]
     if missing:
         raise PrismError(ErrorCode.INVALID_REQUEST, f"{client.base_url} does not serve {', '.join(missing)}")
-    return {model: served[model] for model in models}
+    return {model: served[model].get("context_length") or 2048 for model in models}
