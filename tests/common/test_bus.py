@@ -4,7 +4,9 @@ import asyncio
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import nats.errors
 import pytest
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from prism.cli.nats_server import NatsServer, nats_server
@@ -163,3 +165,42 @@ async def test_a_server_that_comes_within_the_deadline_is_waited_for(tmp_path: P
     await asyncio.sleep(0)
     with nats_server(tmp_path / "second", port=port):
         assert await waiting
+
+
+async def test_a_connection_that_is_given_up_half_way_is_closed() -> None:
+    arrived, left = asyncio.Event(), asyncio.Event()
+
+    async def never_answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id": "x", "version": "2.10.0", "max_payload": 1048576}\r\n')
+        await reader.readuntil(b"PING\r\n")
+        arrived.set()
+        await reader.read()
+        left.set()
+        writer.close()
+
+    server = await asyncio.start_server(never_answers, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+
+        async def connect() -> None:
+            async with connect_bus(f"nats://127.0.0.1:{port}", name="test"):
+                pass
+
+        connecting = asyncio.create_task(connect())
+        async with asyncio.timeout(10.0):
+            await arrived.wait()
+            connecting.cancel()
+            await asyncio.wait([connecting])
+            assert connecting.cancelled()
+            await left.wait()
+
+
+async def test_a_connection_that_cannot_be_drained_is_closed(
+    fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lost_meanwhile(client: Client) -> None:
+        raise nats.errors.ConnectionReconnectingError
+
+    async with connect_bus(fresh_nats.url, name="test") as bus:
+        monkeypatch.setattr(Client, "drain", lost_meanwhile)
+    assert bus.client.is_closed

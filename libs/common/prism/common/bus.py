@@ -262,14 +262,17 @@ async def _connect(url: str, deadline_s: float, **options: Any) -> Client:
             ErrorCode.INTERNAL,
             f"no NATS server at {url} within {deadline_s:.0f} s ({reason}); start one, or point --nats at it",
         ) from error
+    except BaseException:
+        await _close(client)
+        raise
     return client
 
 
 async def _close(client: Client) -> None:
-    try:
-        if client.is_connected:
-            await client.drain()
-        else:
-            await client.close()
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        log.debug("bus: closed with %s", error)
+    # One that could not be drained, since it was lost meanwhile, is closed all the same.
+    for end in (client.drain, client.close) if client.is_connected else (client.close,):
+        try:
+            if not client.is_closed:
+                await end()
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            log.debug("bus: closed with %s", error)
