@@ -9,7 +9,6 @@ from math import isnan
 from statistics import fmean
 
 import msgspec
-import numpy as np
 
 from prism.bench.calibration.probing import Timed
 from prism.bench.simulation.model import SimulatedModel
@@ -118,4 +117,4 @@ def _trimmed_mean(values: Sequence[float]) -> float:
     if not values:
         return 0.0
     cut = len(values) // 10
-    return float(np.mean(sorted(values)[cut : len(values) - cut]))
+    return fmean(sorted(values)[cut : len(values) - cut])
