@@ -1,13 +1,15 @@
 """The bus: typed messages over a real NATS server."""
 
 import asyncio
+import contextlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import nats.errors
 import pytest
-from nats.aio.client import Client
+from nats.aio.client import Client, Srv
 from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
 
 from prism.cli.nats_server import NatsServer, nats_server
 from prism.common import subjects
@@ -195,6 +197,28 @@ async def test_a_connection_that_is_given_up_half_way_is_closed() -> None:
             await left.wait()
 
 
+async def test_a_try_to_reconnect_that_failed_leaves_no_socket() -> None:
+    served, left = asyncio.Event(), asyncio.Event()
+
+    async def goes_dumb(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not served.is_set():
+            writer.write(b'INFO {"server_id": "x", "version": "2.10.0", "max_payload": 1048576}\r\n')
+            await reader.readuntil(b"PING\r\n")
+            writer.write(b"PONG\r\n")
+            served.set()
+        else:
+            writer.write_eof()
+            await reader.read()
+            left.set()
+        writer.close()
+
+    server = await asyncio.start_server(goes_dumb, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with connect_bus(f"nats://127.0.0.1:{port}", name="test"), asyncio.timeout(10.0):
+            await left.wait()
+
+
 async def test_a_connection_that_cannot_be_drained_is_closed(
     fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,3 +228,65 @@ async def test_a_connection_that_cannot_be_drained_is_closed(
     async with connect_bus(fresh_nats.url, name="test") as bus:
         monkeypatch.setattr(Client, "drain", lost_meanwhile)
     assert bus.client.is_closed
+
+
+async def test_a_connection_is_closed_though_its_drain_is_cancelled(
+    fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Client] = []
+    draining = asyncio.Event()
+
+    async def endless(client: Client) -> None:
+        draining.set()
+        await asyncio.Event().wait()
+
+    async def use() -> None:
+        async with connect_bus(fresh_nats.url, name="test") as bus:
+            opened.append(bus.client)
+
+    monkeypatch.setattr(Client, "drain", endless)
+    using = asyncio.create_task(use())
+    async with asyncio.timeout(10.0):
+        await draining.wait()
+        using.cancel()
+        await asyncio.wait([using])
+    assert using.cancelled()
+    assert opened[0].is_closed
+    assert writer_of(opened[0]).is_closing()
+
+
+async def test_a_reconnection_that_misses_its_end_is_ended_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = Client._connect_to_server
+    reconnecting = asyncio.Event()
+
+    async def misses_its_end(client: Client, server: Srv) -> None:
+        # As `asyncio.wait_for` of Python 3.11 does in the moment when what it waits for is there.
+        reconnecting.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await connect(client, server)
+
+    with nats_server(tmp_path / "first") as server:
+        connection = connect_bus(server.url, name="test")
+        bus = await connection.__aenter__()
+        monkeypatch.setattr(Client, "_connect_to_server", misses_its_end)
+    with nats_server(tmp_path / "second", port=int(server.url.rsplit(":", 1)[1])):
+        async with asyncio.timeout(20.0):
+            await reconnecting.wait()
+            await connection.__aexit__(None, None, None)
+        assert bus.client.is_closed
+        assert writer_of(bus.client).is_closing()
+        task = bus.client._reconnection_task
+        assert task is not None
+        assert task.done()
+
+
+def writer_of(client: Client) -> asyncio.StreamWriter:
+    """What a client's socket hangs on."""
+    transport = client._transport
+    assert isinstance(transport, TcpTransport)
+    writer = transport._io_writer
+    assert writer is not None
+    return writer

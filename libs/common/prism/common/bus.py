@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import nats.errors
 import nats.js.errors
-from nats.aio.client import Client
+from nats.aio.client import Client, Srv
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
@@ -42,6 +42,8 @@ server takes up to a third of a second more for it (measured)."""
 
 CONNECT_DEADLINE_S = 30.0
 DRAIN_DEADLINE_S = 10.0
+CLOSE_DEADLINE_S = 5.0
+RECONNECTION_ENDS_S = 0.1
 HANDLERS_DEADLINE_S = 10.0
 PENDING_MESSAGES = 1_048_576
 PENDING_BYTES = 512 * 1024 * 1024
@@ -249,8 +251,18 @@ async def connect_bus(
         await _close(client)
 
 
+class _Client(Client):
+    """A client whose tries to reconnect leave no socket behind: nats-py forgets that of one that a server
+    took, and ended before it said a word."""
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        if self._transport:
+            self._transport.close()  # type: ignore[no-untyped-call]
+        await super()._connect_to_server(s)
+
+
 async def _connect(url: str, deadline_s: float, **options: Any) -> Client:
-    client = Client()
+    client = _Client()
     try:
         # Told never to give up a connection, nats-py tries for the first one without an end, too.
         async with asyncio.timeout(deadline_s):
@@ -269,10 +281,28 @@ async def _connect(url: str, deadline_s: float, **options: Any) -> Client:
 
 
 async def _close(client: Client) -> None:
-    # One that could not be drained, since it was lost meanwhile, is closed all the same.
-    for end in (client.drain, client.close) if client.is_connected else (client.close,):
+    # One that could not be drained, since it was lost meanwhile or there is no time, is closed all the same.
+    try:
+        if client.is_connected:
+            await client.drain()
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        log.debug("bus: not drained: %s", error)
+    finally:
         try:
-            if not client.is_closed:
-                await end()
+            async with asyncio.timeout(CLOSE_DEADLINE_S):
+                await _end_reconnecting(client)
+                await client.close()
         except (nats.errors.Error, OSError, TimeoutError) as error:
             log.debug("bus: closed with %s", error)
+        finally:
+            if client._transport is not None:
+                client._transport.close()  # type: ignore[no-untyped-call]
+
+
+async def _end_reconnecting(client: Client) -> None:
+    # nats-py cancels its reconnection when it is closed. Where the cancellation meets the connection being
+    # made, `asyncio.wait_for` of Python 3.11 drops the one, and a closed client would be connected again.
+    task = client._reconnection_task
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=RECONNECTION_ENDS_S)
