@@ -27,7 +27,7 @@ LABEL org.opencontainers.image.title="prism-gpu_worker" \
       org.opencontainers.image.description="Hosts the engines of one machine's GPUs" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --system --uid 10001 --user-group --create-home --home-dir /home/prism prism \
-    && install -d -o prism -g prism /run/prism /models /var/lib/prism/hub
+    && install -d -o prism -g prism /run/prism /models /var/lib/prism/hub /home/prism/.cache
 # Packages in a layer of their own, which stays the same when only Prism changes.
 COPY --from=packages /opt/prism /opt/prism
 COPY --from=parts /opt/parts /opt/prism

@@ -13,6 +13,7 @@ import yaml
 
 from prism.cli.nats_server import nats_server
 from prism.common.placement_file import read_placement_file
+from prism.gpu_worker.kernel_caches import kernel_caches
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "deploy" / "compose"
@@ -97,6 +98,20 @@ def test_a_worker_on_a_gpu_is_not_held_to_the_memory_of_the_tiny_models(
     command: click.Command = import_module("prism.gpu_worker.__main__").main
     context = command.make_context("gpu_worker", ["--store-socket", "/s"])
     assert context.params["worker_memory_gb"] is None, "and nothing stands for what the device says"
+
+
+def test_a_new_container_finds_the_kernels_that_engines_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = yaml.safe_load((COMPOSE / "compose.gpu.yaml").read_text())
+    gpu = file["services"]["gpu_worker"]
+    (kept,) = [
+        entry.partition(":")[2] for entry in gpu["volumes"] if entry.partition(":")[0] in file["volumes"]
+    ]
+    given = dict(entry.partition("=")[::2] for entry in gpu["environment"])
+    home = Path("/home/prism")
+    assert all(folder.is_relative_to(kept) for folder in kernel_caches(home, given).values())
+    dockerfile = (COMPOSE / "gpu_worker.Dockerfile").read_text()
+    assert f"--home-dir {home} " in dockerfile
+    assert f" {kept}\n" in dockerfile, "else the volume would be root's"
 
 
 def test_the_tiny_models_placement_is_sound() -> None:

@@ -64,8 +64,9 @@ def test_the_bus_is_judged_by_its_rate(rate: float | None, verdict: Verdict) -> 
 def test_without_a_compiler_only_cached_kernels_help(tmp_path: Path) -> None:
     assert fails(host.check_compiler(tmp_path, {}, no_program))
     (tmp_path / ".cache" / "flashinfer" / "norm").mkdir(parents=True)
-    nvcc, _, flashinfer = host.check_compiler(tmp_path, {}, no_program)
+    nvcc, triton, flashinfer, torch = host.check_compiler(tmp_path, {}, no_program)
     assert (nvcc.verdict, flashinfer.verdict) == (Verdict.SLOW, Verdict.OK)
+    assert (triton.verdict, torch.verdict) == (Verdict.SLOW, Verdict.SLOW)
     nvcc, *_ = host.check_compiler(tmp_path, {}, lambda _: "/opt/cuda/bin/nvcc")
     assert nvcc.verdict is Verdict.OK
 

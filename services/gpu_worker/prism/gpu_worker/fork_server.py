@@ -12,10 +12,10 @@ import select
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from prism.common.process import die_with_parent
 from prism.gpu_worker.engine_logs import configure_engine_logging
+from prism.gpu_worker.kernel_caches import keep_compiled_kernels
 from prism.gpu_worker.shells import ForkServerReply, decode_exit, encode_reply
 
 log = logging.getLogger("fork_server")
@@ -30,8 +30,7 @@ def prepare_environment() -> None:
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
     )
-    # Importing makes this folder; by default it stays behind in the temporary one.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "prism" / "inductor"))
+    keep_compiled_kernels()
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from prism.common.memfd import create_memfd
 from prism.gpu_worker.doctor.findings import Finding, Verdict
 from prism.gpu_worker.doctor.packages import Probe
+from prism.gpu_worker.kernel_caches import kernel_caches
 
 GIB = 1 << 30
 SHMEM_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -95,10 +96,7 @@ def check_compiler(
     """nvcc, and what was compiled before: flashinfer compiles its kernels when they are first used."""
     root = environment.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = which("nvcc") or which(f"{root}/bin/nvcc")
-    caches = {
-        "Triton": Path(environment.get("TRITON_CACHE_DIR", home / ".triton" / "cache")),
-        "flashinfer": home / ".cache" / "flashinfer",
-    }
+    caches = kernel_caches(home, environment)
     held = {name: _entries(folder) for name, folder in caches.items()}
     if nvcc:
         findings = [Finding("nvcc", Verdict.OK, nvcc)]

@@ -18,6 +18,7 @@ from functools import partial
 from prism.common.process import die_with_parent
 from prism.gpu_worker.engine.process_group import meet_in_memory
 from prism.gpu_worker.engine_logs import configure_engine_logging
+from prism.gpu_worker.kernel_caches import keep_compiled_kernels
 
 RANKS = "PRISM_RANKS"
 MODULE = "prism.gpu_worker.engine.cuda_shell"
@@ -38,6 +39,7 @@ def prepare_environment() -> None:
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
     )
+    keep_compiled_kernels()
     # 8 MiB for each stream and handle, in place of Hopper's 32: as many as a dozing engine keeps.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     # A rank's own too, and not the one that it inherits: each maps its pages itself.
