@@ -230,29 +230,113 @@ async def test_a_connection_that_cannot_be_drained_is_closed(
     assert bus.client.is_closed
 
 
-async def test_a_connection_is_closed_though_its_drain_is_cancelled(
-    fresh_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[Client] = []
-    draining = asyncio.Event()
+async def test_a_connection_is_closed_though_its_drain_is_cancelled(fresh_nats: NatsServer) -> None:
+    opened: list[Bus] = []
+    stuck = asyncio.Event()
 
-    async def endless(client: Client) -> None:
-        draining.set()
+    async def never_done(message: Msg) -> None:
+        stuck.set()
         await asyncio.Event().wait()
 
     async def use() -> None:
         async with connect_bus(fresh_nats.url, name="test") as bus:
-            opened.append(bus.client)
+            opened.append(bus)
+            await bus.subscribe("here", never_done, inline=True)
+            await bus.publish("here", CancelRequest("r1"))
+            await bus.flush()
+            await stuck.wait()
 
-    monkeypatch.setattr(Client, "drain", endless)
     using = asyncio.create_task(use())
     async with asyncio.timeout(10.0):
-        await draining.wait()
+        await stuck.wait()
+        while not opened[0].client.is_draining:  # noqa: ASYNC110 (nothing tells)
+            await asyncio.sleep(0)
         using.cancel()
         await asyncio.wait([using])
     assert using.cancelled()
-    assert opened[0].is_closed
-    assert writer_of(opened[0]).is_closing()
+    assert opened[0].client.is_closed
+    assert writer_of(opened[0].client).is_closing()
+
+
+async def test_a_connection_is_closed_though_the_wait_for_its_handlers_is_cancelled(
+    fresh_nats: NatsServer,
+) -> None:
+    opened: list[Bus] = []
+    handling = asyncio.Event()
+
+    async def never_done(message: Msg) -> None:
+        handling.set()
+        await asyncio.Event().wait()
+
+    async def use() -> None:
+        async with connect_bus(fresh_nats.url, name="test") as bus:
+            opened.append(bus)
+            await bus.subscribe("here", never_done)
+            await bus.publish("here", CancelRequest("r1"))
+            await handling.wait()
+
+    using = asyncio.create_task(use())
+    async with asyncio.timeout(10.0):
+        await handling.wait()
+        await asyncio.sleep(0)
+        using.cancel()
+        await asyncio.wait([using])
+    assert using.cancelled()
+    assert opened[0].client.is_closed
+    assert not opened[0]._handling
+
+
+async def test_no_handler_outlives_the_bus(fresh_nats: NatsServer) -> None:
+    handled, cut = asyncio.Event(), asyncio.Event()
+
+    async def slow(message: Msg) -> None:
+        handled.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cut.set()
+
+    async with connect_bus(fresh_nats.url, name="asks") as asking:
+        async with connect_bus(fresh_nats.url, name="test") as bus:
+            await bus.subscribe("here", slow)
+            await bus.flush()
+            finish = bus.finish_handlers
+
+            async def while_it_is_drained(timeout_s: float) -> None:
+                await finish(0.0)
+                if not handled.is_set():
+                    await asking.publish("here", CancelRequest("late"))
+                    await asking.flush()
+
+            bus.finish_handlers = while_it_is_drained  # type: ignore[method-assign]
+        assert handled.is_set()
+        assert cut.is_set()
+        assert not bus._handling
+
+
+async def test_a_connection_that_the_server_ends_for_good_is_an_error() -> None:
+    async def has_enough(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id": "x", "version": "2.10.0", "max_payload": 1048576}\r\n')
+        await reader.readuntil(b"PING\r\n")
+        writer.write(b"PONG\r\n-ERR 'maximum connections exceeded'\r\n")
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(has_enough, "127.0.0.1", 0)
+    async with server, asyncio.timeout(10.0):
+        url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(
+            PrismError, match=r"ended the connection for good: .*maximum connections exceeded"
+        ):
+            async with connect_bus(url, name="test"):
+                await asyncio.Event().wait()
+
+
+async def test_what_is_no_url_is_told_as_such() -> None:
+    with pytest.raises(PrismError, match=r"'nats://here:abc' is no URL of a NATS server") as caught:
+        async with connect_bus("nats://here:abc", name="test"):
+            pass
+    assert caught.value.code is ErrorCode.INVALID_REQUEST
 
 
 async def test_a_reconnection_that_misses_its_end_is_ended_all_the_same(

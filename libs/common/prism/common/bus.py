@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import nats.errors
 import nats.js.errors
-from nats.aio.client import Client, Srv
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
@@ -24,6 +24,7 @@ from prism.common import subjects
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.events import Event
+from prism.common.nats_client import close_client, connect_client, words_of
 from prism.common.telemetry import about
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,6 @@ server takes up to a third of a second more for it (measured)."""
 
 CONNECT_DEADLINE_S = 30.0
 DRAIN_DEADLINE_S = 10.0
-CLOSE_DEADLINE_S = 5.0
-RECONNECTION_ENDS_S = 0.1
 HANDLERS_DEADLINE_S = 10.0
 PENDING_MESSAGES = 1_048_576
 PENDING_BYTES = 512 * 1024 * 1024
@@ -201,13 +200,17 @@ class Bus:
 async def connect_bus(
     url: str, *, name: str, deadline_s: float = CONNECT_DEADLINE_S, **options: Any
 ) -> AsyncIterator[Bus]:
-    """Connect to the server at `url` as `name`, for ever reconnecting; drained at the end.
+    """Connect to the server at `url` as `name`, and again whenever that is lost; drained at the end.
 
-    `options` go to `nats.connect`. Raises PrismError(internal) when the server cannot be reached within
-    `deadline_s`.
+    `options` go to `nats.connect`. Raises PrismError: invalid_request for what is no URL, internal when the
+    server cannot be reached within `deadline_s` or ends the connection for good, which cancels what is
+    within.
     """
 
-    closing = awaited = False
+    owner = asyncio.current_task()
+    assert owner is not None
+    cancelled_before = owner.cancelling()
+    closing = awaited = ended = False
     bus: Bus | None = None
 
     async def on_error(error: Exception) -> None:
@@ -215,12 +218,14 @@ async def connect_bus(
         nonlocal awaited
         if bus is None and not awaited:
             awaited = True
-            log.warning("bus: no NATS server at %s yet (%s); trying for %.0f s", url, error, deadline_s)
+            log.warning(
+                "bus: no NATS server at %s yet (%s); trying for %.0f s", url, words_of(error), deadline_s
+            )
         there = bus is not None and bus.client.is_connected
-        log.log(logging.ERROR if there else logging.DEBUG, "bus: %s", error or type(error).__name__)
+        log.log(logging.ERROR if there else logging.DEBUG, "bus: %s", words_of(error))
 
     async def on_disconnect() -> None:
-        if bus is not None and not closing:
+        if bus is not None and not closing and not bus.client.is_closed:
             log.warning("bus: lost %s, reconnecting until it is back; see that its NATS server runs", url)
 
     async def on_reconnect() -> None:
@@ -228,13 +233,21 @@ async def connect_bus(
         for call in bus.on_return if bus else []:
             call()
 
-    client = await _connect(
+    async def on_close() -> None:
+        # Of most errors that a server tells, nats-py does not come back.
+        nonlocal ended
+        if bus is not None and not closing and not ended:
+            ended = True
+            owner.cancel()
+
+    client = await connect_client(
         url,
         deadline_s,
         name=name,
         error_cb=on_error,
         disconnected_cb=on_disconnect,
         reconnected_cb=on_reconnect,
+        closed_cb=on_close,
         max_reconnect_attempts=-1,
         reconnect_time_wait=0.25,
         drain_timeout=DRAIN_DEADLINE_S,
@@ -245,64 +258,21 @@ async def connect_bus(
     try:
         yield bus
         patience_s = HANDLERS_DEADLINE_S
+    except asyncio.CancelledError:
+        if ended and owner.uncancel() <= cancelled_before:
+            raise PrismError(
+                ErrorCode.INTERNAL,
+                f"the NATS server at {url} ended the connection for good: "
+                f"{words_of(client.last_error)}; see its log and its limits",
+            ) from None
+        raise
     finally:
         closing = True
-        await bus.finish_handlers(patience_s)
-        await _close(client)
-
-
-class _Client(Client):
-    """A client whose tries to reconnect leave no socket behind: nats-py forgets that of one that a server
-    took, and ended before it said a word."""
-
-    async def _connect_to_server(self, s: Srv) -> None:
-        if self._transport:
-            self._transport.close()  # type: ignore[no-untyped-call]
-        await super()._connect_to_server(s)
-
-
-async def _connect(url: str, deadline_s: float, **options: Any) -> Client:
-    client = _Client()
-    try:
-        # Told never to give up a connection, nats-py tries for the first one without an end, too.
-        async with asyncio.timeout(deadline_s):
-            await client.connect(url, allow_reconnect=True, connect_timeout=2, **options)
-    except TimeoutError as error:
-        reason = client.last_error or "it does not answer"
-        await _close(client)
-        raise PrismError(
-            ErrorCode.INTERNAL,
-            f"no NATS server at {url} within {deadline_s:.0f} s ({reason}); start one, or point --nats at it",
-        ) from error
-    except BaseException:
-        await _close(client)
-        raise
-    return client
-
-
-async def _close(client: Client) -> None:
-    # One that could not be drained, since it was lost meanwhile or there is no time, is closed all the same.
-    try:
-        if client.is_connected:
-            await client.drain()
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        log.debug("bus: not drained: %s", error)
-    finally:
         try:
-            async with asyncio.timeout(CLOSE_DEADLINE_S):
-                await _end_reconnecting(client)
-                await client.close()
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            log.debug("bus: closed with %s", error)
+            await bus.finish_handlers(patience_s)
         finally:
-            if client._transport is not None:
-                client._transport.close()  # type: ignore[no-untyped-call]
-
-
-async def _end_reconnecting(client: Client) -> None:
-    # nats-py cancels its reconnection when it is closed. Where the cancellation meets the connection being
-    # made, `asyncio.wait_for` of Python 3.11 drops the one, and a closed client would be connected again.
-    task = client._reconnection_task
-    while task is not None and not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=RECONNECTION_ENDS_S)
+            try:
+                await close_client(client)
+            finally:
+                # Of messages that came while it was drained.
+                await bus.finish_handlers(0.0)
