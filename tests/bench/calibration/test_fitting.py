@@ -1,6 +1,7 @@
 """A cost is recovered from what it would have been measured as."""
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,14 +112,35 @@ def test_no_cost_is_negative() -> None:
     assert found[1] == 0.0
 
 
+NUMBERS = st.integers(-4, 4).map(float)
+
+
+@given(
+    rows=st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=3, max_size=6),
+    targets=st.lists(NUMBERS, min_size=6, max_size=6),
+)
+def test_no_other_coefficients_of_0_or_more_fit_better(
+    rows: list[tuple[float, float, float]], targets: list[float]
+) -> None:
+    matrix, target = np.array(rows), np.array(targets[: len(rows)])
+    found = nonnegative_fit(rows, targets[: len(rows)])
+    assert min(found) >= 0.0
+    # The conditions of Karush, Kuhn and Tucker: no direction that is allowed leads down.
+    slopes = matrix.T @ (matrix @ np.array(found) - target)
+    for value, slope in zip(found, slopes, strict=True):
+        assert slope >= -1e-6
+        assert value * slope == pytest.approx(0.0, abs=1e-6)
+
+
 def test_the_profile_of_a_device_gives_its_models_their_costs_again() -> None:
-    base = msgspec.structs.replace(read_profile("h200"), context_bytes=0, decode_fixed_s=0.0)
+    base = msgspec.structs.replace(read_profile("h200"), decode_fixed_s=0.0)
     cost = msgspec.structs.replace(model_cost(FACTS, base), prefill_fixed_s=0.01, request_s=0.02)
     profile = fitted_profile({"m": cost}, {"m": FACTS}, base, slowdown=1.0, prefill_slowdown=1.0, name="mine")
     again = model_cost(FACTS, profile)
     assert again.prefill_fixed_s == pytest.approx(0.01)
     assert again.prefill_token_s == pytest.approx(cost.prefill_token_s)
     assert again.request_s == 0.02
+    assert again.context_bytes == profile.context_bytes == cost.context_bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,22 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from prism.bench.calibration import probing
 from prism.bench.calibration.probing import (
+    OUTPUT,
+    all_of,
     beside_once,
     generate,
     probe_once,
     served_models,
+    slowdown_once,
 )
-from prism.common.errors import PrismError
+from prism.common.errors import ErrorCode, PrismError
 
 pytestmark = pytest.mark.core
+
+
+ANSWER = b"data: {}\n\ndata: [DONE]\n\n"
 
 
 class _Stream(httpx.AsyncByteStream):
@@ -27,6 +34,7 @@ class _Stream(httpx.AsyncByteStream):
         for gate in self._gates:
             await gate.wait()
             yield b"data: {}\n\n"
+        yield b"data: [DONE]\n\n"
 
 
 def client_of(handler: object) -> httpx.AsyncClient:
@@ -68,7 +76,7 @@ async def test_prefills_are_measured_alone_and_while_all_others_decode_in_turn()
             yield b"data: {}\n\n"
             await ends[self._model].wait()
             del ends[self._model]
-            yield b"data: {}\n\n"
+            yield ANSWER
 
     def answer(request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
@@ -77,11 +85,11 @@ async def test_prefills_are_measured_alone_and_while_all_others_decode_in_turn()
         beside.append((body["model"], len(body["input_ids"]), sorted(ends)))
         for end in ends.values():
             end.set()
-        return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
+        return httpx.Response(200, stream=httpx.ByteStream(ANSWER))
 
     async with client_of(answer) as client:
-        seen = await beside_once(client, {"a": 600, "b": 1 << 17, "c": 1 << 17}, random.Random(1))
-    assert [(each.model, each.prompt_tokens) for each in seen] == [("a", 300), ("b", 1024), ("c", 1024)]
+        seen = await beside_once(client, {"a": 600, "b": 1 << 17, "c": 1 << 17}, 512, random.Random(1))
+    assert [(each.model, each.prompt_tokens) for each in seen] == [("a", 300), ("b", 512), ("c", 512)]
     assert all(min(each.alone_s, each.beside_s) > 0 for each in seen)
     assert beside == [
         (each.model, each.prompt_tokens, others)
@@ -93,11 +101,13 @@ async def test_prefills_are_measured_alone_and_while_all_others_decode_in_turn()
 async def test_nobody_waits_for_the_first_token_of_one_that_fails() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         failed = json.loads(request.content)["model"] == "b"
-        return httpx.Response(503 if failed else 200, stream=httpx.ByteStream(b"no such luck"))
+        return httpx.Response(
+            503 if failed else 200, stream=httpx.ByteStream(b"no such luck" if failed else ANSWER)
+        )
 
     async with client_of(answer) as client:
         with pytest.raises(PrismError, match="b: status 503"):
-            await beside_once(client, {"a": 600, "b": 600}, random.Random(1))
+            await beside_once(client, {"a": 600, "b": 600}, 512, random.Random(1))
 
 
 async def test_prompts_differ_so_that_no_prefix_is_cached() -> None:
@@ -121,7 +131,7 @@ async def test_no_prompt_of_a_probe_takes_two_passes() -> None:
 
     def answer(request: httpx.Request) -> httpx.Response:
         asked.add(len(json.loads(request.content)["input_ids"]))
-        return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\n"))
+        return httpx.Response(200, stream=httpx.ByteStream(ANSWER))
 
     async with client_of(answer) as client:
         seen = await probe_once(client, "m", 1 << 17, 1024, random.Random(1))
@@ -136,6 +146,58 @@ async def test_an_error_of_the_system_is_told() -> None:
     async with client_of(lambda request: httpx.Response(503, text="no such luck")) as client:
         with pytest.raises(PrismError, match="m: status 503: no such luck"):
             await generate(client, "m", 4, 4, random.Random(1))
+
+
+@pytest.mark.parametrize("said", [b"", b'data: {}\n\ndata: {"error": {"message": "engine lost"}}\n\n'])
+async def test_an_answer_that_breaks_off_is_an_error_and_no_measurement(said: bytes) -> None:
+    async with client_of(lambda request: httpx.Response(200, stream=httpx.ByteStream(said))) as client:
+        with pytest.raises(PrismError, match=r"m: the answer broke off, after: '.*'"):
+            await generate(client, "m", 4, 4, random.Random(1))
+
+
+async def test_when_one_fails_the_others_are_ended() -> None:
+    ended = asyncio.Event()
+
+    async def others() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def fails() -> None:
+        raise PrismError(ErrorCode.INTERNAL, "no such luck")
+
+    with pytest.raises(PrismError, match="no such luck"):
+        await all_of([others(), fails()])
+    assert ended.is_set()
+
+
+async def test_models_that_decode_at_once_do_so_for_as_long_as_the_slowest() -> None:
+    outputs: dict[str, list[int]] = {"fast": [], "slow": []}
+    clock = [1.0]
+
+    class Decoded(httpx.AsyncByteStream):
+        def __init__(self, model: str, tokens: int) -> None:
+            self._seconds = tokens * (1.0 if model == "fast" else 3.0)
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"data: {}\n\n"
+            clock[0] += self._seconds
+            yield ANSWER
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        tokens = body["sampling_params"]["max_new_tokens"]
+        outputs[body["model"]].append(tokens)
+        return httpx.Response(200, stream=Decoded(body["model"], tokens))
+
+    async with client_of(answer) as client:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probing.time, "perf_counter", lambda: clock[0])
+            await slowdown_once(client, {"fast": 4096, "slow": 4096}, random.Random(1))
+            await slowdown_once(client, {"fast": 160, "slow": 4096}, random.Random(1))
+    assert outputs["slow"] == [OUTPUT] * 4
+    assert outputs["fast"] == [OUTPUT, 3 * OUTPUT, OUTPUT, 80], "within its context"
 
 
 async def test_a_gateway_that_is_not_there_is_told() -> None:

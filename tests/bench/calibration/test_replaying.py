@@ -19,7 +19,7 @@ async def test_prompts_of_another_seed_are_in_no_cache() -> None:
 
     def answer(request: httpx.Request) -> httpx.Response:
         asked.append(tuple(json.loads(request.content)["input_ids"]))
-        return httpx.Response(200, stream=httpx.ByteStream(b"data: {}"))
+        return httpx.Response(200, stream=httpx.ByteStream(b"data: {}\n\ndata: [DONE]\n\n"))
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://gateway") as client:
         for seed in ("one", "another"):

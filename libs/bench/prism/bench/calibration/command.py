@@ -1,6 +1,7 @@
 """`prism calibrate`: measure a running system, and write what its device and models cost."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,15 +88,25 @@ def calibrate_command(
     """Measure a running system through its gateway, and write a cost profile for `prism simulate --profile`.
 
     Nobody else should use the system meanwhile: what is measured is the time of single requests, of batches,
-    of models that decode at once, and of a minute's requests for all of them.
+    of models that decode at once, and of a minute's requests for all of them. All of them should be on one
+    GPU: of a system with several, measure the models of each by themselves (--model).
     """
     with clean_end():
+        if not os.access(out if out.exists() else out.parent, os.W_OK):
+            raise PrismError(ErrorCode.INVALID_REQUEST, f"{out} cannot be written: choose another --out")
         specs = read_placement_file(models)
         known = {spec.model_name for spec in specs}
         unknown = sorted(set(names) - known)
         if unknown:
             raise PrismError(ErrorCode.INVALID_REQUEST, f"{models} has no model {', '.join(unknown)}")
         chosen = [spec for spec in specs if not names or spec.model_name in names]
+        wide = [spec.model_name for spec in chosen if spec.tp_size > 1]
+        if wide:
+            raise PrismError(
+                ErrorCode.INVALID_REQUEST,
+                f"{', '.join(wide)}: on several GPUs each (tp_size), and costs are those of one; "
+                "name the others with --model",
+            )
         profile, costs = asyncio.run(
             calibrate(
                 url,

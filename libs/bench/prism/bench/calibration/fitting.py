@@ -2,6 +2,7 @@
 device."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from statistics import median
 
 import msgspec
@@ -53,19 +54,20 @@ def _passes(probe: Probe, prompts: int) -> int:
 
 
 def nonnegative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
-    """Least squares with coefficients of 0 or more: the most negative one is left out until none is."""
+    """Least squares with coefficients of 0 or more. There are few: the best of all choices of those that are
+    not 0, since the optimum is one of these."""
     matrix, target = np.array(rows), np.array(targets)
-    kept = list(range(matrix.shape[1]))
-    while kept:
-        found = np.linalg.lstsq(matrix[:, kept], target, rcond=None)[0]
-        if found.min() >= 0:
-            break
-        kept.pop(int(found.argmin()))
-    coefficients = [0.0] * matrix.shape[1]
-    if kept:
-        for place, value in zip(kept, found, strict=True):
-            coefficients[place] = float(value)
-    return coefficients
+    columns = range(matrix.shape[1])
+    best, least = [0.0 for _ in columns], float(target @ target)
+    for count in range(1, len(columns) + 1):
+        for kept in combinations(columns, count):
+            chosen = matrix[:, kept]
+            found = np.linalg.lstsq(chosen, target, rcond=None)[0]
+            error = target - chosen @ found
+            if found.min() >= 0 and float(error @ error) < least:
+                least = float(error @ error)
+                best = [float(found[kept.index(place)]) if place in kept else 0.0 for place in columns]
+    return best
 
 
 def prefill_slowdown(seen: Sequence[Beside], costs: Mapping[str, ModelCost]) -> float:
@@ -90,7 +92,7 @@ def fitted_profile(
     measured. `slowdown` is how many times longer steps take when all of them compute, `prefill_slowdown` how
     many times longer prefills do; None where that was not measured, which is as on `base` then."""
     together = len(costs)
-    told, unknown = "", "wakes, dozes, bus and disk"
+    told, unknown = "", "contexts, wakes, dozes, bus and disk"
     parallel, prefill_parallel = base.parallel_engines, base.prefill_parallel_engines
     if slowdown is None or prefill_slowdown is None:
         unknown = f"{together} at once, {unknown}"
@@ -114,7 +116,6 @@ def fitted_profile(
         decode_fixed_s=0.0,
         decode_sequence_s=median(cost.decode_sequence_s for cost in costs.values()),
         request_s=median(cost.request_s for cost in costs.values()),
-        context_bytes=0,
         parallel_engines=parallel,
         prefill_parallel_engines=prefill_parallel,
         source=f"prism calibrate: {', '.join(costs)}; {told}not measured, as in {base.name}: {unknown}",

@@ -3,9 +3,8 @@
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
-from statistics import median
-from typing import Any
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
@@ -18,8 +17,13 @@ BATCHES = (1, 2, 4, 8)
 # Passes that a burst takes, and the most prompts in one.
 BURST_PASSES, MOST_BURST = 6, 48
 SHORT_PROMPT, LONG_PROMPT, BESIDE_PROMPT = 16, 256, 1024
-OUTPUT = 48
+OUTPUT, MOST_OUTPUT = 48, 384
 DEADLINE_S = 120.0
+# The end of an answer that is looked at, and told of one that broke off, in bytes.
+TAIL_BYTES = 300
+DONE = b"data: [DONE]"
+
+T = TypeVar("T")
 
 
 class Timed(msgspec.Struct, frozen=True):
@@ -66,7 +70,7 @@ async def generate(
     decoding: asyncio.Event | None = None,
 ) -> Timed:
     """Stream one answer to a prompt that nobody has a prefix of. `decoding` is set once its first token is
-    there, or none will come. Raises PrismError when there is none."""
+    there, or none will come. Raises PrismError when there is none, or it breaks off."""
     body = {
         "model": model,
         "input_ids": [random_.randrange(10, 500) for _ in range(prompt_tokens)],
@@ -74,14 +78,15 @@ async def generate(
         "stream": True,
     }
     began = time.perf_counter()
-    first = 0.0
+    first, tail = 0.0, b""
     try:
         async with client.stream("POST", "/generate", json=body) as response:
             if response.status_code != 200:
                 said = (await response.aread()).decode(errors="replace")
                 raise PrismError(ErrorCode.INTERNAL, f"{model}: status {response.status_code}: {said[:300]}")
-            async for _ in response.aiter_raw():
+            async for chunk in response.aiter_raw():
                 first = first or time.perf_counter()
+                tail = (tail + chunk)[-TAIL_BYTES:]
                 if decoding is not None:
                     decoding.set()
     except httpx.HTTPError as error:
@@ -89,7 +94,22 @@ async def generate(
     finally:
         if decoding is not None:
             decoding.set()
-    return Timed(first - began, time.perf_counter() - began, output_tokens)
+    total_s = time.perf_counter() - began
+    if not tail.rstrip().endswith(DONE):
+        said = tail.decode(errors="replace")
+        raise PrismError(ErrorCode.INTERNAL, f"{model}: the answer broke off, after: {said!r}")
+    return Timed(first - began, total_s, output_tokens)
+
+
+async def all_of(awaited: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What they come to, at the same time. Where one fails the others are ended, and its error is raised."""
+    tasks = [asyncio.create_task(each) for each in awaited]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def probe_once(
@@ -112,26 +132,37 @@ async def probe_once(
     for prompt in (SHORT_PROMPT, min(LONG_PROMPT, context_length // 2)):
         for batch in BATCHES:
             times = await _together([(model, prompt, OUTPUT)] * batch, client, random_)
-            steps.append((batch, batch * (prompt + OUTPUT / 2), median(each.tpot_s for each in times)))
+            # Of the sequence that was prefilled last: the others' steps wait for the prefills of some.
+            steps.append((batch, batch * (prompt + OUTPUT / 2), min(each.tpot_s for each in times)))
     return Probe(model, pass_tokens, first_token_s, longest, burst_s, steps)
 
 
 async def slowdown_once(
-    client: httpx.AsyncClient, models: Sequence[str], random_: random.Random
+    client: httpx.AsyncClient, context_lengths: Mapping[str, int], random_: random.Random
 ) -> list[float]:
-    """How many times longer a step of each takes when all `models` decode at once."""
-    alone = [(await generate(client, model, SHORT_PROMPT, OUTPUT, random_)).tpot_s for model in models]
-    together = await _together([(model, SHORT_PROMPT, OUTPUT) for model in models], client, random_)
+    """How many times longer a step of each takes when all models decode at once, each for about as long as
+    the slowest of them. Their contexts are `context_lengths`."""
+    alone = [
+        (await generate(client, model, SHORT_PROMPT, OUTPUT, random_)).tpot_s for model in context_lengths
+    ]
+    together = await _together(
+        [
+            (model, SHORT_PROMPT, min(round(OUTPUT * max(alone) / one), MOST_OUTPUT, context // 2))
+            for (model, context), one in zip(context_lengths.items(), alone, strict=True)
+        ],
+        client,
+        random_,
+    )
     return [both.tpot_s / one for one, both in zip(alone, together, strict=True)]
 
 
 async def beside_once(
-    client: httpx.AsyncClient, context_lengths: Mapping[str, int], random_: random.Random
+    client: httpx.AsyncClient, context_lengths: Mapping[str, int], pass_tokens: int, random_: random.Random
 ) -> list[Beside]:
-    """Of each of the models, whose contexts are `context_lengths`."""
+    """Of each of the models, whose contexts are `context_lengths`, a prompt that one pass takes."""
     found = []
     for model, context_length in context_lengths.items():
-        prompt = min(BESIDE_PROMPT, context_length // 2)
+        prompt = min(BESIDE_PROMPT, context_length // 2, pass_tokens)
         others = [other for other in context_lengths if other != model]
         alone_s = (await generate(client, model, prompt, 1, random_)).ttft_s
         beside_s = await _first_token_beside(client, model, prompt, others, random_)
@@ -154,17 +185,15 @@ async def _first_token_beside(
         generate(client, other, SHORT_PROMPT, 2 * OUTPUT, random_, each)
         for other, each in zip(others, decoding, strict=True)
     )
-    seen, *_ = await asyncio.gather(asked(), *decodes)
+    seen, *_ = await all_of([asked(), *decodes])
     return seen.ttft_s
 
 
 async def _together(
     requests: Sequence[tuple[str, int, int]], client: httpx.AsyncClient, random_: random.Random
 ) -> list[Timed]:
-    return list(
-        await asyncio.gather(
-            *(generate(client, model, prompt, output, random_) for model, prompt, output in requests)
-        )
+    return await all_of(
+        generate(client, model, prompt, output, random_) for model, prompt, output in requests
     )
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import httpx
 
-from prism.bench.calibration.probing import Timed, generate
+from prism.bench.calibration.probing import Timed, all_of, generate
 from prism.bench.traces.trace import Trace, trace_of
 
 # Longer than any answer takes: between two parts the simulated system is idle, as the real one is.
@@ -56,4 +56,4 @@ async def replay(client: httpx.AsyncClient, trace: Trace, seed: str) -> list[Tim
         prompt, output = trace.prompt_tokens[index], trace.output_tokens[index]
         return await generate(client, model, prompt, output, prompts[index])
 
-    return list(await asyncio.gather(*(one(index) for index in range(len(trace)))))
+    return await all_of(one(index) for index in range(len(trace)))

@@ -52,8 +52,10 @@ class Rounds:
         self._pass_tokens = pass_tokens
         self._element_bytes = element_bytes
         self._tell = tell
-        self._random = random.Random("calibration")
-        self._rounds = 0
+        # Not those of a calibration before this one: its prompts may still be in the engines' caches.
+        self._random = random.Random()
+        self._run = self._random.getrandbits(64)
+        self._rounds = self._servings = 0
         self._probes: dict[str, list[Probe]] = {model: [] for model in contexts}
         self._slowdowns: list[float] = []
         self._beside: dict[str, list[Beside]] = {model: [] for model in contexts}
@@ -71,8 +73,8 @@ class Rounds:
                 )
             if len(self._contexts) > 1 and await self._all_awake():
                 self._tell(f"round {self._rounds}: all at once")
-                slowdowns = await slowdown_once(self._client, list(self._contexts), self._random)
-                seen = await beside_once(self._client, self._contexts, self._random)
+                slowdowns = await slowdown_once(self._client, self._contexts, self._random)
+                seen = await beside_once(self._client, self._contexts, self._pass_tokens, self._random)
                 if await self._all_awake():
                     self._slowdowns += slowdowns
                     for beside in seen:
@@ -85,26 +87,31 @@ class Rounds:
         if not await self._all_awake():
             return
         self._tell(f"serving for {duration_s:g} s")
-        number = len(self._served)
+        self._servings += 1
         trace = serving_trace(
             self._probed_costs(),
             min(self._contexts.values()),
             self._pass_tokens,
             duration_s=duration_s,
-            seed=SERVING_SEED + number,
+            seed=SERVING_SEED + self._servings,
         )
-        seen = await replay(self._client, trace, f"serving/{number}")
+        seen = await replay(self._client, trace, f"{self._run}/{self._servings}")
         if await self._all_awake():
             self._served.append(trace)
             self._seen += seen
 
     async def _all_awake(self) -> bool:
         told = await served_models(self._client)
-        asleep = [model for model in self._contexts if told.get(model, {}).get("state") != "ready"]
+        asleep = {
+            model: told.get(model, {}).get("reason") or "it sleeps"
+            for model in self._contexts
+            if told.get(model, {}).get("state") != "ready"
+        }
         if asleep:
+            why = "; ".join(f"{model}: {reason}" for model, reason in asleep.items())
             self._tell(
-                f"{', '.join(asleep)}: not awake with the others, so nothing is measured of all at once; "
-                "give the worker more memory, or measure those that fit together (--model)"
+                f"not awake with the others, so nothing is measured of all at once: {why} (where there is "
+                "too little memory for all, give the worker more or measure those that fit together: --model)"
             )
         return not asleep
 
@@ -124,7 +131,9 @@ class Rounds:
 
         if self._served:
             trace = joined(self._served)
-            costs = fitted_to_served(trace, self._seen, self._facts, costs, profile_of(costs))
+            costs = fitted_to_served(
+                trace, self._seen, self._facts, costs, profile_of(costs), self._pass_tokens
+            )
         return profile_of(costs), costs
 
     def _probed_costs(self) -> dict[str, ModelCost]:

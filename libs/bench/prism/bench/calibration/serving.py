@@ -63,9 +63,14 @@ def serving_trace(
 
 
 def served_outcome(
-    trace: Trace, facts: Mapping[str, ModelFacts], costs: Mapping[str, ModelCost], profile: GpuProfile
+    trace: Trace,
+    facts: Mapping[str, ModelFacts],
+    costs: Mapping[str, ModelCost],
+    profile: GpuProfile,
+    pass_tokens: int,
 ) -> Outcome:
-    """The trace in the simulator, on one GPU with memory for all of the models, which are active."""
+    """The trace in the simulator, on one GPU with memory for all of the models, which are active; a pass
+    prefills `pass_tokens`."""
     placements = [InitialPlacement([0], on=True, max_memory_pool_size=POOL_GB)]
     models = [
         SimulatedModel(index, ModelSpec(name, name, init_placements=placements), facts[name], costs[name])
@@ -80,7 +85,7 @@ def served_outcome(
         profile=profile,
         placement=LruPlacement(),
         admission=FirstComeAdmission(),
-        limits=Limits(elastic=False, freezes=False),
+        limits=Limits(chunk_tokens=pass_tokens, elastic=False, freezes=False),
     ).run()
 
 
@@ -90,12 +95,13 @@ def fitted_to_served(
     facts: Mapping[str, ModelFacts],
     costs: Mapping[str, ModelCost],
     profile: GpuProfile,
+    pass_tokens: int,
 ) -> dict[str, ModelCost]:
     """`costs` with as much added to each model's prefills and steps, or taken from them, as its requests took
     longer than simulated, by the mean without the tenth at either end."""
     found = dict(costs)
     for _ in range(TIMES):
-        outcome = served_outcome(trace, facts, found, profile)
+        outcome = served_outcome(trace, facts, found, profile, pass_tokens)
         for index, model in enumerate(trace.models):
             first, step = [], []
             for request, timed in enumerate(seen):
