@@ -3,12 +3,12 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
-from prism.bench.calibration import probing
 from prism.bench.calibration.probing import (
     OUTPUT,
     all_of,
@@ -193,7 +193,7 @@ async def test_models_that_decode_at_once_do_so_for_as_long_as_the_slowest() -> 
 
     async with client_of(answer) as client:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probing.time, "perf_counter", lambda: clock[0])
+            patch.setattr(time, "perf_counter", lambda: clock[0])
             await slowdown_once(client, {"fast": 4096, "slow": 4096}, random.Random(1))
             await slowdown_once(client, {"fast": 160, "slow": 4096}, random.Random(1))
     assert outputs["slow"] == [OUTPUT] * 4
