@@ -230,9 +230,10 @@ async def test_a_connection_that_cannot_be_drained_is_closed(
     assert bus.client.is_closed
 
 
-async def test_a_connection_is_closed_though_its_drain_is_cancelled(fresh_nats: NatsServer) -> None:
+@pytest.mark.parametrize("inline", [True, False], ids=["its drain", "the wait for its handlers"])
+async def test_a_connection_is_closed_though_this_is_cancelled(fresh_nats: NatsServer, inline: bool) -> None:
     opened: list[Bus] = []
-    stuck = asyncio.Event()
+    stuck, left = asyncio.Event(), asyncio.Event()
 
     async def never_done(message: Msg) -> None:
         stuck.set()
@@ -241,49 +242,22 @@ async def test_a_connection_is_closed_though_its_drain_is_cancelled(fresh_nats: 
     async def use() -> None:
         async with connect_bus(fresh_nats.url, name="test") as bus:
             opened.append(bus)
-            await bus.subscribe("here", never_done, inline=True)
+            await bus.subscribe("here", never_done, inline=inline)
             await bus.publish("here", CancelRequest("r1"))
-            await bus.flush()
             await stuck.wait()
+            left.set()
 
     using = asyncio.create_task(use())
     async with asyncio.timeout(10.0):
-        await stuck.wait()
-        while not opened[0].client.is_draining:  # noqa: ASYNC110 (nothing tells)
+        await left.wait()
+        while inline and not opened[0].client.is_draining:  # noqa: ASYNC110 (nothing tells)
             await asyncio.sleep(0)
         using.cancel()
         await asyncio.wait([using])
     assert using.cancelled()
     assert opened[0].client.is_closed
-    assert writer_of(opened[0].client).is_closing()
-
-
-async def test_a_connection_is_closed_though_the_wait_for_its_handlers_is_cancelled(
-    fresh_nats: NatsServer,
-) -> None:
-    opened: list[Bus] = []
-    handling = asyncio.Event()
-
-    async def never_done(message: Msg) -> None:
-        handling.set()
-        await asyncio.Event().wait()
-
-    async def use() -> None:
-        async with connect_bus(fresh_nats.url, name="test") as bus:
-            opened.append(bus)
-            await bus.subscribe("here", never_done)
-            await bus.publish("here", CancelRequest("r1"))
-            await handling.wait()
-
-    using = asyncio.create_task(use())
-    async with asyncio.timeout(10.0):
-        await handling.wait()
-        await asyncio.sleep(0)
-        using.cancel()
-        await asyncio.wait([using])
-    assert using.cancelled()
-    assert opened[0].client.is_closed
     assert not opened[0]._handling
+    assert writer_of(opened[0].client).is_closing()
 
 
 async def test_no_handler_outlives_the_bus(fresh_nats: NatsServer) -> None:
