@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,6 +23,10 @@ from prism.common.messages.models import ModelSpec
 from prism.common.mirror import mirror_bucket
 
 pytestmark = pytest.mark.core
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+INFO = b'INFO {"server_id": "x", "version": "2.10.0", "max_payload": 1048576}\r\n'
+"""What a NATS server says first."""
 
 
 async def test_request_is_answered_with_the_decoded_reply(bus: Bus) -> None:
@@ -173,19 +179,17 @@ async def test_a_connection_that_is_given_up_half_way_is_closed() -> None:
     arrived, left = asyncio.Event(), asyncio.Event()
 
     async def never_answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b'INFO {"server_id": "x", "version": "2.10.0", "max_payload": 1048576}\r\n')
+        writer.write(INFO)
         await reader.readuntil(b"PING\r\n")
         arrived.set()
         await reader.read()
         left.set()
         writer.close()
 
-    server = await asyncio.start_server(never_answers, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
+    async with scripted_server(never_answers) as url:
 
         async def connect() -> None:
-            async with connect_bus(f"nats://127.0.0.1:{port}", name="test"):
+            async with connect_bus(url, name="test"):
                 pass
 
         connecting = asyncio.create_task(connect())
@@ -202,7 +206,7 @@ async def test_a_try_to_reconnect_that_failed_leaves_no_socket() -> None:
 
     async def goes_dumb(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not served.is_set():
-            writer.write(b'INFO {"server_id": "x", "version": "2.10.0", "max_payload": 1048576}\r\n')
+            writer.write(INFO)
             await reader.readuntil(b"PING\r\n")
             writer.write(b"PONG\r\n")
             served.set()
@@ -212,11 +216,8 @@ async def test_a_try_to_reconnect_that_failed_leaves_no_socket() -> None:
             left.set()
         writer.close()
 
-    server = await asyncio.start_server(goes_dumb, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        async with connect_bus(f"nats://127.0.0.1:{port}", name="test"), asyncio.timeout(10.0):
-            await left.wait()
+    async with scripted_server(goes_dumb) as url, connect_bus(url, name="test"), asyncio.timeout(10.0):
+        await left.wait()
 
 
 async def test_a_connection_that_cannot_be_drained_is_closed(
@@ -290,15 +291,13 @@ async def test_no_handler_outlives_the_bus(fresh_nats: NatsServer) -> None:
 
 async def test_a_connection_that_the_server_ends_for_good_is_an_error() -> None:
     async def has_enough(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b'INFO {"server_id": "x", "version": "2.10.0", "max_payload": 1048576}\r\n')
+        writer.write(INFO)
         await reader.readuntil(b"PING\r\n")
         writer.write(b"PONG\r\n-ERR 'maximum connections exceeded'\r\n")
         await reader.read()
         writer.close()
 
-    server = await asyncio.start_server(has_enough, "127.0.0.1", 0)
-    async with server, asyncio.timeout(10.0):
-        url = f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with scripted_server(has_enough) as url, asyncio.timeout(10.0):
         with pytest.raises(
             PrismError, match=r"ended the connection for good: .*maximum connections exceeded"
         ):
@@ -339,6 +338,14 @@ async def test_a_reconnection_that_misses_its_end_is_ended_all_the_same(
         task = bus.client._reconnection_task
         assert task is not None
         assert task.done()
+
+
+@asynccontextmanager
+async def scripted_server(serve: Serve) -> AsyncIterator[str]:
+    """The URL of a server that does with each connection what `serve` does."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 def writer_of(client: Client) -> asyncio.StreamWriter:

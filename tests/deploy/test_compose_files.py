@@ -100,7 +100,7 @@ def test_a_worker_on_a_gpu_is_not_held_to_the_memory_of_the_tiny_models(
     assert context.params["worker_memory_gb"] is None, "and nothing stands for what the device says"
 
 
-def test_a_new_container_finds_the_kernels_that_engines_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_container_finds_the_kernels_that_engines_compiled() -> None:
     file = yaml.safe_load((COMPOSE / "compose.gpu.yaml").read_text())
     gpu = file["services"]["gpu_worker"]
     (kept,) = [

@@ -21,10 +21,10 @@ from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 
 from prism.common import subjects
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError, words_of
 from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.events import Event
-from prism.common.nats_client import close_client, connect_client, words_of
+from prism.common.nats_client import close_client, connect_client
 from prism.common.telemetry import about
 
 log = logging.getLogger(__name__)

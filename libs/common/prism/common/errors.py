@@ -36,6 +36,11 @@ class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     param: str | None = None
 
 
+def words_of(error: BaseException | None) -> str:
+    """What is told of an error: some have no text."""
+    return str(error) or type(error).__name__
+
+
 class PrismError(Exception):
     """Anything that a caller must be told: becomes an `ErrorBody` at the edge of a service."""
 

@@ -7,17 +7,12 @@ from typing import Any
 import nats.errors
 from nats.aio.client import Client, Srv
 
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError, words_of
+from prism.common.tasks import end_task
 
 log = logging.getLogger(__name__)
 
 CLOSE_DEADLINE_S = 5.0
-ENDS_S = 0.1
-
-
-def words_of(error: BaseException | None) -> str:
-    """What is told of an error: some have no text."""
-    return str(error) or type(error).__name__
 
 
 class _Client(Client):
@@ -65,8 +60,10 @@ async def close_client(client: Client) -> None:
     finally:
         try:
             async with asyncio.timeout(CLOSE_DEADLINE_S):
-                await _end(draining)
-                await _end(client._reconnection_task)
+                # Else a closed client would connect again: nats-py's own cancellation may be forgotten.
+                for task in (draining, client._reconnection_task):
+                    if task is not None:
+                        await end_task(task)
                 await client.close()
         except (nats.errors.Error, OSError, TimeoutError) as error:
             log.debug("bus: closed with %s", words_of(error))
@@ -75,11 +72,3 @@ async def close_client(client: Client) -> None:
                 client._transport.close()  # type: ignore[no-untyped-call]
     if draining is not None and not draining.cancelled() and draining.exception() is not None:
         log.debug("bus: not drained: %s", words_of(draining.exception()))
-
-
-async def _end(task: "asyncio.Task[None] | None") -> None:
-    # nats-py keeps cancellations to itself while it drains or flushes. Where that of a reconnection meets the
-    # connection being made, `asyncio.wait_for` of Python 3.11 drops it, and a closed client would connect.
-    while task is not None and not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=ENDS_S)

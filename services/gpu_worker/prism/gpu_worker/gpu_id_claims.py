@@ -14,7 +14,7 @@ import nats.js.errors
 
 from prism.common import subjects
 from prism.common.bus import GPU_ID_TTL_S, Bus
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError, words_of
 from prism.common.leases import LEASE_ERRORS, LeaseBucket
 from prism.common.messages.codec import encode
 from prism.common.messages.placement import GpuIdClaim
@@ -79,7 +79,7 @@ class GpuIdClaims:
                 if self.ids:
                     pause_s = RENEW_S
             except LEASE_ERRORS as error:
-                self.obstacle = str(error) or type(error).__name__
+                self.obstacle = words_of(error)
                 log.debug("GPU ids not renewed: %r", error)
                 self._leases.failed()
             with contextlib.suppress(TimeoutError):

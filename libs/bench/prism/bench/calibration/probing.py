@@ -10,6 +10,7 @@ import httpx
 import msgspec
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.common.tasks import end_task
 
 # As far as the model's context goes, and one pass of prefill.
 PROMPTS = (8, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -107,9 +108,7 @@ async def all_of(awaited: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(end_task(task) for task in tasks))
 
 
 async def probe_once(

@@ -23,7 +23,7 @@ from prism.bench.gateway.stacks import (
 )
 from prism.bench.results import missed, table, write_results
 from prism.cli.tiny_models import make_tiny_models
-from prism.common.errors import PrismError
+from prism.common.errors import PrismError, words_of
 
 STREAMS = (1, 64, 256)
 STEP_MS = 20.0
@@ -109,7 +109,7 @@ async def run(folder: Path, models: Path, peers: Path | None, seconds: float) ->
                     await read_other(stack, backend, seconds, readings)
             except (PrismError, OSError, TimeoutError) as error:
                 print(f"{name}: {error!r}", file=sys.stderr)
-                readings.absent[name] = (str(error) or type(error).__name__).splitlines()[0]
+                readings.absent[name] = words_of(error).splitlines()[0]
     return readings
 
 

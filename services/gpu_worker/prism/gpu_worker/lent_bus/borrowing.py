@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError, words_of
 from prism.common.memfd import recv_with_fds, send_with_fds
 from prism.common.messages.codec import decode, encode
 from prism.gpu_worker.engine import cuda_driver
@@ -116,7 +116,7 @@ class Lender:
                 return answer
             self.lose("it hung up")
         except (OSError, PrismError) as error:
-            self.lose(str(error) or type(error).__name__)
+            self.lose(words_of(error))
         return None
 
     def lose(self, why: str) -> None:
