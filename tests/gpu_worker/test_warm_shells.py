@@ -9,6 +9,7 @@ from tests.processes import command_line
 
 from prism.common.errors import PrismError
 from prism.gpu_worker import warm_shells as module
+from prism.gpu_worker.kvcached_segments import SHARED_MEMORY, segment_name
 from prism.gpu_worker.warm_shells import WarmShells, warm_shells
 
 MODULE = "tests.gpu_worker.warm_shell_process"
@@ -34,6 +35,26 @@ async def test_a_shell_is_warm_before_it_is_asked_for_and_replaced_when_taken() 
         for shell in (first, second):
             shell.connection.close()
     assert not any(psutil.pid_exists(pid) for pid in pids), "none is left at the end"
+
+
+async def test_what_kvcached_left_of_a_shell_is_gone_when_the_shell_is() -> None:
+    async with warm_shells(MODULE, 1, {}) as shells:
+        await until_ready(shells)
+        shell = await shells.take()
+        of_its_ranks = [SHARED_MEMORY / segment_name(shell.pid, rank) for rank in (0, 1)]
+        of_another = SHARED_MEMORY / segment_name(10 * shell.pid, 0)
+        for path in (*of_its_ranks, of_another):
+            path.touch()
+        try:
+            psutil.Process(shell.pid).kill()
+            async with asyncio.timeout(DEADLINE_S):
+                await shell.exited
+            shell.connection.close()
+            assert not any(path.exists() for path in of_its_ranks)
+            assert of_another.exists()
+        finally:
+            for path in (*of_its_ranks, of_another):
+                path.unlink(missing_ok=True)
 
 
 async def test_a_warm_shell_that_dies_is_not_handed_out() -> None:

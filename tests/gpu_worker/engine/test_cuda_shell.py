@@ -5,20 +5,21 @@ import os
 import pytest
 
 from prism.gpu_worker.engine.cuda_shell import prepare_environment
+from prism.gpu_worker.kvcached_segments import segment_name
 
 pytestmark = pytest.mark.core
 
 
 def test_each_process_has_a_pool_of_its_own_whatever_it_inherits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"KVCACHED_IPC_NAME": "prism-1"})
-    prepare_environment()
-    assert os.environ["KVCACHED_IPC_NAME"] == f"prism-{os.getpid()}"
+    prepare_environment(7, 1)
+    assert os.environ["KVCACHED_IPC_NAME"] == segment_name(7, 1)
 
 
 def test_workspaces_of_cublas_are_small_unless_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {})
-    prepare_environment()
+    prepare_environment(7, 0)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
     monkeypatch.setattr(os, "environ", {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
-    prepare_environment()
+    prepare_environment(7, 0)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.gpu_worker.kvcached_segments import remove_segments
 from prism.gpu_worker.shells import Shell, exit_words
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class StartedShells:
     async def _watch(self, process: asyncio.subprocess.Process, shell: Shell) -> None:
         code = await process.wait()
         del self._processes[process.pid]
+        remove_segments(process.pid)
         if not shell.exited.done():
             shell.exited.set_result(exit_words(code))
 

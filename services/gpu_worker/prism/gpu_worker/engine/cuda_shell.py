@@ -19,14 +19,15 @@ from prism.common.process import die_with_parent
 from prism.gpu_worker.engine.process_group import meet_in_memory
 from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.kernel_caches import keep_compiled_kernels
+from prism.gpu_worker.kvcached_segments import segment_name
 
 RANKS = "PRISM_RANKS"
 MODULE = "prism.gpu_worker.engine.cuda_shell"
 STACK_BYTES = 256
 
 
-def prepare_environment() -> None:
-    """What SGLang and kvcached must see before they are imported."""
+def prepare_environment(shell_pid: int, rank: int) -> None:
+    """What SGLang and kvcached must see before they are imported, in a rank of the shell `shell_pid`."""
     os.environ.update(
         ENABLE_KVCACHED="true",
         KVCACHED_AUTOPATCH="1",
@@ -43,7 +44,7 @@ def prepare_environment() -> None:
     # 8 MiB for each stream and handle, in place of Hopper's 32: as many as a dozing engine keeps.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     # A rank's own too, and not the one that it inherits: each maps its pages itself.
-    os.environ["KVCACHED_IPC_NAME"] = f"prism-{os.getpid()}"
+    os.environ["KVCACHED_IPC_NAME"] = segment_name(shell_pid, rank)
 
 
 class StartedRanks:
@@ -129,7 +130,8 @@ def main() -> None:
     die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
-    prepare_environment()
+    # Ranks are children of the shell that they belong to.
+    prepare_environment(os.getppid() if rank else os.getpid(), rank)
     warnings.filterwarnings("ignore")
     others = StartedRanks(size if rank == 0 else 1, meet_in_memory() if rank == 0 else -1)
     warm_up(rank)
