@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prism.gpu_worker.engine import cuda_shell
-from prism.gpu_worker.kernel_caches import INDUCTOR, TRITON, kernel_caches
+from prism.gpu_worker.kernel_caches import INDUCTOR, TRITON, TVM_FFI, kernel_caches
 
 pytestmark = pytest.mark.core
 
@@ -22,9 +22,11 @@ def test_another_place_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"HOME": "/home/somebody", INDUCTOR: "/kernels/torch"})
     cuda_shell.prepare_environment(7, 0)
     assert os.environ[INDUCTOR] == "/kernels/torch"
-    chosen = kernel_caches(Path("/home/somebody"), {INDUCTOR: "/kernels/torch", TRITON: "/kernels/triton"})
+    places = {INDUCTOR: "/kernels/torch", TRITON: "/kernels/triton", TVM_FFI: "/kernels/sglang"}
+    chosen = kernel_caches(Path("/home/somebody"), places)
     assert chosen == {
         "Triton": Path("/kernels/triton"),
         "flashinfer": Path("/home/somebody/.cache/flashinfer"),
         "torch": Path("/kernels/torch"),
+        "SGLang": Path("/kernels/sglang"),
     }

@@ -64,11 +64,23 @@ def test_the_bus_is_judged_by_its_rate(rate: float | None, verdict: Verdict) -> 
 def test_without_a_compiler_only_cached_kernels_help(tmp_path: Path) -> None:
     assert fails(host.check_compiler(tmp_path, {}, no_program))
     (tmp_path / ".cache" / "flashinfer" / "norm").mkdir(parents=True)
-    nvcc, triton, flashinfer, torch = host.check_compiler(tmp_path, {}, no_program)
-    assert (nvcc.verdict, flashinfer.verdict) == (Verdict.SLOW, Verdict.OK)
-    assert (triton.verdict, torch.verdict) == (Verdict.SLOW, Verdict.SLOW)
+    nvcc, *_ = host.check_compiler(tmp_path, {}, no_program)
+    assert nvcc.verdict is Verdict.MISSING
+    assert "SGLang" in nvcc.found
+    assert "flashinfer" not in nvcc.found
+    assert str(tmp_path / ".cache" / "tvm-ffi") in nvcc.fix
+    (tmp_path / ".cache" / "tvm-ffi" / "rope").mkdir(parents=True)
+    nvcc, triton, flashinfer, _, sglang = host.check_compiler(tmp_path, {}, no_program)
+    assert (nvcc.verdict, triton.verdict) == (Verdict.SLOW, Verdict.SLOW)
+    assert (flashinfer.verdict, sglang.verdict) == (Verdict.OK, Verdict.OK)
     nvcc, *_ = host.check_compiler(tmp_path, {}, lambda _: "/opt/cuda/bin/nvcc")
     assert nvcc.verdict is Verdict.OK
+
+
+def test_an_empty_cache_of_torch_is_as_it_should_be_with_one_gpu(tmp_path: Path) -> None:
+    *_, torch, _ = host.check_compiler(tmp_path, {}, no_program)
+    assert torch.verdict is Verdict.OK
+    assert "several GPUs" in torch.found
 
 
 def test_mps_is_told_from_its_pipe(tmp_path: Path) -> None:

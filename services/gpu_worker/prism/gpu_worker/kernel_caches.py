@@ -6,6 +6,7 @@ from pathlib import Path
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 TRITON = "TRITON_CACHE_DIR"
+TVM_FFI = "TVM_FFI_CACHE_DIR"
 
 
 def kernel_caches(home: Path, environment: Mapping[str, str]) -> dict[str, Path]:
@@ -14,6 +15,7 @@ def kernel_caches(home: Path, environment: Mapping[str, str]) -> dict[str, Path]
         "Triton": Path(environment.get(TRITON, home / ".triton" / "cache")),
         "flashinfer": home / ".cache" / "flashinfer",
         "torch": Path(environment.get(INDUCTOR, home / ".cache" / "prism" / "inductor")),
+        "SGLang": Path(environment.get(TVM_FFI, home / ".cache" / "tvm-ffi")),
     }
 
 

@@ -18,6 +18,8 @@ SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_BYTES = 16 << 20
 LEAST_PINNED_BYTES_PER_S = 20e9
 COMFORTABLE_MEMORY_BYTES = 64 * GIB
+NEED_NVCC = ("flashinfer", "SGLang")
+"""Whose kernels nvcc compiles."""
 
 
 def check_memfd() -> Finding:
@@ -93,24 +95,31 @@ def check_bandwidth(probe: Probe) -> Finding:
 def check_compiler(
     home: Path, environment: Mapping[str, str], which: Callable[[str], str | None] = shutil.which
 ) -> list[Finding]:
-    """nvcc, and what was compiled before: flashinfer compiles its kernels when they are first used."""
+    """nvcc, and what was compiled before: flashinfer and SGLang have it compile kernels when they are first
+    used, by the shapes of a model."""
     root = environment.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = which("nvcc") or which(f"{root}/bin/nvcc")
     caches = kernel_caches(home, environment)
     held = {name: _entries(folder) for name, folder in caches.items()}
+    lacking = [name for name in NEED_NVCC if not held[name]]
     if nvcc:
         findings = [Finding("nvcc", Verdict.OK, nvcc)]
-    elif held["flashinfer"]:
+    elif lacking:
+        found = f"neither it nor cached kernels of {' and '.join(lacking)}"
+        fix = "install the CUDA toolkit 13, or copy from an equal host: "
+        fix += ", ".join(str(caches[name]) for name in lacking)
+        findings = [Finding("nvcc", Verdict.MISSING, found, fix, essential=True)]
+    else:
         fix = "a kernel that is not cached yet can't be compiled: install the CUDA toolkit"
         findings = [Finding("nvcc", Verdict.SLOW, "not there, but kernels are cached", fix)]
-    else:
-        fix = "install the CUDA toolkit 13, or copy ~/.cache/flashinfer of an equal host"
-        findings = [Finding("nvcc", Verdict.MISSING, "neither it nor cached kernels", fix, essential=True)]
     for name, count in held.items():
         if count:
             findings.append(Finding(f"{name}'s cache", Verdict.OK, f"{count} entries in {caches[name]}"))
+        elif name == "torch":
+            found = f"nothing in {caches[name]}; only engines on several GPUs compile by it"
+            findings.append(Finding(f"{name}'s cache", Verdict.OK, found))
         else:
-            fix = "the first start of each kind of model compiles for 35 to 50 s"
+            fix = "the first start of each kind of model compiles for 20 to 50 s"
             findings.append(Finding(f"{name}'s cache", Verdict.SLOW, f"nothing in {caches[name]}", fix))
     return findings
 
