@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError, shortened
 
 pytestmark = pytest.mark.core
 
@@ -25,3 +25,11 @@ def test_an_error_crosses_to_another_process(error: PrismError) -> None:
     arrived = pickle.loads(pickle.dumps(error))
     assert type(arrived) is PrismError
     assert (arrived.body, str(arrived)) == (error.body, str(error))
+
+
+def test_a_long_text_keeps_its_beginning_and_its_end() -> None:
+    assert shortened("as it is") == "as it is"
+    cut = shortened("begin" + "x" * 10_000 + "end", 100)
+    assert len(cut) <= 100
+    assert cut.startswith("begin")
+    assert cut.endswith("end")

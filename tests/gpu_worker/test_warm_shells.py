@@ -1,6 +1,8 @@
 """Shells that are started ahead of need."""
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 
 import psutil
@@ -82,6 +84,26 @@ async def test_a_shell_that_ends_before_it_is_warm_is_started_again(
             shell = await shells.take()
         shell.connection.close()
     assert "did not get ready: exit status 7" in caplog.text
+
+
+async def test_a_moment_without_file_descriptors_is_not_the_end_of_shells(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.01)
+    pipe2 = os.pipe2
+    lacking = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+
+    def troubled(flags: int) -> tuple[int, int]:
+        if lacking:
+            raise lacking.pop()
+        return pipe2(flags)
+
+    monkeypatch.setattr(os, "pipe2", troubled)
+    async with warm_shells(MODULE, 1, {}) as shells:
+        async with asyncio.timeout(DEADLINE_S):
+            shell = await shells.take()
+        shell.connection.close()
+    assert "Too many open files" in caplog.text
 
 
 async def test_whoever_waits_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

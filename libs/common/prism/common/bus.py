@@ -167,7 +167,7 @@ class Bus:
         """Publish a life-cycle event; a bus that is away loses it, which is what events are allowed to be."""
         try:
             await self.publish(subjects.event(event.kind, event.model), event)
-        except (nats.errors.Error, OSError) as error:
+        except (nats.errors.Error, OSError, PrismError) as error:
             log.debug("event %s of %s not told: %s", event.kind, event.model, error)
 
     async def bucket(self, name: str) -> KeyValue:

@@ -36,6 +36,12 @@ class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     param: str | None = None
 
 
+def shortened(text: str, most: int = 2000) -> str:
+    """`text`, or its beginning and its end within `most` characters: messages have to carry it."""
+    half = (most - 5) // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
 def words_of(error: BaseException | None) -> str:
     """What is told of an error: some have no text."""
     return str(error) or type(error).__name__

@@ -9,12 +9,14 @@ import nats.errors
 
 from prism.common import subjects
 from prism.common.bus import Bus
+from prism.common.errors import PrismError
 from prism.common.messages.events import Event
 from prism.common.messages.load import LoadReport
 from prism.common.messages.placement import CommandKind
 from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import Progress
 from prism.gpu_worker.model_instance import ModelInstance
+from prism.gpu_worker.model_load import told_bytes
 from prism.scheduling.ledger import Parts
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,9 @@ class Announcements:
                 await self._bus.publish(subject, self._report())
             except (nats.errors.Error, OSError) as error:
                 log.debug("load report not sent: %s", error)
+            except PrismError as error:
+                # One report less, not a worker less.
+                log.error("load report not sent: %s", error.message)
             try:
                 async with asyncio.timeout(REPORT_INTERVAL_S):
                     await self._changed.wait()
@@ -83,7 +88,7 @@ class Announcements:
     ) -> None:
         """An event for a command that changed something, with the time it took and the memory in use now."""
         if seconds:
-            weights, kv = instance.counted.resident_bytes()
+            weights, kv = told_bytes(instance)
             self._tell(
                 COMMAND_DONE[kind], instance.name, f"from {before}", seconds, {"weights": weights, "kv": kv}
             )

@@ -153,8 +153,15 @@ class EngineProcess:
         """Ask the engine to stop `rid`; a final output follows if it was running."""
         self._send(Abort(rid))
 
+    def when_gone(self, then: Callable[[], None]) -> None:
+        """Have `then` called once its process has ended for certain, and with it all that it held."""
+        self._shell.exited.add_done_callback(lambda _: then())
+
     async def close(self) -> None:
-        """End the engine: closing its socket asks for it, a signal enforces it. Returns when it is gone."""
+        """End the engine: closing its socket asks for it, a signal enforces it. Returns when it is gone.
+
+        Raises PrismError(internal, retry) when its process is there still, as one is that the kernel does not
+        let go of."""
         if self._writer is not None:
             self._writer.close()
         try:
@@ -162,8 +169,16 @@ class EngineProcess:
                 await asyncio.shield(self._shell.exited)
         except TimeoutError:
             self._signal(signal.SIGKILL)
-            async with asyncio.timeout(EXIT_DEADLINE_S):
-                await asyncio.shield(self._shell.exited)
+            try:
+                async with asyncio.timeout(EXIT_DEADLINE_S):
+                    await asyncio.shield(self._shell.exited)
+            except TimeoutError as error:
+                raise PrismError(
+                    ErrorCode.INTERNAL,
+                    f"engine {self.pid} is there still, {EXIT_DEADLINE_S:g} s after it was killed; until it "
+                    "is gone its memory stays reserved and its model is not started again",
+                    retry=True,
+                ) from error
         if self._reader_task is not None:
             self._reader_task.cancel()
             await asyncio.gather(self._reader_task, return_exceptions=True)

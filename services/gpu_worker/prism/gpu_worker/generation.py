@@ -21,6 +21,7 @@ from prism.gpu_worker.request_queue import RequestQueue
 from prism.gpu_worker.running_request import (
     RunningRequest,
     beyond_memory,
+    going_on,
     queued_request,
     within_memory,
 )
@@ -80,6 +81,12 @@ class GenerationRequests:
         if request.rid in self._queued or request.rid in self._running:
             log.warning("a request arrived twice", extra=about(rid=request.rid, model=request.model))
             return
+        if request.replayed_tokens:
+            shortened = going_on(request, instance)
+            if shortened is None:
+                frames.finish([], None, Finish("length", len(request.input_ids), 0))
+                return
+            request = shortened
         if (refusal := beyond_memory(request, instance)) is not None:
             frames.fail(refusal)
             return
@@ -89,6 +96,10 @@ class GenerationRequests:
         frames.alive()
         self._on_demand()
         self._pump_soon()
+
+    def refuse(self, rid: str, reply: str, error: ErrorBody) -> None:
+        """Answer a request that could not be read."""
+        FrameStream(self._publisher, reply, rid).fail(error)
 
     def cancel(self, rid: str) -> None:
         """Forget a queued request, abort a running one; unknown ones are done already."""

@@ -43,6 +43,10 @@ class InstanceMemory:
         self._ledger = ledger
         self._room = room
 
+    def describe(self, spec: ModelSpec, facts: ModelFacts) -> None:
+        """What the model is from its next engine on."""
+        self._spec, self._facts = spec, facts
+
     @property
     def _name(self) -> str:
         return self._spec.model_name

@@ -12,9 +12,11 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError, shortened
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.common.telemetry import about
 from prism.gpu_worker.counted_memory import CountedMemory
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.engine_process import EngineEvents, EngineProcess
@@ -93,6 +95,8 @@ class ModelInstance:
         self._requests_kv_tokens = kv_tokens
         self._watch: asyncio.Task[None] | None = None
         self._lost: EngineProcess | None = None
+        # One that was to end and has not yet: what it holds is reserved, nobody may start beside it.
+        self._ending: EngineProcess | None = None
         self.image = ImageExport(spec.model_name)
 
     @property
@@ -105,9 +109,15 @@ class ModelInstance:
         """The model's name."""
         return self.spec.model_name
 
+    def describe(self, spec: ModelSpec, facts: ModelFacts) -> None:
+        """What the model is from its next engine on; while there is one it stays what it is."""
+        if self.engine is None:
+            self.spec, self.facts = spec, facts
+            self.memory.describe(spec, facts)
+
     def set_state(self, state: ModelState, failure: str | None = None) -> None:
         """Enter `state`, and tell. A failed model stays failed until it is tried again, or released."""
-        self.failure = failure
+        self.failure = failure = None if failure is None else shortened(failure)
         if state is self.state and failure is None:
             return
         self.state = state
@@ -253,6 +263,7 @@ class ModelInstance:
                 f"{self.name} wants tp_size {self.spec.tp_size}; engines of the {self._device.name} device "
                 f"of this worker have {possible} rank(s)",
             )
+        await self._until_gone()
         self.image.begin()
         weights = self.memory.begin(kv_bytes)
         kv_bytes = await self.memory.reserve(weights, kv_bytes)
@@ -389,8 +400,24 @@ class ModelInstance:
             return None
         return self.engine.pid, self.ready
 
+    async def _until_gone(self) -> None:
+        """Wait for the engine that was to end, if there is one. Raises PrismError when it still has not."""
+        ending = self._ending
+        if ending is not None:
+            await ending.close()
+            self._let_go(ending)
+
+    def _let_go(self, engine: EngineProcess) -> None:
+        """Nothing is left of `engine`, which may have been said before."""
+        if self._ending is engine:
+            self._ending = None
+            self.memory.release()
+
     async def discard_engine(self, state: ModelState, failure: str | None = None) -> None:
-        """End the engine, if any; its memory is free when this returns, and the state is `state`."""
+        """End the engine, if any; its memory is free when this returns, and the state is `state`.
+
+        Raises PrismError when its process is there still: the model is failed then, its memory reserved for
+        as long as that lasts."""
         engine, self.engine = self.engine, None
         self.ready = None
         self.engine_load = Outputs([], 0, 0, 0)
@@ -398,13 +425,18 @@ class ModelInstance:
         if watch is not None and watch is not asyncio.current_task():
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
+        if engine is not None:
+            self._ending = engine
+            engine.when_gone(partial(self._let_go, engine))
         try:
-            if engine is not None:
-                await engine.close()
-        finally:
+            await self._until_gone()
             self.memory.release()
+        except PrismError as error:
+            state, failure = ModelState.FAILED, error.message
+            raise
+        finally:
             self._on_discarded(self)
-        self.set_state(state, failure)
+            self.set_state(state, failure)
 
     async def _watch_end(self, engine: EngineProcess) -> None:
         how = await engine.ended
@@ -415,7 +447,10 @@ class ModelInstance:
         self._tell_lost(engine, how)
         async with self.lock:
             if self.engine is engine:
-                await self.discard_engine(ModelState.COLD)
+                try:
+                    await self.discard_engine(ModelState.COLD)
+                except PrismError as error:
+                    log.error("%s", error.message, extra=about(model=self.name))
 
     def _tell_lost(self, engine: EngineProcess, how: str) -> None:
         if self._lost is not engine:

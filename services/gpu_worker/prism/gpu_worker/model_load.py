@@ -1,16 +1,30 @@
 """What a worker reports of one model."""
 
+import logging
 import time
 
+from prism.common.errors import PrismError
 from prism.common.messages.load import ModelLoad
+from prism.common.telemetry import about
 from prism.gpu_worker.instance_memory import kv_bytes_of
 from prism.gpu_worker.model_instance import ModelInstance
+
+log = logging.getLogger(__name__)
+
+
+def told_bytes(instance: ModelInstance) -> tuple[int, int]:
+    """Behind weights and KV cache, as kernel or driver count it; where they don't, what is reserved."""
+    try:
+        return instance.counted.resident_bytes()
+    except PrismError as error:
+        log.debug("%s", error.message, extra=about(model=instance.name))
+        return instance.memory.reserved_weights_bytes, instance.memory.quota_bytes
 
 
 def load_of(instance: ModelInstance, queued: int, kv_wanted_tokens: int) -> ModelLoad:
     """What there is to report of `instance` now; bytes are what the kernel says is there. Of its requests
     `queued` wait here, and all of them want `kv_wanted_tokens` of its KV cache."""
-    weights, kv = instance.counted.resident_bytes()
+    weights, kv = told_bytes(instance)
     engine = instance.engine_load
     running = engine.running + engine.waiting
     busy = queued + running > 0

@@ -1,5 +1,6 @@
 """A request on this worker: what it promises, what admission sees of it, whether memory suffices."""
 
+import sys
 import time
 from math import inf
 
@@ -12,6 +13,9 @@ from prism.gpu_worker.frames import FrameStream
 from prism.gpu_worker.model_instance import ModelInstance
 from prism.gpu_worker.serving_record import Objectives
 from prism.scheduling.admission import QueuedRequest
+
+INPUT_MARGIN = 6
+"""Tokens that SGLang's longest prompt is shorter than the context."""
 
 
 class RunningRequest:
@@ -72,10 +76,24 @@ def beyond_memory(request: GenerateRequest, instance: ModelInstance) -> ErrorBod
     )
 
 
+def going_on(request: GenerateRequest, instance: ModelInstance) -> GenerateRequest | None:
+    """A request that has tokens from elsewhere, with no more to come than there can be room for; None when
+    that is nothing, and its answer ends by its length. It was accepted once, and is refused nowhere."""
+    room = (instance.facts.context_length or sys.maxsize) - INPUT_MARGIN - len(request.input_ids)
+    if instance.most_kv_tokens is not None:
+        room = min(room, instance.most_kv_tokens - len(request.input_ids))
+    if room <= 0:
+        return None
+    return msgspec.structs.replace(request, sampling=_at_most(request.sampling, room))
+
+
 def within_memory(request: GenerateRequest, instance: ModelInstance) -> SamplingParams:
     """Ends at the length that there can be memory for, as at the model's context length."""
     sampling, most = request.sampling, instance.most_kv_tokens
-    room = sampling.max_new_tokens if most is None else most - len(request.input_ids)
+    return sampling if most is None else _at_most(sampling, most - len(request.input_ids))
+
+
+def _at_most(sampling: SamplingParams, room: int) -> SamplingParams:
     if sampling.max_new_tokens <= room:
         return sampling
     return msgspec.structs.replace(

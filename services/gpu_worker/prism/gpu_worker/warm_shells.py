@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from prism.common.errors import ErrorCode, PrismError
+from prism.common.errors import ErrorCode, PrismError, words_of
 from prism.common.tasks import end_task
 from prism.gpu_worker.shells import Shell
 from prism.gpu_worker.started_shells import StartedShells, started_shells
@@ -60,8 +60,8 @@ class WarmShells:
                 await self.changed.wait_for(lambda: len(self._warm) < self._count)
             try:
                 shell = await self._warmed()
-            except PrismError as error:
-                log.error("%s; trying again in %g s", error.message, RETRY_S)
+            except (PrismError, OSError) as error:
+                log.error("%s; trying again in %g s", words_of(error), RETRY_S)
                 await asyncio.sleep(RETRY_S)
                 continue
             async with self.changed:

@@ -14,8 +14,8 @@ from nats.aio.msg import Msg
 
 from prism.common import subjects
 from prism.common.bus import Bus
-from prism.common.errors import ErrorCode, PrismError
-from prism.common.messages.codec import decode, encode
+from prism.common.errors import ErrorCode, PrismError, shortened
+from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.generation import CancelRequest, GenerateRequest
 from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelState
@@ -112,8 +112,14 @@ class Worker:
             return asyncio.create_task(work, name=name)
 
     async def on_request(self, message: Msg) -> None:
-        """A generation request from the bus."""
-        self.requests.arrive(decode(message.data, GenerateRequest), message.reply)
+        """A generation request from the bus, answered too when it can't be read."""
+        try:
+            request = decode(message.data, GenerateRequest)
+        except PrismError as error:
+            if message.reply:
+                self.requests.refuse(names_in(message.data).get("rid", ""), message.reply, error.body)
+            raise
+        self.requests.arrive(request, message.reply)
 
     async def on_cancel(self, message: Msg) -> None:
         """A cancellation from the bus."""
@@ -153,7 +159,7 @@ class Worker:
         except Exception as error:
             log.exception("%s failed", command.kind, extra=about(model=command.spec.model_name))
             outcome = self._outcome(
-                command, error=PrismError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
+                command, error=PrismError(ErrorCode.INTERNAL, shortened(f"{type(error).__name__}: {error}"))
             )
         await message.respond(encode(outcome))
         self.announcements.changed()
@@ -203,6 +209,7 @@ class Worker:
         async with instance.lock:
             # Again: whoever held the lock before may have taken long.
             self._check(command)
+            instance.describe(command.spec, command.facts)
             self._transitions[instance.name] = asyncio.current_task()
             before = instance.state
             match command.kind:
@@ -242,8 +249,6 @@ class Worker:
                 room=self.quotas.room,
                 kv_tokens=self.requests.kv_tokens,
             )
-        elif instance.engine is None:
-            instance.spec, instance.facts = command.spec, command.facts
         return instance
 
     async def _doze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:

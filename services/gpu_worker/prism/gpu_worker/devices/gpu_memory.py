@@ -29,8 +29,14 @@ class GpuMemory:
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).free)
 
     def used_by(self, pid: int) -> int:
-        """What the process holds, its context included; 0 if it has none here."""
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        """What the process holds, its context included; 0 if it has none here. Raises PrismError(internal)
+        when the driver does not tell."""
+        try:
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except pynvml.NVMLError as error:
+            raise PrismError(
+                ErrorCode.INTERNAL, f"the driver does not tell what processes hold on {self.name}: {error}"
+            ) from error
         return sum(int(process.usedGpuMemory or 0) for process in processes if process.pid == pid)
 
 

@@ -17,7 +17,7 @@ from sglang.srt.managers import mm_utils
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.errors import ErrorBody, ErrorCode, PrismError, shortened
 from prism.common.messages.generation import SamplingParams
 from prism.gpu_worker.engine import build_steps, footprint, seeds
 from prism.gpu_worker.engine.link import EngineLink, WorkerGone
@@ -257,8 +257,9 @@ def _reason(error: Exception, start: StartEngine) -> ErrorBody:
         return error.body
     where = traceback.extract_tb(error.__traceback__)[-1]
     log.debug("why it did not start", exc_info=error)
+    why = shortened(f"{type(error).__name__}: {error}")
     return ErrorBody(
         ErrorCode.MODEL_FAILED,
-        f"{start.model} from {start.model_path} failed to start: {type(error).__name__}: {error} "
+        f"{start.model} from {start.model_path} failed to start: {why} "
         f"({Path(where.filename).name}:{where.lineno})",
     )

@@ -1,0 +1,301 @@
+"""What a model's next start knows, and what happens when its engine does not end: simulated engines, each a
+real process."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+from nats.aio.msg import Msg
+from tests.gpu_worker.worker_rig import DEADLINE_S, KV_BYTES, SMALL, Rig, send, store_process, tokens_of
+
+from prism.cli.nats_server import NatsServer
+from prism.common import subjects
+from prism.common.bus import connect_bus
+from prism.common.errors import ErrorCode, PrismError
+from prism.common.messages.codec import decode, encode
+from prism.common.messages.generation import TokenFrame
+from prism.common.messages.models import InitialPlacement, ModelFacts, ModelSpec, ModelState
+from prism.common.messages.placement import Command, CommandKind, CommandOutcome
+from prism.gpu_worker import engine_process
+from prism.gpu_worker.devices.simulated import SimulatedDevice, simulated_device
+from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
+from prism.gpu_worker.engine_protocol import Ready
+from prism.gpu_worker.frames import frame_publisher
+from prism.gpu_worker.model_instance import EngineLimits
+from prism.gpu_worker.shells import Shell
+from prism.gpu_worker.started_shells import StartedShells
+from prism.gpu_worker.worker import WorkerIdentity, run_worker
+from prism.scheduling.admission import FirstComeAdmission
+from prism.scheduling.memory import kv_reservation
+
+LIMIT_BYTES = 60_000_000
+FIXED_BYTES = 1_000_000
+
+
+class QuietShells:
+    """Shells whose end is not reported before `tell` is set."""
+
+    ready = True
+
+    def __init__(self, inner: StartedShells) -> None:
+        self._inner = inner
+        self.tell = asyncio.Event()
+        self.tell.set()
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def take(self, inherited: Sequence[int] = ()) -> Shell:
+        """One of the inner ones."""
+        shell = await self._inner.take(inherited)
+        quiet = Shell(shell.pid, shell.connection)
+        task = asyncio.create_task(self._report(shell, quiet))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+        return quiet
+
+    async def _report(self, shell: Shell, quiet: Shell) -> None:
+        how = await shell.exited
+        await self.tell.wait()
+        quiet.exited.set_result(how)
+
+
+@pytest.fixture(scope="module")
+async def simulated_store(
+    session_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Path]:
+    async with store_process(session_nats, tmp_path_factory.mktemp("store")) as socket:
+        yield socket
+
+
+@pytest.fixture
+async def device() -> AsyncIterator[SimulatedDevice]:
+    costs = SimulatedCosts(start_ms=0, doze_ms=0, wake_ms=0, decode_step_ms=1, context_bytes=FIXED_BYTES)
+    async with simulated_device(costs) as simulated:
+        assert isinstance(simulated.shells, StartedShells)
+        simulated.shells = QuietShells(simulated.shells)
+        yield simulated
+
+
+@pytest.fixture
+async def rig(
+    session_nats: NatsServer, simulated_store: Path, device: SimulatedDevice, tiny_models: dict[str, Path]
+) -> AsyncIterator[Rig]:
+    identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
+    async with (
+        connect_bus(session_nats.url, name="instance test") as bus,
+        frame_publisher(bus) as publisher,
+        run_worker(
+            identity,
+            bus,
+            device,
+            publisher,
+            drain_s=5.0,
+            admission=FirstComeAdmission(),
+            memory_limit_bytes=LIMIT_BYTES,
+            store_socket=str(simulated_store),
+            limits=EngineLimits(4, 256, stall_s=30.0),
+        ) as worker,
+    ):
+        yield Rig(bus, worker, tiny_models)
+
+
+async def activated(rig: Rig, spec: ModelSpec, facts: ModelFacts) -> CommandOutcome:
+    """What comes of an activation with this spec and these facts."""
+    command = Command(
+        kind=CommandKind.ACTIVATE,
+        epoch=1,
+        spec=spec,
+        facts=facts,
+        deadline_s=DEADLINE_S,
+        drain_s=1.0,
+        kv_bytes=KV_BYTES,
+    )
+    return await rig.bus.request(subjects.command(rig.id), command, CommandOutcome, timeout_s=DEADLINE_S)
+
+
+def spec_of(rig: Rig, pool_gb: float | None = None) -> ModelSpec:
+    placements = [InitialPlacement([0], True, pool_gb)] if pool_gb is not None else []
+    return ModelSpec(SMALL, str(rig.models[SMALL]), init_placements=placements)
+
+
+async def test_a_model_that_was_mended_is_started_by_what_it_is_now(rig: Rig) -> None:
+    facts = rig.facts(SMALL)
+    far_too_large = msgspec.structs.replace(
+        facts, parameters=70_000_000_000, checkpoint_bytes=140_000_000_000
+    )
+    refused = await activated(rig, spec_of(rig), far_too_large)
+    assert refused.error is not None
+    assert refused.error.code is ErrorCode.OUT_OF_MEMORY
+    outcome = await activated(rig, spec_of(rig), facts)
+    assert outcome.error is None, outcome.error
+    assert outcome.state is ModelState.ACTIVE
+
+
+async def test_a_bound_on_its_kv_cache_that_was_changed_holds_from_its_next_start(rig: Rig) -> None:
+    facts = msgspec.structs.replace(rig.facts(SMALL), kv_elements_per_token=1024)
+    for pool_gb in (0.004, 0.008):
+        spec = spec_of(rig, pool_gb)
+        assert (await activated(rig, spec, facts)).error is None
+        memory = rig.worker.instances[SMALL].memory
+        assert memory.kv_cap_bytes == kv_reservation(spec, facts, None)
+        await rig.command(CommandKind.RELEASE)
+
+
+async def test_an_engine_that_does_not_end_keeps_its_memory_and_lets_no_other_start(
+    rig: Rig, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "EXIT_DEADLINE_S", 0.05)
+    shells = device.shells
+    assert isinstance(shells, QuietShells)
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+    held = rig.worker.ledger.held(SMALL)
+    shells.tell.clear()
+
+    released = await rig.command(CommandKind.RELEASE)
+    assert released.error is not None
+    assert str(engine.pid) in released.error.message
+    assert released.state is ModelState.FAILED
+    assert rig.load().failure == released.error.message
+    assert rig.worker.ledger.held(SMALL) == held, "nobody has said that its memory is free"
+    again = await rig.command(CommandKind.ACTIVATE)
+    assert again.error is not None
+    assert again.error.retry
+    assert rig.worker.ledger.held(SMALL) == held
+
+    shells.tell.set()
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.error is None, outcome.error
+    assert outcome.state is ModelState.ACTIVE
+    assert (await (await send(rig, "a", [5, 6, 7], 4)).all())[-1].finish is not None
+
+
+async def test_the_memory_of_an_engine_that_ends_late_is_free_then(
+    rig: Rig, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "EXIT_DEADLINE_S", 0.05)
+    shells = device.shells
+    assert isinstance(shells, QuietShells)
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    shells.tell.clear()
+    assert (await rig.command(CommandKind.RELEASE)).error is not None
+    shells.tell.set()
+    assert (await rig.command(CommandKind.RELEASE)).error is None
+    assert rig.load().state is ModelState.COLD
+    assert rig.worker.ledger.reserved_bytes == 0
+
+
+async def test_a_killed_engine_that_is_not_gone_leaves_no_model_that_seems_active(
+    rig: Rig, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "EXIT_DEADLINE_S", 0.05)
+    shells = device.shells
+    assert isinstance(shells, QuietShells)
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+    shells.tell.clear()
+    failed = asyncio.create_task(rig.until_state(ModelState.FAILED))
+    engine.kill()
+    await failed
+    assert rig.worker.ledger.reserved_bytes > 0
+    shells.tell.set()
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 100])
+async def test_a_request_that_goes_on_here_ends_by_its_length_where_memory_does(
+    rig: Rig, beyond: int
+) -> None:
+    await activated(rig, spec_of(rig), msgspec.structs.replace(rig.facts(SMALL), context_length=100_000))
+    most = rig.worker.instances[SMALL].most_kv_tokens
+    assert most is not None
+    ids = [5] * (most - 20 + beyond)
+    frames = await (await send(rig, "moved", ids, 4000, replayed_tokens=400)).all()
+    assert len(tokens_of(frames)) == max(0, 20 - beyond)
+    finish = frames[-1].finish
+    assert finish is not None
+    assert finish.reason == "length"
+    refused = await (await send(rig, "new", ids, 4000)).all()
+    assert refused[-1].error is not None
+    assert refused[-1].error.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED
+
+
+async def test_a_request_that_goes_on_here_ends_by_its_length_at_the_end_of_the_context(rig: Rig) -> None:
+    await activated(rig, spec_of(rig), msgspec.structs.replace(rig.facts(SMALL), context_length=200))
+    frames = await (await send(rig, "moved", [5] * 199, 50, replayed_tokens=100)).all()
+    assert frames[-1].finish is not None
+    assert frames[-1].finish.reason == "length"
+    assert not tokens_of(frames)
+
+
+async def test_a_request_that_nobody_can_read_is_answered(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+    async def on_frame(message: Msg) -> None:
+        answer.set_result(message)
+
+    rid = "f" * 32
+    reply = subjects.reply("test", rid)
+    await rig.bus.subscribe(reply, on_frame, inline=True)
+    await rig.bus.client.publish(
+        subjects.request(SMALL, rig.id),
+        encode({"rid": rid, "model": SMALL, "input_ids": "none"}),
+        reply=reply,
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        frame = decode((await answer).data, TokenFrame)
+    assert (frame.rid, frame.seq) == (rid, 0)
+    assert frame.error is not None
+    assert frame.error.code is ErrorCode.BAD_MESSAGE
+
+
+class Uncounted(SimulatedDevice):
+    """A driver that does not tell what a process holds."""
+
+    def resident_bytes(self, pid: int, ready: Ready) -> tuple[int, int]:
+        raise PrismError(ErrorCode.INTERNAL, "the driver says nothing")
+
+
+async def test_a_worker_whose_driver_does_not_count_reports_what_is_reserved(
+    rig: Rig, device: SimulatedDevice
+) -> None:
+    device.__class__ = Uncounted
+    outcome = await rig.command(CommandKind.ACTIVATE)
+    assert outcome.error is None, outcome.error
+    report = await rig.until_state(ModelState.ACTIVE)
+    [load] = report.models
+    held = rig.worker.ledger.held(SMALL)
+    assert (load.weights_bytes, load.kv_used_bytes) == (held.weights, held.kv)
+
+
+async def test_a_report_that_cannot_be_made_or_sent_is_not_the_last(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish = rig.worker.announcements._bus.publish
+    failed = asyncio.Event()
+
+    async def failing(subject: str, message: object) -> None:
+        if subject == subjects.load(rig.id) and not failed.is_set():
+            failed.set()
+            raise PrismError(ErrorCode.INTERNAL, "it is larger than the server takes")
+        await publish(subject, message)
+
+    monkeypatch.setattr(rig.worker.announcements._bus, "publish", failing)
+    async with asyncio.timeout(DEADLINE_S):
+        await failed.wait()
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    await rig.until_state(ModelState.ACTIVE)
+    assert "larger than the server takes" in caplog.text
+
+
+async def test_what_a_failure_says_of_itself_is_cut_to_what_reports_can_carry(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    instance = rig.worker.instances[SMALL]
+    await instance.discard_engine(ModelState.FAILED, "x" * 100_000)
+    assert instance.failure is not None
+    assert len(instance.failure) < 5000
