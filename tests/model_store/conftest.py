@@ -36,13 +36,14 @@ def start_store(tmp_path: Path) -> StartStore:
     """Run a store on the test's own folder and socket; again for one that comes after it."""
 
     @contextlib.asynccontextmanager
-    async def start(budget_bytes: int = 10**9) -> AsyncIterator[Running]:
+    async def start(budget_bytes: int = 10**9, disk_bytes: int | None = None) -> AsyncIterator[Running]:
         events: list[Event] = []
         store = ModelStore(
             node="here",
             source="store-test",
             image_dir=tmp_path / "images",
             budget_bytes=budget_bytes,
+            disk_bytes=disk_bytes,
             threads=3,
             tell=events.append,
         )

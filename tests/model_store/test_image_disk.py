@@ -1,10 +1,12 @@
 """Images on disk: whole or not at all, whoever else writes there."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import msgspec
 import pytest
@@ -24,9 +26,9 @@ CONTENT = bytes(range(250)) * 4
 FINGERPRINT = "0" * 32
 
 
-def manifest_of(content: bytes) -> ImageManifest:
+def manifest_of(content: bytes, fingerprint: str = FINGERPRINT) -> ImageManifest:
     hashed = hash_of_image(memoryview(content))
-    return msgspec.structs.replace(engine_manifest(FINGERPRINT, len(content)), content_hash=hashed)
+    return msgspec.structs.replace(engine_manifest(fingerprint, len(content)), content_hash=hashed)
 
 
 @contextmanager
@@ -63,6 +65,34 @@ def test_an_image_for_which_the_disk_has_no_room_is_not_begun(
         pytest.raises(PrismError, match=r"0.0 GB are free there; it stays in memory only"),
     ):
         ImageDisk(tmp_path).write(manifest_of(CONTENT), fd)
+    assert images_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_an_image_that_can_not_be_read_now_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    manifest = manifest_of(CONTENT)
+    with memory_of(CONTENT) as fd:
+        ImageDisk(tmp_path).write(manifest, fd)
+
+    def failing(path: Path) -> NoReturn:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", failing)
+        assert ImageDisk(tmp_path).find(key_of(manifest)) is None
+    assert ImageDisk(tmp_path).find(key_of(manifest)) == manifest
+
+
+@pytest.mark.parametrize("damaged", [b"{", b"{}"])
+def test_an_image_whose_manifest_says_nothing_is_deleted(tmp_path: Path, damaged: bytes) -> None:
+    manifest = manifest_of(CONTENT)
+    with memory_of(CONTENT) as fd:
+        ImageDisk(tmp_path).write(manifest, fd)
+    (written,) = tmp_path.rglob("manifest.json")
+    written.write_bytes(damaged)
+    assert ImageDisk(tmp_path).find(key_of(manifest)) is None
     assert images_below(tmp_path) == []
 
 

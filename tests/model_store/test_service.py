@@ -31,6 +31,8 @@ from prism.common.messages.store import (
 )
 from prism.common.mirror import BucketMirror, mirror_bucket
 from prism.common.store_client import deposit, lease
+from prism.model_store.inspection import Inspector
+from prism.model_store.service import StoreSettings, serve
 
 LAYOUT = "test-engine 1"
 
@@ -161,6 +163,57 @@ async def test_registered_models_get_facts_and_their_tokenizers_are_on_the_bus(
         process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 20) == 0
     assert not (tmp_path / "store.sock").exists()
+
+
+async def test_models_whose_folders_can_not_be_read_are_failed_and_say_why(
+    fresh_nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    # No user may look at what has such a name, this one included.
+    unreadable = tmp_path / ("x" * 300)
+    folder = write_model(tmp_path / "m")
+    await register(
+        bus,
+        ModelSpec("unreadable", str(unreadable)),
+        ModelSpec("no-tokenizer", str(folder), tokenizer_path=str(unreadable)),
+    )
+    with store_process(fresh_nats, tmp_path):
+        async with watch_facts(bus) as facts:
+            for model in ("unreadable", "no-tokenizer"):
+                error = (await facts.of(model)).error
+                assert error == f"{unreadable} cannot be read: File name too long"
+        with pytest.raises(PrismError, match="cannot be read: File name too long") as caught:
+            lease(tmp_path / "store.sock", LeaseRequest("unreadable", str(unreadable)), 10)
+        assert caught.value.code is ErrorCode.MODEL_FAILED
+
+
+async def test_a_store_ends_although_its_inspector_misses_that_it_shall(
+    fresh_nats: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = asyncio.Event()
+
+    async def miss_the_first(inspector: Inspector, specs: BucketMirror[ModelSpec]) -> None:
+        runs.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(Inspector, "run", miss_the_first)
+    settings = StoreSettings(
+        instance="store-test",
+        nats_url=fresh_nats.url,
+        node="here",
+        socket_path=tmp_path / "store.sock",
+        image_dir=tmp_path / "images",
+        budget_bytes=10**9,
+        disk_bytes=10**9,
+        threads=1,
+    )
+    stop = asyncio.Event()
+    async with asyncio.timeout(20):
+        serving = asyncio.create_task(serve(settings, stop))
+        await runs.wait()
+        stop.set()
+        await serving
 
 
 async def test_stage_evict_and_list_answer_with_the_outcome_and_events_tell_of_it(

@@ -1,6 +1,7 @@
 """The store as its clients see it: leases, deposits, eviction, over a real socket."""
 
 import asyncio
+import errno
 import os
 import socket
 import threading
@@ -161,6 +162,28 @@ async def test_a_corrupt_image_on_disk_is_deleted_and_the_checkpoint_lent(
             assert lent.kind is ImageKind.CHECKPOINT
         assert not on_disk.exists()
         assert any("corrupt" in event.detail for event in second.events)
+
+
+async def test_an_image_on_disk_that_can_not_be_read_now_stays_and_the_checkpoint_is_lent(
+    start_store: StartStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "m")
+    async with start_store() as first:
+        await give_one_of(first, folder, os.urandom(100_000))
+    open_file = os.open
+
+    def no_descriptor_for_the_image(path: Any, *how: Any, **options: Any) -> int:
+        if Path(path).name == "image.bin":
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return open_file(path, *how, **options)
+
+    async with start_store() as second:
+        with monkeypatch.context() as short_of_descriptors:
+            short_of_descriptors.setattr(os, "open", no_descriptor_for_the_image)
+            with await borrow(second, "m", folder, LAYOUT) as lent:
+                assert lent.kind is ImageKind.CHECKPOINT
+        with await borrow(second, "m", folder, LAYOUT) as lent:
+            assert lent.kind is ImageKind.ENGINE
 
 
 async def test_what_a_killed_store_left_half_written_is_removed(

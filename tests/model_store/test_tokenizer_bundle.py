@@ -1,7 +1,10 @@
 """What a gateway is given of a model's tokenizer."""
 
+import errno
 import json
+import tempfile
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from tests.model_store.model_folders import write_model
@@ -43,6 +46,18 @@ def test_a_folder_without_any_tokenizer_says_what_to_do(tmp_path: Path) -> None:
 def test_one_that_transformers_can_not_convert_says_why(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not a tokenizer")
     with pytest.raises(PrismError, match=r"could not be converted: .*Error"):
+        read_bundle(tmp_path)
+
+
+def test_one_for_whose_conversion_the_disk_has_no_room_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**options: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "tokenizer.model").write_bytes(b"a tokenizer")
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    with pytest.raises(PrismError, match=r"could not be converted: .*No space left on device"):
         read_bundle(tmp_path)
 
 

@@ -9,7 +9,7 @@ from prism.common.identity import instance_id, node_name
 from prism.common.process import exit_with, run_service
 from prism.common.store_client import default_socket_path
 from prism.common.telemetry import LOG_FORMATS, configure_logging
-from prism.model_store.service import StoreSettings, default_budget_bytes, serve
+from prism.model_store.service import StoreSettings, default_budget_bytes, default_disk_bytes, serve
 
 
 @click.command()
@@ -42,6 +42,14 @@ from prism.model_store.service import StoreSettings, default_budget_bytes, serve
     help="Host memory for images, in GB of 10^9 bytes. [default: half of the memory]",
 )
 @click.option(
+    "--disk-gb",
+    type=click.FloatRange(min=0, min_open=True),
+    envvar="PRISM_STORE_DISK_GB",
+    show_envvar=True,
+    help="What images may take in --image-dir, in GB of 10^9 bytes; those unused for longest go first. "
+    "[default: half of the disk]",
+)
+@click.option(
     "--threads",
     type=click.IntRange(min=1),
     default=lambda: min(8, os.cpu_count() or 1),
@@ -65,6 +73,7 @@ def main(
     socket_path: Path,
     image_dir: Path,
     memory_gb: float | None,
+    disk_gb: float | None,
     threads: int,
     log_level: str,
     log_format: str,
@@ -79,6 +88,7 @@ def main(
         socket_path=socket_path,
         image_dir=image_dir,
         budget_bytes=int(memory_gb * 1e9) if memory_gb else default_budget_bytes(),
+        disk_bytes=int(disk_gb * 1e9) if disk_gb else default_disk_bytes(image_dir),
         threads=threads,
     )
     exit_with(run_service("model_store", lambda stop: serve(settings, stop)))

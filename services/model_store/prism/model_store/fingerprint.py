@@ -5,8 +5,8 @@ from pathlib import Path
 
 import xxhash
 
-from prism.common.errors import ErrorCode, PrismError
 from prism.model_store.checkpoint import Checkpoint, weight_paths
+from prism.model_store.file_errors import reading
 from prism.model_store.safetensors_header import WeightFile
 
 SAMPLES = 64
@@ -30,23 +30,15 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
 def _sampled_blocks(file: WeightFile) -> list[bytes]:
     last = max(0, file.data_bytes - SAMPLE_BYTES)
     offsets = sorted({last * index // (SAMPLES - 1) for index in range(SAMPLES)})
-    try:
-        with file.path.open("rb") as opened:
-            return [os.pread(opened.fileno(), SAMPLE_BYTES, file.data_offset + offset) for offset in offsets]
-    except OSError as error:
-        raise PrismError(ErrorCode.MODEL_FAILED, f"{file.path} cannot be read: {error.strerror}") from error
+    with reading(file.path), file.path.open("rb") as opened:
+        return [os.pread(opened.fileno(), SAMPLE_BYTES, file.data_offset + offset) for offset in offsets]
 
 
 def signature_of(folder: Path) -> Signature:
     """Name, size and modification time of the files that the fingerprint depends on: cheap to compare."""
-    try:
+    with reading(folder, "is the model folder whole?"):
         paths = [folder / "config.json", *weight_paths(folder)]
         return tuple(
             (path.name, status.st_size, status.st_mtime_ns)
             for path, status in ((path, path.stat()) for path in paths)
         )
-    except OSError as error:
-        raise PrismError(
-            ErrorCode.MODEL_FAILED,
-            f"{error.filename or folder} cannot be read: {error.strerror}; is the model folder whole?",
-        ) from error

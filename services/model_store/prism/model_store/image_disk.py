@@ -1,18 +1,17 @@
 """Engine-layout images on disk: `<root>/<fingerprint>/<digest of the layout>/{image.bin, manifest.json}`.
 
-Stores may share a folder: what is there is whole, what is being written is locked by who writes it, and of
-two who write the same the last stays.
+Stores may share a folder: what is there is whole, what is being written or read is locked by who does it, and
+of two who write the same the last stays. When an image was last used, its manifest's modification time tells.
 """
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import xxhash
@@ -21,42 +20,56 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.store import ImageManifest
 from prism.model_store.content_hash import KIND
+from prism.model_store.disk_room import make_room
+from prism.model_store.file_errors import reading
+from prism.model_store.image_files import COMPLETE, FINGERPRINT, IMAGE, MANIFEST, WRITING, locked
 from prism.model_store.images import ImageKey
 from prism.model_store.staging import ImagePlan, Segment
 
 log = logging.getLogger(__name__)
 
-FINGERPRINT = re.compile(r"[0-9a-f]{32}")
-IMAGE, MANIFEST = "image.bin", "manifest.json"
-_TEMPORARY = ".writing-"
 _SEND_BYTES = 256 * 1024 * 1024
 _TRIES = 10
 
 
 class ImageDisk:
-    """The images below `root`. All methods block: call them from threads."""
+    """The images below `root`, which together take `limit_bytes` at most, or what the disk has. All methods
+    block: call them from threads."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limit_bytes: int | None = None) -> None:
         self.root = root
+        self._limit_bytes = limit_bytes
+        self._deciding = threading.Lock()
 
     def clean(self) -> None:
-        """Remove what a store that was killed in the middle of writing left behind."""
-        for left_over in self.root.glob(f"*/{_TEMPORARY}*"):
+        """Remove what a store that was killed in the middle of writing left behind, and the least recently
+        used of images that are more than they may be."""
+        for left_over in self.root.glob(f"*/{WRITING}*"):
             # Another store's that is at work on it, or is gone by now.
-            with contextlib.suppress(OSError), _locked(left_over):
+            with contextlib.suppress(OSError), locked(left_over):
                 log.info("removing the unfinished %s", left_over)
                 shutil.rmtree(left_over, ignore_errors=True)
+        try:
+            make_room(self.root, 0, self._limit_bytes, ())
+        except FileNotFoundError:
+            log.debug("nothing is in %s yet", self.root)
+        except OSError as error:
+            log.warning("more images than there may be stay in %s: %s", self.root, error.strerror or error)
 
     def find(self, key: ImageKey) -> ImageManifest | None:
-        """The manifest of the image under `key`; None if there is none, none that can be verified, or only a
-        broken one, which is deleted."""
+        """The manifest of the image under `key`; None if there is none, none that can be read now or be
+        verified, or only a broken one, which is deleted."""
         folder = self._folder(key)
         try:
             manifest = decode((folder / MANIFEST).read_bytes(), ImageManifest)
             size = (folder / IMAGE).stat().st_size
         except FileNotFoundError:
             return None
-        except (OSError, PrismError) as error:
+        except OSError as error:
+            # That tells of this store or this moment, not of the image.
+            log.warning("the image in %s can't be read, it is done without: %s", folder, error)
+            return None
+        except PrismError as error:
             self.delete(key, f"its manifest is not readable ({error})")
             return None
         if (manifest.fingerprint, manifest.layout) != key or size != manifest.nbytes:
@@ -68,7 +81,7 @@ class ImageDisk:
         return manifest
 
     def layouts(self, fingerprint: str) -> list[str]:
-        """Layouts in which a model is on disk, the newest first."""
+        """Layouts in which a model is on disk, the last used first."""
         found: list[tuple[float, str]] = []
         for path in (self.root / fingerprint).glob(f"[!.]*/{MANIFEST}"):
             with contextlib.suppress(OSError, PrismError):
@@ -81,8 +94,31 @@ class ImageDisk:
         whole = Segment(self._folder(key) / IMAGE, 0, 0, manifest.nbytes)
         return ImagePlan(manifest.nbytes, (whole,) if manifest.nbytes else (), manifest.tensors)
 
-    def write(self, manifest: ImageManifest, fd: int) -> None:
-        """Write the image in the memfd `fd`, complete or not at all, even if power fails.
+    @contextlib.contextmanager
+    def kept(self, key: ImageKey) -> Iterator[None]:
+        """Keep the image under `key` on disk for the length of the `with`. Raises PrismError(model_failed)
+        when it is not there any more."""
+        folder = self._folder(key)
+        with contextlib.ExitStack() as stack:
+            with reading(folder):
+                stack.enter_context(locked(folder, shared=True))
+            yield
+
+    def touch(self, key: ImageKey) -> None:
+        """Have the image under `key` count as used now, if it is there."""
+        with contextlib.suppress(OSError):
+            os.utime(self._folder(key) / MANIFEST)
+
+    def holds(self, key: ImageKey) -> bool:
+        """Whether an image is under `key`, as far as can be told without reading it."""
+        try:
+            return (self._folder(key) / MANIFEST).exists()
+        except OSError:
+            return False
+
+    def write(self, manifest: ImageManifest, fd: int, in_use: Collection[ImageKey] = ()) -> None:
+        """Write the image in the memfd `fd`, complete or not at all, even if power fails. Where room is
+        lacking, images go that were unused for longest, none of `in_use`.
 
         Raises PrismError(internal) when the disk does not take it.
         """
@@ -91,16 +127,21 @@ class ImageDisk:
         present = self.find(key)
         if present is not None and present.content_hash == manifest.content_hash:
             return
+        # The one that this one is to replace is of no use any more.
+        kept = {self._folder(other) for other in in_use if other != key and other.layout}
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with (
                 tempfile.TemporaryDirectory(
-                    prefix=_TEMPORARY, dir=folder.parent, ignore_cleanup_errors=True
+                    prefix=WRITING, dir=folder.parent, ignore_cleanup_errors=True
                 ) as temporary,
-                _locked(Path(temporary)),
+                locked(Path(temporary)),
             ):
-                complete = Path(temporary) / "complete"
+                complete = Path(temporary) / COMPLETE
                 complete.mkdir()
+                with self._deciding:
+                    make_room(self.root, manifest.nbytes, self._limit_bytes, kept)
+                    _take_up(complete / IMAGE, manifest.nbytes)
                 _write_image(complete / IMAGE, fd, manifest.nbytes)
                 _write_synced(complete / MANIFEST, encode(manifest))
                 _sync_folder(complete)
@@ -129,12 +170,14 @@ class ImageDisk:
         return self.root / key.fingerprint / xxhash.xxh3_64_hexdigest(key.layout.encode())
 
 
-def _write_image(path: Path, fd: int, nbytes: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if nbytes > free:
-        # Else the disk would be full for everybody until the writing fails.
-        raise OSError(errno.ENOSPC, f"{free / 1e9:.1f} GB are free there")
+def _take_up(path: Path, nbytes: int) -> None:
+    """Make a file of its final size, so that others who look for room count it."""
     with path.open("wb") as file:
+        file.truncate(nbytes)
+
+
+def _write_image(path: Path, fd: int, nbytes: int) -> None:
+    with path.open("r+b") as file:
         done = 0
         while done < nbytes:
             count = os.sendfile(file.fileno(), fd, done, min(_SEND_BYTES, nbytes - done))
@@ -142,18 +185,6 @@ def _write_image(path: Path, fd: int, nbytes: int) -> None:
                 raise OSError("the memory of the image is smaller than its manifest says")
             done += count
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else has this folder locked. Raises OSError when somebody has; the kernel takes the lock from a
-    process that dies."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _put_in_place(complete: Path, folder: Path) -> None:

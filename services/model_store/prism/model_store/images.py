@@ -76,6 +76,11 @@ class ImageTable:
         """The image under `key`, if it is in memory."""
         return self._by_key.get(key)
 
+    @property
+    def keys_in_use(self) -> frozenset[ImageKey]:
+        """What leased images, and those being written to disk, are of."""
+        return frozenset(key for image in self._images.values() if image.users for key in image.entries)
+
     def engine_layouts(self, fingerprint: str) -> list[str]:
         """Layouts in which a model is in memory, the last used first."""
         found = [key for key in self._by_key if key.fingerprint == fingerprint and key.layout]

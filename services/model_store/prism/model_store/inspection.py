@@ -16,6 +16,7 @@ from prism.common.mirror import BucketMirror
 from prism.common.telemetry import about
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.facts import facts_of
+from prism.model_store.file_errors import reading
 from prism.model_store.model_folder import is_hub_id
 from prism.model_store.store import ModelStore
 from prism.model_store.tokenizer_bundle import bundle_key, read_bundle
@@ -126,7 +127,7 @@ class Inspector:
     async def inspect(self, spec: ModelSpec) -> ModelFacts | None:
         """The facts of a model, its tokenizer in the object store; None if it is not time to look again.
 
-        Raises only errors of the bus.
+        Raises only errors of the bus: what reads files has their OSErrors be the model's failure.
         """
         now = asyncio.get_running_loop().time()
         if self._hub_retry_at.get(spec.model_name, now) > now:
@@ -211,7 +212,7 @@ class Inspector:
 
 
 def _tokenizer_signature(folder: Path) -> str:
-    try:
+    with reading(folder):
         return repr(
             sorted(
                 (path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -219,5 +220,3 @@ def _tokenizer_signature(folder: Path) -> str:
                 if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges"))
             )
         )
-    except OSError as error:
-        raise PrismError(ErrorCode.MODEL_FAILED, f"{folder} cannot be read: {error.strerror}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prism.common.errors import ErrorCode, PrismError
+from prism.model_store.file_errors import reading
 
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
@@ -81,15 +82,12 @@ def read_weight_file(path: Path) -> WeightFile:
 
     Raises PrismError(model_failed) that says what is wrong with the file, and where.
     """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            if status.st_size < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, status.st_size):
-                raise _broken(path, f"its {status.st_size} bytes do not begin with a safetensors header")
-            header = file.read(length)
-    except OSError as error:
-        raise PrismError(ErrorCode.MODEL_FAILED, f"{path} cannot be read: {error.strerror}") from error
+    with reading(path), path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if status.st_size < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, status.st_size):
+            raise _broken(path, f"its {status.st_size} bytes do not begin with a safetensors header")
+        header = file.read(length)
     if len(header) < length:
         raise _broken(path, "it ends within its header")
     tensors = parse_header(header, status.st_size - _LENGTH_BYTES - length, path)

@@ -1,8 +1,10 @@
 """The model store as a service: the store, its socket, its endpoints and its inspector, in one life."""
 
 import asyncio
+import contextlib
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from prism.common.bus import Bus, connect_bus
 from prism.common.messages.events import Event
 from prism.common.messages.models import ModelSpec
 from prism.common.mirror import mirror_bucket
+from prism.common.tasks import end_task
 from prism.model_store.endpoints import serve_endpoints
 from prism.model_store.inspection import Inspector
 from prism.model_store.socket_server import serve_socket
@@ -24,7 +27,8 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """How to run a store. `budget_bytes` bounds the images in memory; `threads` read one image."""
+    """How to run a store. `budget_bytes` bounds the images in memory, `disk_bytes` those on disk; `threads`
+    read one image."""
 
     instance: str
     nats_url: str
@@ -32,6 +36,7 @@ class StoreSettings:
     socket_path: Path
     image_dir: Path
     budget_bytes: int
+    disk_bytes: int
     threads: int
 
 
@@ -50,6 +55,7 @@ async def _serve(settings: StoreSettings, stop: asyncio.Event) -> None:
             source=instance,
             image_dir=settings.image_dir,
             budget_bytes=settings.budget_bytes,
+            disk_bytes=settings.disk_bytes,
             threads=settings.threads,
             tell=lambda event: _tell(background, bus, event),
         )
@@ -69,15 +75,16 @@ async def _serve(settings: StoreSettings, stop: asyncio.Event) -> None:
         ):
             inspecting = background.create_task(inspector.run(specs), name="inspector")
             log.info(
-                "%s ready on %s: %.1f GB for images, which persist in %s",
+                "%s ready on %s: %.1f GB for images, which persist in %s, %.1f GB at most",
                 instance,
                 settings.socket_path,
                 settings.budget_bytes / 1e9,
                 settings.image_dir,
+                settings.disk_bytes / 1e9,
             )
             await stop.wait()
             log.info("draining")
-            inspecting.cancel()
+            await end_task(inspecting)
 
 
 def _tell(tasks: asyncio.TaskGroup, bus: Bus, event: Event) -> None:
@@ -92,3 +99,11 @@ def default_budget_bytes() -> int:
     except OSError:
         limit = "max"
     return (total if limit == "max" else min(total, int(limit))) // 2
+
+
+def default_disk_bytes(image_dir: Path) -> int:
+    """Half of the disk that `image_dir` is on, or will be."""
+    for folder in (image_dir, *image_dir.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).total // 2
+    raise AssertionError("the root of the file system is always there")

@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from prism.common.errors import ErrorBody, ErrorCode, PrismError
+from prism.common.errors import ErrorBody, ErrorCode, PrismError, words_of
 from prism.common.memfd import close_all, memfd_of, read_memfd, recv_with_fds, send_with_fds
 from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.store import (
@@ -32,11 +32,16 @@ from prism.model_store.store import ModelStore
 
 log = logging.getLogger(__name__)
 
+ACCEPT_AGAIN_S = 1.0
 REQUEST_DEADLINE_S = 10.0
 SEND_DEADLINE_S = 10.0
 BACKLOG = 512
 # struct sockaddr_un holds 108 bytes, the final zero included.
 MAX_SOCKET_PATH = 107
+
+
+class _PeerGoneError(Exception):
+    """An answer could not be sent."""
 
 
 @contextlib.asynccontextmanager
@@ -49,6 +54,7 @@ async def serve_socket(store: ModelStore, path: Path) -> AsyncIterator[None]:
     bound = os.stat(path).st_ino
     connections: set[asyncio.Task[None]] = set()
     loop = asyncio.get_running_loop()
+    again: asyncio.TimerHandle | None = None
 
     def on_connection() -> None:
         while True:
@@ -57,17 +63,29 @@ async def serve_socket(store: ModelStore, path: Path) -> AsyncIterator[None]:
             except BlockingIOError:
                 return
             except OSError as error:
-                log.error("a connection could not be accepted: %s", error)
+                # It is there still, and would be told of again at once.
+                log.error("a connection could not be accepted, next try in %g s: %s", ACCEPT_AGAIN_S, error)
+                pause()
                 return
             sock.setblocking(False)
             task = loop.create_task(_serve(store, sock), name="store connection")
             connections.add(task)
             task.add_done_callback(connections.discard)
 
-    loop.add_reader(listener.fileno(), on_connection)
+    def listen() -> None:
+        loop.add_reader(listener.fileno(), on_connection)
+
+    def pause() -> None:
+        nonlocal again
+        loop.remove_reader(listener.fileno())
+        again = loop.call_later(ACCEPT_AGAIN_S, listen)
+
+    listen()
     try:
         yield
     finally:
+        if again is not None:
+            again.cancel()
         loop.remove_reader(listener.fileno())
         with contextlib.suppress(OSError):
             # A store that replaced this one has put its own socket there.
@@ -171,8 +189,11 @@ async def _answer(store: ModelStore, sock: socket.socket, payload: bytes, fds: l
         # Whoever asked tells: it fails, or does without.
         log.info("request refused: %s", error, extra=names)
         await _send_failure(sock, error.body)
-    except OSError as error:
+    except _PeerGoneError as error:
         log.info("connection lost: %s", error, extra=names)
+    except OSError as error:
+        log.error("request failed, this node can't do it now: %s", error, extra=names)
+        await _send_failure(sock, ErrorBody(ErrorCode.INTERNAL, f"the model store failed: {words_of(error)}"))
     except Exception as error:
         log.exception("request failed: a fault of the store, please report it", extra=names)
         await _send_failure(sock, ErrorBody(ErrorCode.INTERNAL, f"the model store failed: {error!r}"))
@@ -215,19 +236,23 @@ async def _take_in(store: ModelStore, sock: socket.socket, request: DepositReque
 
 
 async def _send(sock: socket.socket, reply: StoreReply, fds: list[int]) -> None:
+    """Send the answer, with descriptors beside it. Raises _PeerGoneError."""
     payload = encode(reply)
-    async with asyncio.timeout(SEND_DEADLINE_S):
-        while True:
-            try:
-                send_with_fds(sock, payload, fds)
-            except BlockingIOError:
-                await _writable(sock)
-            else:
-                return
+    try:
+        async with asyncio.timeout(SEND_DEADLINE_S):
+            while True:
+                try:
+                    send_with_fds(sock, payload, fds)
+                except BlockingIOError:
+                    await _writable(sock)
+                else:
+                    return
+    except OSError as error:
+        raise _PeerGoneError(words_of(error)) from error
 
 
 async def _send_failure(sock: socket.socket, error: ErrorBody) -> None:
-    with contextlib.suppress(OSError, TimeoutError):
+    with contextlib.suppress(_PeerGoneError):
         await _send(sock, StoreFailure(error), [])
 
 

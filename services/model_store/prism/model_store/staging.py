@@ -20,6 +20,7 @@ from prism.common.memfd import mapped
 from prism.common.messages.store import TensorEntry
 from prism.model_store.checkpoint import Checkpoint
 from prism.model_store.content_hash import BLOCK_BYTES, hash_of_blocks
+from prism.model_store.file_errors import reading
 
 READ_BYTES = 1024 * 1024
 REGION_ALIGNMENT = 2 * 1024 * 1024
@@ -144,10 +145,8 @@ def _within(segment: Segment, begin: int, end: int) -> Segment:
 
 
 def _opened(path: Path, stack: contextlib.ExitStack) -> int:
-    try:
+    with reading(path):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise PrismError(ErrorCode.MODEL_FAILED, f"{path} cannot be read: {error.strerror}") from error
     stack.callback(os.close, fd)
     return fd
 

@@ -26,9 +26,10 @@ from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.content_hash import hash_of_image
 from prism.model_store.fingerprint import Signature, fingerprint_of, signature_of
 from prism.model_store.flights import Flight, Flights, OnProgress
-from prism.model_store.image_disk import FINGERPRINT, ImageDisk
+from prism.model_store.image_disk import ImageDisk
+from prism.model_store.image_files import FINGERPRINT
 from prism.model_store.images import Image, ImageKey, ImageTable
-from prism.model_store.model_folder import resolve_folder
+from prism.model_store.model_folder import is_folder, resolve_folder
 from prism.model_store.rooms import Rooms
 from prism.model_store.staging import ImagePlan, ReadProgress, plan_checkpoint_image, read_image
 
@@ -59,13 +60,14 @@ class ModelStore:
         source: str,
         image_dir: Path,
         budget_bytes: int,
+        disk_bytes: int | None,
         threads: int,
         tell: Callable[[Event], None],
     ) -> None:
         self.node = node
         self.table = ImageTable(budget_bytes, self._on_evicted)
         self.rooms = Rooms(self.table)
-        self.disk = ImageDisk(image_dir)
+        self.disk = ImageDisk(image_dir, disk_bytes)
         self._source = source
         self._threads = threads
         self._tell = tell
@@ -117,6 +119,8 @@ class ModelStore:
         entry = image.entries[key]
         entry.models.add(model)
         with self.table.use(image, lease=True):
+            if key in self._on_disk:
+                await _in_thread(lambda: self.disk.touch(key))
             yield LentImage(image, entry.manifest, time.monotonic() - began if waited else 0.0)
 
     async def prefetch(self, model: str, model_path: str) -> int:
@@ -157,8 +161,7 @@ class ModelStore:
                 if error.code is not ErrorCode.OUT_OF_MEMORY:
                     raise
                 log.warning("the engine image goes to disk only: %s", error, extra=about(model=model))
-                await _in_thread(lambda: self.disk.write(manifest, fd))
-                self._on_disk.add(key)
+                await self._put_on_disk(manifest, fd)
                 return hashed
         self._on_disk.discard(key)
         write = asyncio.create_task(self._write(image, manifest), name=f"writing the image of {model}")
@@ -206,9 +209,10 @@ class ModelStore:
         )
 
     async def folder(self, model_path: str) -> Path:
-        """The folder that `resolve_folder` finds for `model_path`, remembered while it is there."""
+        """The folder that `resolve_folder` finds for `model_path`, remembered while it is there. Raises
+        PrismError(model_failed)."""
         folder = self._folders.get(model_path)
-        if folder is None or not await asyncio.to_thread(folder.is_dir):
+        if folder is None or not await asyncio.to_thread(is_folder, folder):
             folder = self._folders[model_path] = await resolve_folder(model_path)
         return folder
 
@@ -237,9 +241,10 @@ class ModelStore:
         async def make(flight: Flight) -> None:
             plan = self.disk.plan(key, manifest)
             try:
-                fd, content_hash, reserved = await self._read(model, plan, flight)
+                fd, content_hash, reserved = await self._read(model, plan, flight, self.disk.kept(key))
             except PrismError as error:
-                if error.code is ErrorCode.MODEL_FAILED:
+                # One that could not be read this time may be whole.
+                if error.code is ErrorCode.MODEL_FAILED and not isinstance(error.__cause__, OSError):
                     await _in_thread(partial(self.disk.delete, key, error.message))
                 raise
             with reserved:
@@ -291,15 +296,25 @@ class ModelStore:
         await self._flights.join(key, make, on_progress)
 
     async def _read(
-        self, model: str, plan: ImagePlan, flight: Flight
+        self,
+        model: str,
+        plan: ImagePlan,
+        flight: Flight,
+        files_kept: contextlib.AbstractContextManager[None] | None = None,
     ) -> tuple[int, str, contextlib.ExitStack]:
-        """The plan's image in a fresh memfd, its hash, and what ends its reservation and closes it."""
+        """The plan's image in a fresh memfd, its hash, and what ends its reservation and closes it. It is
+        read within `files_kept`, in the thread that reads."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.table.reserve(plan.nbytes, model))
             fd = create_memfd("prism-image", plan.nbytes)
             stack.callback(os.close, fd)
             progress = ReadProgress(plan.nbytes)
-            reading = asyncio.ensure_future(asyncio.to_thread(read_image, plan, fd, self._threads, progress))
+
+            def read() -> str:
+                with files_kept or contextlib.nullcontext():
+                    return read_image(plan, fd, self._threads, progress)
+
+            reading = asyncio.ensure_future(asyncio.to_thread(read))
             try:
                 while not reading.done():
                     self._tell_progress(model, progress, flight)
@@ -334,11 +349,19 @@ class ModelStore:
     async def _write(self, image: Image, manifest: ImageManifest) -> None:
         with self.table.use(image):
             try:
-                await _in_thread(lambda: self.disk.write(manifest, image.fd))
+                await self._put_on_disk(manifest, image.fd)
             except PrismError as error:
                 log.error("%s", error, extra=about(model=",".join(sorted(image.models))))
-            else:
-                self._on_disk.add(ImageKey(manifest.fingerprint, manifest.layout))
+
+    async def _put_on_disk(self, manifest: ImageManifest, fd: int) -> None:
+        in_use = self.table.keys_in_use
+        try:
+            await _in_thread(lambda: self.disk.write(manifest, fd, in_use))
+            self._on_disk.add(ImageKey(manifest.fingerprint, manifest.layout))
+        finally:
+            # Others may have made room for it.
+            known = frozenset(self._on_disk)
+            self._on_disk -= await _in_thread(lambda: {key for key in known if not self.disk.holds(key)})
 
     def _on_evicted(self, image: Image, models: set[str]) -> None:
         for model in sorted(models):

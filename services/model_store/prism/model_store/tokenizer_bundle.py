@@ -12,6 +12,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import encode
 from prism.common.messages.models import TokenizerBundle
 from prism.model_store.checkpoint import read_json
+from prism.model_store.file_errors import reading
 
 CONVERT_DEADLINE_S = 120.0
 _OLDER_FORMATS = ["*.model", "*.tiktoken", "vocab.*", "merges.txt"]
@@ -24,6 +25,11 @@ _CONVERT = (
 def read_bundle(folder: Path) -> TokenizerBundle:
     """The tokenizer in `folder`. One that is there only in an older format is converted by transformers
     where that is installed, which takes some seconds. Raises PrismError(model_failed)."""
+    with reading(folder):
+        return _read_bundle(folder)
+
+
+def _read_bundle(folder: Path) -> TokenizerBundle:
     path = folder / "tokenizer.json"
     tokenizer_json = _text(path) if path.exists() else _converted(folder)
     config_path = folder / "tokenizer_config.json"
@@ -67,8 +73,9 @@ def _token_text(value: Any) -> str | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with reading(path):
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise PrismError(ErrorCode.MODEL_FAILED, f"{path} cannot be read: {error}") from error
 
 
@@ -77,9 +84,9 @@ def _converted(folder: Path) -> str:
         raise _no_tokenizer(folder, "it holds no tokenizer in an older format either")
     # In a process of its own: transformers takes seconds and hundreds of megabytes that the store
     # needs for nothing else.
-    with tempfile.TemporaryDirectory(prefix="prism-tokenizer-") as scratch:
-        target = Path(scratch) / "tokenizer.json"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="prism-tokenizer-") as scratch:
+            target = Path(scratch) / "tokenizer.json"
             done = subprocess.run(
                 [sys.executable, "-c", _CONVERT, str(folder), str(target)],
                 capture_output=True,
@@ -87,11 +94,13 @@ def _converted(folder: Path) -> str:
                 timeout=CONVERT_DEADLINE_S,
                 check=False,
             )
+            if target.exists():
+                return _text(target)
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        except subprocess.TimeoutExpired:
-            reason = f"not done after {CONVERT_DEADLINE_S:.0f} s"
-        if target.exists():
-            return _text(target)
+    except subprocess.TimeoutExpired:
+        reason = f"not done after {CONVERT_DEADLINE_S:.0f} s"
+    except OSError as error:
+        reason = str(error)
     raise _no_tokenizer(folder, f"its tokenizer could not be converted: {reason[:300]}")
 
 

@@ -1,6 +1,7 @@
 """JSON in and out of wire types, with one error for everything that does not parse."""
 
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
@@ -43,4 +44,11 @@ def decode(payload: bytes, kind: type[T]) -> T:
     try:
         return decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PrismError(ErrorCode.BAD_MESSAGE, f"not a valid {kind.__name__}: {error}") from error
+        raise PrismError(ErrorCode.BAD_MESSAGE, f"not a valid {_name_of(kind)}: {error}") from error
+
+
+def _name_of(kind: Any) -> str:
+    if not isinstance(kind, UnionType):
+        return str(kind.__name__)
+    *names, last = (_name_of(one) for one in get_args(kind))
+    return f"{', '.join(names)} or {last}"
