@@ -1,6 +1,7 @@
 """Requests for a sleeping model wait, tell of themselves in few reports, and go together."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,9 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from tests.gateway.conftest import MakeStage, Stage
-from tests.gateway.scripted_worker import hanging, saying
+from tests.gateway.reading import joined, live_events
+from tests.gateway.scripted_worker import Turn, hanging, saying
 
 from prism.common import subjects
+from prism.common.errors import ErrorCode
 from prism.common.messages.codec import decode
 from prism.common.messages.load import DemandReport, ModelLoad
 from prism.common.messages.models import ModelState
@@ -116,6 +119,42 @@ async def test_too_many_waiting_are_told_to_come_back(make_stage: MakeStage) -> 
         assert int(response.headers["retry-after"]) > 0
         assert response.json()["error"]["type"] == "rate_limit_error"
         first.cancel()
+
+
+async def test_stream_in_progress_waits_for_its_model_however_many_others_do(make_stage: MakeStage) -> None:
+    stage = await make_stage(Settings(park_per_model=1, park_total=1))
+    await stage.register("m")
+    doze = asyncio.Event()
+
+    async def script(turn: Turn) -> None:
+        if turn.request.replayed_tokens:
+            await turn.send(stage.ids("two"), finish="stop")
+        elif worker.turns.qsize() == 1:
+            await turn.send(stage.ids("one "))
+            await doze.wait()
+            await turn.fail(ErrorCode.MOVED, retry=True)
+        else:
+            await turn.send(stage.ids("new"), finish="stop")
+
+    worker = await stage.worker(script, "m")
+    body = {"model": "m", "prompt": "hello", "stream": True}
+    async with demand_reports(stage) as reports, asyncio.timeout(10):
+        async with stage.http.stream("POST", "/v1/completions", json=body) as response:
+            events = live_events(response)
+            told = [await anext(events)]
+            await worker.delete_route("m")
+            await stage.ready("m", "sleeping")
+            waiting = asyncio.create_task(complete(stage))
+            while parked(await reports.get()) == 0:
+                continue
+            doze.set()
+            while parked(await reports.get()) < 2:
+                continue
+            await worker.put_route("m")
+            told += [event async for event in events]
+        assert (await waiting).json()["choices"][0]["text"] == "new"
+    assert told.pop() == "[DONE]"
+    assert joined([json.loads(event) for event in told]) == "one two"
 
 
 async def test_model_that_fails_to_wake_ends_the_wait_with_the_reason(stage: Stage) -> None:

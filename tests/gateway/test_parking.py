@@ -31,6 +31,22 @@ def test_caps_hold_per_model_and_in_all() -> None:
     assert parking.models() == []
 
 
+def test_work_in_progress_parks_beyond_every_cap_and_takes_nobodys_place() -> None:
+    parking = Parking(Clock(), per_model=1, total=2)
+    with parking.place("a", begun=True), parking.place("a", begun=True), parking.place("b", begun=True):
+        with parking.place("a"), parking.place("b"), parking.place("a", begun=True):
+            assert (parking.count("a"), parking.count("b")) == (4, 2)
+            with pytest.raises(PrismError, match="2 requests wait for models"), parking.place("c"):
+                pass
+        with (
+            parking.place("a"),
+            pytest.raises(PrismError, match="1 requests wait for 'a'"),
+            parking.place("a"),
+        ):
+            pass
+    assert parking.models() == []
+
+
 def test_oldest_wait_is_that_of_the_first_still_here() -> None:
     clock = Clock()
     parking = Parking(clock, per_model=9, total=9)

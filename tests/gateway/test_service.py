@@ -21,6 +21,8 @@ from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
 from prism.common.messages.codec import encode
 from prism.common.messages.models import ModelSpec, TokenizerBundle
+from prism.common.messages.placement import Route
+from prism.gateway.service import running_gateway
 from prism.gateway.settings import Settings
 
 pytestmark = pytest.mark.core
@@ -239,6 +241,31 @@ async def test_process_serves_and_ends_on_sigterm(
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+@pytest.mark.parametrize("part", ["watch", "routes", "http"])
+async def test_gateway_ends_with_what_any_of_its_tasks_ends_with(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def burst(*_: object, **__: object) -> None:
+        raise ArithmeticError("a cog is missing")
+
+    async def serve() -> None:
+        async with asyncio.timeout(20), running_gateway(bus) as gateway:
+            match part:
+                case "watch":
+                    monkeypatch.setattr(gateway._fleet, "drop_silent", burst)
+                case "routes":
+                    monkeypatch.setattr(gateway._fleet, "_on_change", burst)
+                    await routes.put("m.worker-1", encode(Route("m", "worker-1", "node")))
+                case "http":
+                    monkeypatch.setattr(gateway.server, "on_tick", burst)
+            await asyncio.Event().wait()
+
+    routes = await bus.bucket(subjects.BUCKET_ROUTES)
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve()
+    assert caught.group_contains(ArithmeticError, match="a cog is missing")
 
 
 async def test_taken_port_is_told_in_one_line(stage: Stage, fresh_nats: NatsServer) -> None:

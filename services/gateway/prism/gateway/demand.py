@@ -9,6 +9,7 @@ import nats.errors
 
 from prism.common import subjects
 from prism.common.bus import Bus
+from prism.common.demand_parts import split
 from prism.common.messages.load import DemandReport, ModelDemand
 from prism.gateway.parking import Parking
 
@@ -92,7 +93,7 @@ class Demand:
         try:
             while True:
                 self._due.clear()
-                await self._publish(bus, self.report(parking))
+                await self._tell(bus, lambda: self.report(parking))
                 await asyncio.sleep(SPACING_S)
                 try:
                     async with asyncio.timeout(INTERVAL_S - SPACING_S):
@@ -100,10 +101,14 @@ class Demand:
                 except TimeoutError:
                     continue
         finally:
-            await self._publish(bus, DemandReport(self._gateway))
+            await self._tell(bus, lambda: DemandReport(self._gateway))
 
-    async def _publish(self, bus: Bus, report: DemandReport) -> None:
+    async def _tell(self, bus: Bus, report: Callable[[], DemandReport]) -> None:
+        """Publish a report. The next one stands in for one that fails; without any, no model would wake."""
         try:
-            await bus.publish(subjects.demand(self._gateway), report)
+            for part in split(report(), bus.max_payload):
+                await bus.publish(subjects.demand(self._gateway), part)
         except (nats.errors.Error, OSError) as error:
             log.debug("demand not reported: %s", error or type(error).__name__)
+        except Exception:
+            log.exception("demand not reported, trying again in %.0f s; please report it", INTERVAL_S)

@@ -27,6 +27,7 @@ from prism.gateway.parking import Parking
 from prism.gateway.registry import Registry
 from prism.gateway.replies import Inbox, Replies
 from prism.gateway.settings import Settings
+from prism.gateway.silence_watch import HELD_UP_S
 
 log = logging.getLogger(__name__)
 
@@ -138,19 +139,21 @@ class Dispatcher:
         """The tokens of `job`, each exactly once, as many frames at a time as have come. Closing the
         generator cancels the work.
 
-        Raises PrismError: what the worker said, overloaded when too many are parked already,
+        Raises PrismError: what the worker said, overloaded when too many are parked already as it comes,
         deadline_exceeded, or engine_lost after too many lost workers.
         """
         done: list[int] = []
         shunned = Shunned()
         losses = 0
+        begun = False
         waiting_since = self._clock()
         self._refuse_oversized(job)
         while True:
             if (finish := already_over(job, done)) is not None:
                 yield [Tokens((), None, finish)]
                 return
-            worker = await self._find_worker(job, shunned, waiting_since)
+            worker = await self._find_worker(job, shunned, waiting_since, begun=begun)
+            begun = True
             rid = secrets.token_hex(16)
             try:
                 async with aclosing(self._attempt(replay(job, done), len(done), worker, rid)) as batches:
@@ -184,13 +187,14 @@ class Dispatcher:
                 self._metrics.replayed(job.model, error.code)
                 shunned.add(worker, self._clock())
 
-    async def _find_worker(self, job: Job, shunned: Shunned, waiting_since: float) -> str:
-        """A worker for `job`, waiting for one if need be; it counts as parked since `waiting_since`."""
+    async def _find_worker(self, job: Job, shunned: Shunned, waiting_since: float, *, begun: bool) -> str:
+        """A worker for `job`, waiting for one if need be; it counts as parked since `waiting_since`. One that
+        has `begun`, on a worker that it was sent to, is never too many."""
         worker = self._fleet.choose(job.model, shunned.at(self._clock()))
         if worker is not None:
             return worker
         self._registry.refuse_failed(job.model)
-        with self._parking.place(job.model, waiting_since) as place:
+        with self._parking.place(job.model, waiting_since, begun=begun) as place:
             limit = min(self._clock() + self._settings.park_s, job.deadline)
             while True:
                 now = self._clock()
@@ -307,6 +311,9 @@ class Dispatcher:
                     ) from None
                 if not self._bus.client.is_connected:
                     # Nobody can be heard: what that cost is looked at once the bus is back.
+                    continue
+                if self._clock() - stall_at > HELD_UP_S:
+                    # Told late because the gateway was held up: its frames may wait in the socket.
                     continue
                 waiting = accepted and not begun
                 if waiting and self._fleet.tokens_done(job.model, inbox.worker) != progress:

@@ -107,13 +107,14 @@ class Exchanges:
 
 
 class GenerationEndpoint:
-    """An ASGI application: one POST endpoint. `plan` reads a body; the rest is the same for all."""
+    """An ASGI application: one POST endpoint. `plan` reads a body, with what `planner` makes as a request
+    comes; the rest is the same for all."""
 
     def __init__(
         self,
         name: str,
         plan: Planned,
-        planner: Planner,
+        planner: Callable[[], Planner],
         runner: ChoiceRunner,
         metrics: Metrics,
         exchanges: Exchanges,
@@ -149,10 +150,10 @@ class GenerationEndpoint:
             self._metrics.request_ended(self._name, outcome.model, outcome.status)
 
     async def _answer(self, request: Request, sender: "_Sender", outcome: Outcome) -> None:
-        arrived = self._planner.clock()
+        planner = self._planner()
         with self._exchanges.arriving():
             body = await read_body(request, self._settings.max_body_bytes, self._settings.body_s)
-        work = asyncio.create_task(self._work(body, request.headers, arrived, sender, outcome))
+        work = asyncio.create_task(self._work(body, request.headers, planner, sender, outcome))
         listener = asyncio.create_task(_disconnected(request.receive))
         try:
             with self._exchanges.track(work, outcome):
@@ -172,15 +173,15 @@ class GenerationEndpoint:
                 work.exception()  # Seen: of no interest to a client that has left.
 
     async def _work(
-        self, body: bytes, headers: Headers, arrived: float, sender: "_Sender", outcome: Outcome
+        self, body: bytes, headers: Headers, planner: Planner, sender: "_Sender", outcome: Outcome
     ) -> None:
-        plan = await self._plan(body, headers, self._planner)
+        plan = await self._plan(body, headers, planner)
         outcome.model = plan.model.spec.model_name
         outcome.request = sender.request_id = plan.request
         if plan.stream:
-            await self._stream(plan, arrived, sender)
+            await self._stream(plan, planner.arrived, sender)
         else:
-            await self._runner.run(plan, arrived, _NoStream())
+            await self._runner.run(plan, planner.arrived, _NoStream())
             await sender.whole(plan.answer.whole(plan.choices))
 
     async def _stream(self, plan: Plan, arrived: float, sender: "_Sender") -> None:

@@ -71,7 +71,7 @@ class Fleet:
         return gone
 
     def excuse_silence(self) -> None:
-        """Start everybody's silence anew: while the gateway itself is off the bus it hears nobody."""
+        """Start everybody's silence anew: a gateway that is off the bus or held up itself hears nobody."""
         now = self._clock()
         for view in self._workers.values():
             view.heard_at = now

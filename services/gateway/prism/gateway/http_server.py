@@ -54,6 +54,13 @@ class HttpServer(uvicorn.Server):
             async with asyncio.timeout(CLOSE_DEADLINE_S):
                 await self._closed.wait()
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to end. However that ends, nothing begins any more."""
+        try:
+            await super().serve(sockets)
+        finally:
+            self._closed.set()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close; called by uvicorn once it has seen that it should."""
         await _taken(sockets or [])
@@ -104,7 +111,8 @@ def _listen(host: str, port: int) -> socket.socket:
 @asynccontextmanager
 async def http_server(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpServer]:
     """Serve `app` until the block ends; port 0 lets the kernel choose. Raises PrismError(internal) when the
-    address is taken. At the end connections that do not close by themselves are cut."""
+    address is taken. At the end connections that do not close by themselves are cut. A server that fails
+    ends the block with its error, in a group."""
     listener = _listen(host, port)
     bound = listener.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
@@ -120,17 +128,18 @@ async def http_server(app: ASGIApp, host: str, port: int) -> AsyncIterator[HttpS
         timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = HttpServer(config, f"http://{shown}:{bound}")
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
-    try:
-        yield server
-    finally:
-        server.stop_accepting()
-        await asyncio.wait({task}, timeout=CLOSE_DEADLINE_S)
-        if not task.done():
-            log.warning("cutting %d connections that stay open", len(server.server_state.connections))
-            server.force_exit = True
-            for connection in list(server.server_state.connections):
-                connection.transport.abort()
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(server.serve(sockets=[listener]), name="http server")
+        try:
+            yield server
+        finally:
+            server.stop_accepting()
             await asyncio.wait({task}, timeout=CLOSE_DEADLINE_S)
-        await end_task(task)
-        listener.close()
+            if not task.done():
+                log.warning("cutting %d connections that stay open", len(server.server_state.connections))
+                server.force_exit = True
+                for connection in list(server.server_state.connections):
+                    connection.transport.abort()
+                await asyncio.wait({task}, timeout=CLOSE_DEADLINE_S)
+            await end_task(task)
+            listener.close()

@@ -27,11 +27,12 @@ class Place:
 class _ModelLot:
     def __init__(self) -> None:
         self.places: dict[Place, None] = {}
+        self.capped = 0
         self.wake = asyncio.Event()
 
 
 class Parking:
-    """Parked requests by model, with caps per model and in all.
+    """Parked requests by model, with caps per model and in all on those that have not begun.
 
     `clock` gives seconds; `on_change(model)` is called after each arrival and departure.
     """
@@ -49,40 +50,49 @@ class Parking:
         self._total = total
         self._on_change = on_change
         self._lots: dict[str, _ModelLot] = {}
-        self._parked = 0
+        self._capped = 0
 
     @contextmanager
-    def place(self, model: str, since: float | None = None) -> Iterator[Place]:
-        """Park a request of `model`, which waits since `since` (now), until the block ends.
+    def place(self, model: str, since: float | None = None, *, begun: bool = False) -> Iterator[Place]:
+        """Park a request of `model`, which waits since `since` (now), until the block ends. One that has
+        `begun` on a worker was let in long ago: no cap holds for it, and it takes nobody's place.
 
         Raises PrismError(overloaded) beyond a cap.
         """
-        if self._parked >= self._total:
+        if not begun:
+            self._refuse_beyond_caps(model)
+        lot = self._lots.setdefault(model, _ModelLot())
+        place = Place(lot, self._clock() if since is None else since)
+        capped = int(not begun)
+        lot.places[place] = None
+        lot.capped += capped
+        self._capped += capped
+        self._on_change(model)
+        try:
+            yield place
+        finally:
+            del lot.places[place]
+            lot.capped -= capped
+            self._capped -= capped
+            if not lot.places:
+                del self._lots[model]
+            self._on_change(model)
+
+    def _refuse_beyond_caps(self, model: str) -> None:
+        if self._capped >= self._total:
             raise PrismError(
                 ErrorCode.OVERLOADED,
-                f"{self._parked} requests wait for models to wake, the most that this gateway holds",
+                f"{self._capped} requests wait for models to wake, the most that this gateway holds",
                 retry=True,
             )
-        if self.count(model) >= self._per_model:
+        lot = self._lots.get(model)
+        if (lot.capped if lot else 0) >= self._per_model:
             raise PrismError(
                 ErrorCode.OVERLOADED,
                 f"{self._per_model} requests wait for {model!r} to wake, the most that this gateway holds",
                 retry=True,
                 param="model",
             )
-        lot = self._lots.setdefault(model, _ModelLot())
-        place = Place(lot, self._clock() if since is None else since)
-        lot.places[place] = None
-        self._parked += 1
-        self._on_change(model)
-        try:
-            yield place
-        finally:
-            del lot.places[place]
-            self._parked -= 1
-            if not lot.places:
-                del self._lots[model]
-            self._on_change(model)
 
     def models(self) -> list[str]:
         """Models with parked requests."""

@@ -1,13 +1,15 @@
 """What one HTTP request comes to: generations to run, and the form in which their results are told."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 from starlette.datastructures import Headers
 
+from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.generation import SamplingParams
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.gateway.dispatch import Job
@@ -26,11 +28,12 @@ LONG_TEXT = 8192
 
 @dataclass(frozen=True, slots=True)
 class Servable:
-    """A model with all that is needed to talk to it."""
+    """A model with all that is needed to talk to it, for one request and until its `deadline`."""
 
     spec: ModelSpec
     facts: ModelFacts
     tokenizer: TextTokenizer
+    deadline: float
 
     @property
     def vocab_size(self) -> int:
@@ -38,14 +41,27 @@ class Servable:
         return self.facts.vocab_size or self.tokenizer.vocab_size
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """The token ids of each text."""
+        """The token ids of each text. Raises PrismError(deadline_exceeded)."""
 
         def encode_all() -> list[list[int]]:
             return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
         if sum(map(len, texts)) > LONG_TEXT:
-            return await asyncio.to_thread(encode_all)
+            async with _before(self.deadline, "its prompt was tokenised"):
+                return await asyncio.to_thread(encode_all)
         return encode_all()
+
+
+@asynccontextmanager
+async def _before(deadline: float, what: str) -> AsyncIterator[None]:
+    """Raises PrismError(deadline_exceeded) when `what`, to be done by the block, is not by `deadline`."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise PrismError(
+            ErrorCode.DEADLINE_EXCEEDED, f"the request's deadline passed before {what}", retry=True
+        ) from None
 
 
 @dataclass(slots=True)
@@ -146,21 +162,27 @@ class Wanted:
 
 
 class Planner:
-    """What the endpoints need to turn a request into a plan."""
+    """What the endpoints need to turn one request into a plan. `clock` is the event loop's; the request came
+    when this was made, and its deadline counts from then, all that a plan waits for included."""
 
     def __init__(
         self, registry: Registry, tokenizers: TokenizerCache, settings: Settings, clock: Callable[[], float]
     ) -> None:
         self.registry = registry
         self.clock = clock
+        self.arrived = clock()
+        self.deadline = self.arrived + settings.deadline_s
         self._tokenizers = tokenizers
         self._settings = settings
 
     async def servable(self, name: str) -> Servable:
-        """The model `name`. Raises PrismError when there is none, or it cannot be served."""
+        """The model `name`. Raises PrismError when there is none, it cannot be served, or its tokenizer does
+        not come before the deadline."""
         spec = self.registry.spec(name)
         facts = self.registry.facts(name)
-        return Servable(spec, facts, await self._tokenizers.get(facts.tokenizer))
+        async with _before(self.deadline, f"the tokenizer of {name!r} was there"):
+            tokenizer = await self._tokenizers.get(facts.tokenizer)
+        return Servable(spec, facts, tokenizer, self.deadline)
 
     def choices(
         self, model: Servable, prompts: Sequence[list[int]], wanted: Wanted, headers: Headers
@@ -178,7 +200,6 @@ class Planner:
         told = read_objective(headers, TTFT_HEADER)
         ttft = wanted.ttft_slo_ms or told or model.spec.ttft_slo_ms
         tpot = read_objective(headers, TPOT_HEADER) or model.spec.tpot_slo_ms
-        deadline = self.clock() + self._settings.deadline_s
         seed = first_seed(wanted.seed)
         choices = []
         for index, prompt in enumerate(prompts):
@@ -188,7 +209,7 @@ class Planner:
                     model=model.spec.model_name,
                     input_ids=prompt,
                     sampling=msgspec.structs.replace(sampling, seed=(seed + copy) % SEED_SPACE),
-                    deadline=deadline,
+                    deadline=self.deadline,
                     eos_token_ids=frozenset(model.facts.eos_token_ids),
                     top_logprobs=wanted.top_logprobs,
                     ttft_slo_ms=ttft,

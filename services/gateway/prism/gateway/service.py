@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from nats.aio.msg import Msg
 
@@ -16,7 +17,6 @@ from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.messages.placement import Route
 from prism.common.micro import micro_service
-from prism.common.mirror import mirror_bucket
 from prism.common.tasks import end_task
 from prism.common.telemetry import about
 from prism.gateway.app import build_app
@@ -26,12 +26,14 @@ from prism.gateway.exchange import Exchanges, GenerationEndpoint, Planned
 from prism.gateway.fleet import Fleet
 from prism.gateway.http_server import HttpServer, http_server
 from prism.gateway.metrics import Metrics
+from prism.gateway.mirrors import followed_bucket
 from prism.gateway.parking import Parking
 from prism.gateway.plan import Planner
 from prism.gateway.progress import ChoiceRunner
 from prism.gateway.registry import Registry
 from prism.gateway.replies import Replies
 from prism.gateway.settings import Settings
+from prism.gateway.silence_watch import SilenceWatch
 from prism.gateway.straight_path import StraightPath
 from prism.gateway.tokenizer_cache import TokenizerCache
 
@@ -87,7 +89,7 @@ async def running_gateway(
     """A gateway on `bus`, listening and with its registry mirrored; ended with the block. Without a `name` it
     gives itself one.
 
-    Raises PrismError(internal) when the address is taken.
+    Raises, in a group: PrismError(internal) when the address is taken, and what any of its tasks fails with.
     """
     settings = settings or Settings()
     name = name or instance_id("gateway")
@@ -116,22 +118,23 @@ async def running_gateway(
     async def on_load(message: Msg) -> None:
         fleet.on_load(decode(message.data, LoadReport))
 
-    async with AsyncExitStack() as stack:
+    async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
         specs = await stack.enter_async_context(
-            mirror_bucket(bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*")
+            followed_bucket(tasks, bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*")
         )
         facts = await stack.enter_async_context(
-            mirror_bucket(bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*")
+            followed_bucket(tasks, bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*")
         )
         await stack.enter_async_context(
-            mirror_bucket(bus, subjects.BUCKET_ROUTES, Route, on_change=fleet.on_route)
+            followed_bucket(tasks, bus, subjects.BUCKET_ROUTES, Route, on_change=fleet.on_route)
         )
         for subject, handler in ((subjects.load("*"), on_load), (subjects.replies(name), replies.take)):
             subscription = await bus.subscribe(subject, handler, inline=True)
             stack.push_async_callback(subscription.unsubscribe)
         registry = Registry(specs, facts, fleet)
         dispatcher = Dispatcher(bus, name, settings, fleet, registry, parking, replies, metrics, clock)
-        planner = Planner(registry, TokenizerCache(bus), settings, clock)
+        tokenizers = await stack.enter_async_context(TokenizerCache(bus))
+        planner = partial(Planner, registry, tokenizers, settings, clock)
         runner = ChoiceRunner(dispatcher, demand, metrics, clock)
         gateway = Gateway(name, bus, registry, fleet, exchanges)
 
@@ -150,9 +153,12 @@ async def running_gateway(
             created=int(time.time()),
         )
         await bus.flush()
-        for work in (demand.run(bus, parking), _watch(bus, fleet, replies)):
-            task = asyncio.create_task(work)
-            stack.push_async_callback(end_task, task)
+        watch = SilenceWatch(fleet, clock, WATCH_INTERVAL_S)
+        for loop, what in (
+            (demand.run(bus, parking), "demand reports"),
+            (_watch(bus, watch, replies), "watch workers"),
+        ):
+            stack.push_async_callback(end_task, tasks.create_task(loop, name=what))
         gateway.server = await stack.enter_async_context(
             http_server(StraightPath(app, endpoints), host, port)
         )
@@ -169,14 +175,11 @@ async def running_gateway(
         yield gateway
 
 
-async def _watch(bus: Bus, fleet: Fleet, replies: Replies) -> None:
-    """Notice workers that have gone silent."""
+async def _watch(bus: Bus, watch: SilenceWatch, replies: Replies) -> None:
+    """Notice workers that have gone silent, until cancelled."""
     while True:
         await asyncio.sleep(WATCH_INTERVAL_S)
-        if not bus.client.is_connected:
-            fleet.excuse_silence()
-            continue
-        for worker in fleet.drop_silent():
+        for worker in watch.look(connected=bus.client.is_connected):
             # A lost worker is the leading scheduler's to tell.
             log.info("a worker has gone silent", extra=about(worker=worker))
             replies.worker_lost(worker)

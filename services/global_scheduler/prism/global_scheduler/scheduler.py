@@ -11,6 +11,7 @@ from nats.aio.msg import Msg
 
 from prism.common import subjects
 from prism.common.bus import Bus
+from prism.common.demand_parts import DemandParts
 from prism.common.errors import ErrorCode
 from prism.common.garbage import garbage_collected_later
 from prism.common.messages.codec import decode
@@ -78,6 +79,7 @@ class GlobalScheduler:
         self._deadlines = deadlines
         self._commands = CommandRunner(bus, tasks, self._on_outcome)
         self._election: Election | None = None
+        self._demand_parts = DemandParts()
         self._wake = asyncio.Event()
         self._settled_at = 0.0
         self._notes: tuple[Note, ...] = ()
@@ -104,8 +106,10 @@ class GlobalScheduler:
 
     async def on_demand(self, message: Msg) -> None:
         """A gateway reports."""
-        self.cluster.demand(decode(message.data, DemandReport), monotonic())
-        self._wake.set()
+        report = self._demand_parts.take(decode(message.data, DemandReport))
+        if report is not None:
+            self.cluster.demand(report, monotonic())
+            self._wake.set()
 
     def on_leadership(self, epoch: int) -> None:
         """This instance came to lead in `epoch`, or, with 0, leads no more."""

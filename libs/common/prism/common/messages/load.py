@@ -92,7 +92,10 @@ class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DemandReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`prism.v1.demand.<gateway>`: every second, and at once when a request parks; only models in demand."""
+    """`prism.v1.demand.<gateway>`: every second, and at once when a request parks; only models in demand.
+    One too large for a message comes in `parts`, of which this is `part`, from 0 (`demand_parts.py`)."""
 
     gateway: str
     models: list[ModelDemand] = []
+    part: int = 0
+    parts: int = 1
