@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 SETTLE_S = 0.5
 TICK_S = 1.0
 BALANCE_S = 5.0
+HELD_UP_S = 1.0
+"""A look that comes later than that after it was due tells of this process, not of others' silence."""
 MOST_EXPLAINED = 200
 
 
@@ -84,6 +86,8 @@ class GlobalScheduler:
         self._settled_at = 0.0
         self._notes: tuple[Note, ...] = ()
         self._balanced_at = 0.0
+        self._looked_at = monotonic()
+        self._held_up = False
         self._moves: dict[tuple[str, str], str] = {}
 
     def on_spec(self, key: str, spec: ModelSpec | None) -> None:
@@ -140,7 +144,7 @@ class GlobalScheduler:
     async def _step(self, election: Election, dead_routes: DeadRoutes) -> None:
         now = monotonic()
         retiring = {name for name, seen in self.cluster.workers.items() if seen.report.draining}
-        for worker in self.cluster.forget_silent(now):
+        for worker in [] if self._is_held_up(now) else self.cluster.forget_silent(now):
             self._tell_gone(worker, election, retired=worker in retiring)
             self._commands.worker_lost(worker)
             self._moves = {key: source for key, source in self._moves.items() if key[0] != worker}
@@ -157,6 +161,13 @@ class GlobalScheduler:
         with garbage_collected_later():
             plan = self._policy.plan(snapshot, now)
         self._carry_out(plan, snapshot, election)
+
+    def _is_held_up(self, now: float) -> bool:
+        """Whether what others said meanwhile is to be read first. Not twice running: then it is known."""
+        late = now - self._looked_at > TICK_S + HELD_UP_S
+        self._looked_at = now
+        self._held_up = late and not self._held_up
+        return self._held_up
 
     def _tell_move(self, kind: str, worker: str, model: str, detail: str) -> None:
         instance = self._election.instance if self._election else ""
