@@ -313,6 +313,52 @@ async def test_a_minimum_of_tokens_keeps_stop_tokens_away_until_it_is_reached(ri
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"min_p": 0.05},
+        {"min_p": 0.05, "top_p": 0.9, "top_k": 20},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"repetition_penalty": 1.1, "frequency_penalty": 0.5, "min_new_tokens": 2},
+        {"logit_bias": {"5": 2.0}},
+    ],
+    ids=str,
+)
+async def test_whatever_may_be_asked_of_sampling_is_answered_without_holding_others_up(
+    impatient_rig: Rig, asked: dict[str, object]
+) -> None:
+    rig = impatient_rig
+    await rig.command(CommandKind.ACTIVATE)
+    engine = rig.worker.instances[SMALL].engine
+    for temperature in (1.0, 0.0):
+        sampling = msgspec.structs.replace(
+            SamplingParams(6, temperature=temperature, ignore_eos=True, seed=7), **asked
+        )
+        first = await (await send(rig, f"a{temperature}", [5, 6, 7], 6, sampling=sampling)).all()
+        assert first[-1].error is None, first[-1].error
+        again = await (await send(rig, f"b{temperature}", [5, 6, 7], 6, sampling=sampling)).all()
+        assert tokens_of(again) == tokens_of(first), "the same seed, the same tokens"
+    assert rig.worker.instances[SMALL].engine is engine
+
+
+async def test_a_min_p_of_one_leaves_only_the_likeliest_token(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    greedy = tokens_of(await (await send(rig, "a", [5, 6, 7], 8)).all())
+    likeliest = SamplingParams(8, temperature=1.0, min_p=1.0, ignore_eos=True, seed=3)
+    assert tokens_of(await (await send(rig, "b", [5, 6, 7], 8, sampling=likeliest)).all()) == greedy
+
+
+async def test_a_high_penalty_on_repetition_lets_nothing_come_twice(rig: Rig) -> None:
+    await rig.command(CommandKind.ACTIVATE)
+    once = SamplingParams(20, temperature=0, repetition_penalty=2.0, ignore_eos=True)
+    tokens = tokens_of(await (await send(rig, "a", [5, 6, 7], 20, sampling=once)).all())
+    assert len(set(tokens)) == len(tokens) == 20
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         {"input_ids": [5, 10**6]},

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prism.gpu_worker.engine.seeded_sampling import sample_with_seed, uniform
+from prism.gpu_worker.engine.seeded_sampling import sample_with_seed, uniform, without_unlikely
 
 pytestmark = pytest.mark.core
 
@@ -46,3 +46,9 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     logprobs = torch.tensor([[-float("inf"), 0.0, -float("inf")]])
     for seed in range(200):
         assert int(sample_with_seed(logprobs, torch.tensor([seed]), torch.tensor([3]))) == 1
+
+
+def test_min_p_takes_away_what_is_far_less_likely_than_the_likeliest() -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.9, 0.1, 0.0, 0.0]])
+    left = without_unlikely(probs, torch.tensor([0.5, 1.0, 0.0]))
+    assert left.tolist() == [[0.5, pytest.approx(0.3), 0, 0], [0.25] * 4, pytest.approx([0.9, 0.1, 0, 0])]

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from prism.gpu_worker.engine.uncompiled import plain
+
 
 def prepare(gpu: int) -> None:
     """Before the scheduler of the rank on `gpu` is made; SGLang has been imported."""
@@ -44,6 +46,5 @@ def _shard_embedding_uncompiled() -> None:
     each new process, 41 s on a new host (H200). In a CUDA graph they cost 15 us a step uncompiled."""
     from sglang.srt.layers import vocab_parallel_embedding
 
-    compiled = vocab_parallel_embedding.get_masked_input_and_mask
-    plain = getattr(compiled, "_torchdynamo_orig_callable", compiled)
-    vocab_parallel_embedding.get_masked_input_and_mask = plain
+    mask = plain(vocab_parallel_embedding.get_masked_input_and_mask)
+    vocab_parallel_embedding.get_masked_input_and_mask = mask

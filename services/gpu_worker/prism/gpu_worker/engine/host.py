@@ -24,6 +24,7 @@ from prism.gpu_worker.engine.link import EngineLink, WorkerGone
 from prism.gpu_worker.engine.platform import Platform, platform_for
 from prism.gpu_worker.engine.ranks import Link, Ranks, SilentLink, fork_ranks
 from prism.gpu_worker.engine.scheduler import EngineScheduler
+from prism.gpu_worker.engine.uncompiled import penalties_uncompiled
 from prism.gpu_worker.engine.weights import ModelWeights, loader_for
 from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.engine_protocol import (
@@ -130,6 +131,7 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
     weights.stage()
     platform.prepare()
     seeds.install()
+    penalties_uncompiled()
 
     def step_ended(step: str, seconds: float) -> None:
         weights.seconds[step] = seconds

@@ -29,6 +29,12 @@ def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def without_unlikely(probs: torch.Tensor, min_ps: torch.Tensor) -> torch.Tensor:
+    """Probabilities (n, m), those below their row's `min_ps` (n) of the row's highest set to 0."""
+    least = probs.amax(dim=-1, keepdim=True) * min_ps.view(-1, 1)
+    return probs.masked_fill(probs < least, 0.0)
+
+
 def sample_with_seed(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One index a row, shape (n, 1), drawn from log-probabilities (n, m), normalised or not."""
     cumulative = logprobs.to(torch.float64).exp().cumsum(dim=-1)
