@@ -218,9 +218,40 @@ async def test_request_that_takes_every_worker_down_ends(make_stage: MakeStage) 
     worker = await stage.worker(dying, "m")
     response = await complete(stage)
     assert response.status_code == 503
-    assert "losing 3 workers" in response.json()["error"]["message"]
+    assert "lost 3 times in a row" in response.json()["error"]["message"]
     assert "it burst" in response.json()["error"]["message"]
     assert worker.turns.qsize() == 3
+
+
+async def test_a_request_that_takes_engines_down_takes_no_other_with_it(stage: Stage) -> None:
+    await stage.register("m")
+    burst = asyncio.Event()
+
+    async def shared_engine(turn: Turn) -> None:
+        nonlocal burst
+        if turn.request.sampling.seed == 13:
+            # Its prefill, in which the others' are.
+            await asyncio.wait({asyncio.ensure_future(burst.wait())}, timeout=0.04)
+            burst.set()
+            burst = asyncio.Event()
+            await turn.fail(ErrorCode.ENGINE_LOST, "it burst", retry=True)
+            return
+        mine, left = burst, list(turn.request.sampling.max_new_tokens * stage.ids("a"))
+        while left:
+            # What a prefill or a step takes.
+            done, _ = await asyncio.wait({asyncio.ensure_future(mine.wait())}, timeout=0.05)
+            if done:
+                await turn.fail(ErrorCode.ENGINE_LOST, "it burst", retry=True)
+                return
+            await turn.send([left.pop()], finish=None if left else "length")
+
+    await stage.worker(shared_engine, "m")
+    innocent = asyncio.create_task(complete(stage, max_tokens=60))
+    poison = await complete(stage, seed=13)
+    assert poison.status_code == 503
+    response = await innocent
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["text"] == "a" * 60
 
 
 async def test_final_error_has_its_status_before_the_first_token(stage: Stage) -> None:

@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -28,6 +28,7 @@ from prism.gateway.registry import Registry
 from prism.gateway.replies import Inbox, Replies
 from prism.gateway.settings import Settings
 from prism.gateway.silence_watch import HELD_UP_S
+from prism.gateway.suspects import Suspects
 
 log = logging.getLogger(__name__)
 
@@ -134,13 +135,17 @@ class Dispatcher:
         self._replies = replies
         self._metrics = metrics
         self._clock = clock
+        self._suspects = Suspects()
 
     async def run(self, job: Job) -> AsyncGenerator[list[Tokens], None]:
         """The tokens of `job`, each exactly once, as many frames at a time as have come. Closing the
         generator cancels the work.
 
+        A request that ends every engine gets nowhere, and would take all others with it each time. So losses
+        count in a row, those without a token between, and after two it goes alone (see `Suspects`).
+
         Raises PrismError: what the worker said, overloaded when too many are parked already as it comes,
-        deadline_exceeded, or engine_lost after too many lost workers.
+        deadline_exceeded, or engine_lost after too many losses in a row.
         """
         done: list[int] = []
         shunned = Shunned()
@@ -152,40 +157,55 @@ class Dispatcher:
             if (finish := already_over(job, done)) is not None:
                 yield [Tokens((), None, finish)]
                 return
-            worker = await self._find_worker(job, shunned, waiting_since, begun=begun)
-            begun = True
-            rid = secrets.token_hex(16)
-            try:
-                async with aclosing(self._attempt(replay(job, done), len(done), worker, rid)) as batches:
-                    async for parts in batches:
-                        for part in parts:
-                            done += part.tokens
-                        yield parts
-                        waiting_since = self._clock()
-                        if parts[-1].finish is not None:
-                            return
-            except PrismError as error:
-                names = _names(job, rid=rid, worker=worker)
-                if not error.retry:
-                    log.warning("request failed: %s; %s", error.message, _remedy(error.code), extra=names)
-                    raise
-                if error.code not in NOT_STARTED:
-                    losses += 1
-                if losses > self._settings.max_losses:
-                    log.warning(
-                        "request given up, %d workers lost it: %s; their logs say why, its client may retry",
-                        losses,
-                        error.message,
-                        extra=names,
-                    )
-                    raise PrismError(
-                        ErrorCode.ENGINE_LOST,
-                        f"gave up after losing {losses} workers, the last one: {error.message}",
-                        retry=True,
-                    ) from error
-                log.info("%s after %d tokens, routing again", error.message, len(done), extra=names)
-                self._metrics.replayed(job.model, error.code)
-                shunned.add(worker, self._clock())
+            before = len(done)
+            async with AsyncExitStack() as stack:
+                let_others = None
+                if losses > 1:
+                    alone = self._suspects.alone(job.model, job.deadline - self._clock())
+                    let_others = await stack.enter_async_context(alone)
+                worker = await self._find_worker(job, shunned, waiting_since, begun=begun)
+                begun = True
+                rid = secrets.token_hex(16)
+                try:
+                    async with aclosing(self._attempt(replay(job, done), before, worker, rid)) as batches:
+                        async for parts in batches:
+                            for part in parts:
+                                done += part.tokens
+                            if let_others is not None and len(done) > before:
+                                let_others()
+                            yield parts
+                            waiting_since = self._clock()
+                            if parts[-1].finish is not None:
+                                return
+                except PrismError as error:
+                    if error.code not in NOT_STARTED:
+                        losses = 1 if len(done) > before else losses + 1
+                    self._judge(job, error, losses, _names(job, rid=rid, worker=worker), len(done))
+                    shunned.add(worker, self._clock())
+
+    def _judge(
+        self, job: Job, error: PrismError, losses: int, names: dict[str, dict[str, str]], got: int
+    ) -> None:
+        """Raises what the client is told after an attempt that failed by `error`; returns where another one
+        is due."""
+        if not error.retry:
+            log.warning("request failed: %s; %s", error.message, _remedy(error.code), extra=names)
+            raise error
+        if losses > self._settings.max_losses:
+            log.warning(
+                "request given up, it was lost %d times in a row: %s; the workers' logs say why, its client "
+                "may retry",
+                losses,
+                error.message,
+                extra=names,
+            )
+            raise PrismError(
+                ErrorCode.ENGINE_LOST,
+                f"its engine or worker was lost {losses} times in a row, last: {error.message}",
+                retry=True,
+            ) from error
+        log.info("%s after %d tokens, routing again", error.message, got, extra=names)
+        self._metrics.replayed(job.model, error.code)
 
     async def _find_worker(self, job: Job, shunned: Shunned, waiting_since: float, *, begun: bool) -> str:
         """A worker for `job`, waiting for one if need be; it counts as parked since `waiting_since`. One that

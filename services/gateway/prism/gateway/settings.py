@@ -9,8 +9,9 @@ class Settings:
 
     `park_s` bounds one wait for a model to be served somewhere, `deadline_s` the whole request, `accept_s`
     the wait for a worker's word that it has a request, `stall_s` its silence after that, `silence_s` the age
-    of a load report from which on its worker counts as gone. `max_losses` is how often one request may lose
-    its worker: one that takes every engine down with it must not go round for ever.
+    of a load report from which on its worker counts as gone. `max_losses` is how often in a row, without
+    a token between, one request may lose its engine or worker: one that takes every engine down with it must
+    not go round for ever.
     """
 
     max_body_bytes: int = 4 * 1024 * 1024
