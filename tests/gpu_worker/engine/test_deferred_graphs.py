@@ -1,5 +1,7 @@
 """CUDA graphs wait until an engine has been idle for a while."""
 
+import pytest
+
 from prism.gpu_worker.engine.deferred_graphs import DeferredGraphs
 
 
@@ -53,3 +55,32 @@ def test_graphs_are_captured_once() -> None:
     runner.decode_cuda_graph_runner = "kept"
     graphs.idle(1, 9.0)
     assert runner.decode_cuda_graph_runner == "kept"
+
+
+def test_sleep_is_no_quiet_time() -> None:
+    made = runner_class()
+    graphs = DeferredGraphs(made, quiet_s=2.0)
+    runner = made()
+    runner.init_decode_cuda_graph()
+    graphs.idle(5, 10.0)
+    graphs.begin_anew()
+    graphs.idle(5, 100.0)
+    assert graphs.pending, "the request that it woke for comes first"
+    graphs.idle(5, 102.0)
+    assert not graphs.pending
+
+
+def test_an_engine_that_cannot_capture_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(runner_class()):  # type: ignore[misc]
+        def init_decode_cuda_graph(self) -> None:
+            self.decode_cuda_graph_runner = "half done"
+            raise MemoryError("no room")
+
+    graphs = DeferredGraphs(Full, quiet_s=0.0)
+    runner = Full()
+    runner.init_decode_cuda_graph()
+    graphs.idle(1, 1.0)
+    graphs.idle(1, 1.0)
+    assert runner.decode_cuda_graph_runner is None
+    assert "no room" in caplog.text
+    assert not graphs.pending

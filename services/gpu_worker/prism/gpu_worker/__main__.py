@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from prism.common.bus import connect_bus
-from prism.common.errors import ErrorCode, PrismError
 from prism.common.identity import instance_id, node_name
 from prism.common.messages.placement import GpuIdClaim
 from prism.common.micro import micro_service
@@ -77,6 +76,7 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
     envvar="PRISM_DEVICE",
     show_envvar=True,
     default="cpu",
+    show_default=True,
     help="What the engines run on. simulated: nothing; they say numbers, as PRISM_SIMULATED_* set.",
 )
 @click.option(
@@ -107,6 +107,7 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
     envvar="PRISM_WARM_SHELLS",
     show_envvar=True,
     default=1,
+    show_default=True,
     help="cuda: engine processes that are started ahead of need.",
 )
 @click.option(
@@ -114,6 +115,7 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
     envvar="PRISM_ATTENTION_BACKEND",
     show_envvar=True,
     default="triton",
+    show_default=True,
     help="cuda: SGLang's attention backend (triton, fa3 where it is installed, flashinfer).",
 )
 @click.option(
@@ -155,7 +157,7 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
 )
 @click.option(
     "--worker-memory-gb",
-    type=float,
+    type=click.FloatRange(min=0, min_open=True),
     envvar="PRISM_WORKER_MEMORY_GB",
     show_envvar=True,
     help="What weights, KV caches and (cuda) engines may take, in 10^9 bytes. "
@@ -211,10 +213,11 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
 )
 @click.option(
     "--engine-stall-s",
-    type=float,
+    type=click.FloatRange(min=0, min_open=True),
     envvar="PRISM_ENGINE_STALL_S",
     show_envvar=True,
     default=10.0,
+    show_default=True,
     help="An engine with requests that says nothing for so long is stuck, and ended.",
 )
 @click.option(
@@ -228,13 +231,21 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
 )
 @click.option(
     "--drain-s",
-    type=float,
+    type=click.FloatRange(min=0),
     envvar="PRISM_DRAIN_S",
     show_envvar=True,
     default=30.0,
+    show_default=True,
     help="How long requests may finish after SIGTERM.",
 )
-@click.option("--log-level", envvar="PRISM_LOG_LEVEL", show_envvar=True, default="INFO")
+@click.option(
+    "--log-level",
+    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    envvar="PRISM_LOG_LEVEL",
+    show_envvar=True,
+    default="INFO",
+    show_default=True,
+)
 @click.option(
     "--log-format",
     type=click.Choice(LOG_FORMATS),
@@ -288,8 +299,6 @@ def main(
     )
 
     async def serve(stop: asyncio.Event) -> None:
-        if worker_memory_gb is not None and worker_memory_gb <= 0:
-            raise PrismError(ErrorCode.INVALID_REQUEST, "--worker-memory-gb must be above 0")
         async with (
             connect_bus(nats_url, name=identity.worker) as bus,
             # Engines begin their imports, which take longer than ids do.

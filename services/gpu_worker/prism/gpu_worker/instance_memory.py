@@ -162,14 +162,15 @@ class InstanceMemory:
         """What the arbiter needs to know while it serves; None where its quota can't move."""
         if self._spec.tp_size > 1:
             return None
-        quota = self.quota_bytes
+        quota, page = self.quota_bytes, max(1, ready.kv_page_bytes)
         return QuotaHolder(
             self._name,
             quota,
             used_bytes=kv_bytes_of(ready, load.kv_used_tokens),
             committed_bytes=kv_bytes_of(ready, running_tokens),
             wanted_bytes=kv_bytes_of(ready, wanted_tokens),
-            floor_bytes=min(quota, self._kv_floor),
+            # Whole pages, as the engine holds them: part of one would be taken from it in every round.
+            floor_bytes=min(quota, -(-self._kv_floor // page) * page),
             cap_bytes=max(self.kv_cap_bytes, 0),
             granularity=ready.kv_page_bytes,
             priority=self._spec.priority,

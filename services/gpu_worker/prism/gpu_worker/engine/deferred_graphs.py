@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from prism.common.errors import words_of
+
 log = logging.getLogger(__name__)
 
 QUIET_S = 2.0
@@ -40,6 +42,10 @@ class DeferredGraphs:
         """Whether there is something to capture."""
         return bool(self._runners)
 
+    def begin_anew(self) -> None:
+        """The engine was asleep: quiet begins when it is next idle."""
+        self._steps = -1
+
     def idle(self, steps: int, now: float) -> None:
         """The engine has nothing to do at `now`, in seconds, after `steps` forward passes: capture if that
         has been so for long enough."""
@@ -50,6 +56,12 @@ class DeferredGraphs:
         elif now - self._quiet_since >= self._quiet_s:
             began = time.perf_counter()
             runners, self._runners[:] = list(self._runners), []
-            for runner in runners:
-                self._capture(runner)
-            log.info("CUDA graphs captured in %.2f s", time.perf_counter() - began)
+            try:
+                for runner in runners:
+                    self._capture(runner)
+            except Exception as error:
+                for runner in runners:
+                    runner.decode_cuda_graph_runner = None
+                log.warning("decoding goes on without CUDA graphs, capturing failed: %s", words_of(error))
+            else:
+                log.info("CUDA graphs captured in %.2f s", time.perf_counter() - began)

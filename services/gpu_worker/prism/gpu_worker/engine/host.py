@@ -173,6 +173,8 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
         weights_fd, kv_fd = platform.arenas(weights)
         memory = ranks.gather(RankMemory(os.getpid(), weights_fd, kv_fd))
         imaged = all(ranks.gather(weights.imaged))
+        # Memory is counted for one GPU, unless all ranks share what there is.
+        sharing = ranks.size if platform.one_memory else 1
         link.send(
             Ready(
                 call=start.call,
@@ -180,7 +182,7 @@ def _build(link: Link, worker: EngineLink, start: StartEngine, ranks: Ranks) -> 
                 weights_fd=weights_fd,
                 kv_fd=kv_fd,
                 kv_tokens=kv.limit_tokens,
-                kv_bytes_per_token=ranks.size * _per_token(scheduler.model_config, ranks),
+                kv_bytes_per_token=sharing * _per_token(scheduler.model_config, ranks),
                 imaged=imaged,
                 seconds={**weights.seconds, "prime": primed - built, "build": primed - began},
                 weights_bytes=weights.nbytes,

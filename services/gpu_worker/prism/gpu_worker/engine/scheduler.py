@@ -219,6 +219,8 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
 
     def handle_wake(self, request: Wake) -> None:
         """Take memory again, weights copied back from the image: the last of them while requests may come."""
+        if self._graphs is not None:
+            self._graphs.begin_anew()
         self._transition(request.call, self._wake)
         if self.dozing:
             self.weights.asleep()
