@@ -39,8 +39,8 @@ class KvcachedMemory:
         if outcome["status"] != "applied":
             raise PrismError(
                 ErrorCode.OVERLOADED,
-                f"the KV quota of {limit_bytes / 1e6:.1f} MB was {outcome['status']}: {outcome['reason']}. It comes "
-                f"in pages of {self.page_bytes / 1e6:.1f} MB: raise max_memory_pool_size where that is more",
+                f"the KV quota of {limit_bytes / 1e6:.1f} MB was {outcome['status']}: {outcome['reason']}. "
+                f"Pages have {self.page_bytes / 1e6:.1f} MB: raise max_memory_pool_size where that is more",
                 retry=True,
             )
 
