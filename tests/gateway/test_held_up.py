@@ -117,6 +117,7 @@ class LateInbox:
     def __init__(self, clock: Clock, *late_s: float) -> None:
         self._clock = clock
         self._late_s = list(late_s)
+        self.stats = {"reconnects": 0}
 
     async def get(self, until: float) -> list[TokenFrame]:
         if not self._late_s:
@@ -125,8 +126,21 @@ class LateInbox:
         raise TimeoutError
 
 
+class InboxOverAReturn(LateInbox):
+    """The bus comes back during the first wait, in which nothing came."""
+
+    def __init__(self, clock: Clock, *late_s: float) -> None:
+        super().__init__(clock, *late_s)
+        self._back = False
+
+    async def get(self, until: float) -> list[TokenFrame]:
+        self.stats["reconnects"] += not self._back
+        self._back = True
+        return await super().get(until)
+
+
 async def frames_from(inbox: LateInbox, clock: Clock, deadline_s: float = 1000.0) -> list[TokenFrame]:
-    bus = SimpleNamespace(client=SimpleNamespace(is_connected=True))
+    bus = SimpleNamespace(client=SimpleNamespace(is_connected=True, stats=inbox.stats))
     parts: dict[str, Any] = dict.fromkeys(("registry", "parking", "replies", "metrics"))
     fleet = Fleet(clock, SILENCE_S, lambda: None)
     dispatcher = Dispatcher(cast(Bus, bus), "gateway-1", Settings(), fleet=fleet, clock=clock, **parts)
@@ -145,6 +159,13 @@ async def test_a_stream_that_is_silent_while_the_gateway_looks_is_stalled(late_s
     with pytest.raises(PrismError, match="sent nothing") as caught:
         await frames_from(LateInbox(clock, *late_s), clock)
     assert caught.value.code is ErrorCode.ENGINE_LOST
+
+
+async def test_a_wait_that_began_before_the_bus_came_back_says_nothing_of_the_worker() -> None:
+    clock = Clock()
+    assert await frames_from(InboxOverAReturn(clock, 0.0), clock) == [TokenFrame("rid", 0)]
+    with pytest.raises(PrismError, match="sent nothing"):
+        await frames_from(InboxOverAReturn(clock, 0.0, 0.0), clock)
 
 
 async def test_a_deadline_that_passed_while_the_gateway_stood_still_has_passed() -> None:

@@ -322,6 +322,7 @@ class Dispatcher:
         while True:
             progress = None if begun else self._fleet.tokens_done(job.model, inbox.worker)
             stall_at = self._clock() + patience_s
+            returns = self._bus.client.stats["reconnects"]
             try:
                 return await inbox.get(min(stall_at, job.deadline))
             except TimeoutError:
@@ -329,8 +330,8 @@ class Dispatcher:
                     raise PrismError(
                         ErrorCode.DEADLINE_EXCEEDED, "the request's deadline passed before it was finished"
                     ) from None
-                if not self._bus.client.is_connected:
-                    # Nobody can be heard: what that cost is looked at once the bus is back.
+                if not self._bus.client.is_connected or self._bus.client.stats["reconnects"] != returns:
+                    # Nobody could be heard: what that cost is looked at once the bus is back.
                     continue
                 if self._clock() - stall_at > HELD_UP_S:
                     # Told late because the gateway was held up: its frames may wait in the socket.
