@@ -5,14 +5,17 @@ import pytest
 
 from prism.cli.events import event_line
 from prism.cli.models import model_lines, model_rows
+from prism.cli.retry import outcome_line
 from prism.cli.status import status_lines
 from prism.cli.system_view import ServiceView, SystemView
 from prism.cli.table import aligned, megabytes, seconds
+from prism.common.errors import ErrorBody, ErrorCode
 from prism.common.messages.events import Event
 from prism.common.messages.explain import ExplainedAction, ExplainedDemand, ExplainedNote, PlanReport
 from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.common.messages.placement import CommandKind, Route
+from prism.common.messages.retry import RetryOutcome
 from prism.common.messages.store import StoreReport
 
 pytestmark = pytest.mark.core
@@ -139,3 +142,10 @@ def test_bytes_are_read_in_mb_or_gb(count: float, text: str) -> None:
 )
 def test_times_are_read_in_s_min_or_h(count: float, text: str) -> None:
     assert seconds(count) == text
+
+
+def test_a_retry_that_fails_says_why_and_of_a_model_that_nobody_knows_no_more_than_that() -> None:
+    torn = ErrorBody(ErrorCode.MODEL_FAILED, "its weights are torn")
+    assert outcome_line(RetryOutcome("a", ModelState.FAILED, torn)) == "a is failed: its weights are torn"
+    unknown = ErrorBody(ErrorCode.MODEL_NOT_FOUND, "no model 'b' is registered")
+    assert outcome_line(RetryOutcome("b", ModelState.FAILED, unknown)) == "no model 'b' is registered"

@@ -1,9 +1,11 @@
 """What `prism up` makes of its options: the command lines of the services that it starts."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -22,6 +24,8 @@ def placement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "PRISM_DEVICE",
         "PRISM_GPU",
         "PRISM_WORKER_MEMORY_GB",
+        "PRISM_STORE_MEMORY_GB",
+        "PRISM_IMAGE_DIR",
     ):
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "placement.json"
@@ -119,3 +123,42 @@ def test_a_policy_that_there_is_not_is_refused_before_anything_starts(placement:
 def test_modes_name_the_variables_that_a_choice_may_have_come_from() -> None:
     with pytest.raises(Exception, match="PRISM_MODE"):
         policy_in("static", "kvpr", "balanced")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--worker-memory-gb", "-1"),
+        ("--worker-memory-gb", "0"),
+        ("--store-memory-gb", "0"),
+        ("--port", "65536"),
+        ("--port", "-1"),
+        ("--log-level", "foo"),
+    ],
+)
+def test_a_value_that_no_service_would_take_is_refused_before_anything_starts(
+    placement: Path, chosen: list[SystemSettings], option: str, value: str
+) -> None:
+    refused = run(placement, f"{option}={value}")
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{option}'" in refused.output
+    assert not chosen
+
+
+@pytest.mark.parametrize("service", ["gateway", "global_scheduler", "gpu_worker", "model_store"])
+def test_a_log_level_is_a_level_in_any_case_for_every_service(service: str) -> None:
+    command: click.Command = import_module(f"prism.{service}.__main__").main
+    needed = ["--store-socket", "/s"] if service == "gpu_worker" else []
+    context = command.make_context(service, [*needed, "--log-level", "warning"])
+    assert context.params["log_level"] == "WARNING"
+    with pytest.raises(click.BadParameter, match="'foo' is not one of"):
+        command.make_context(service, [*needed, "--log-level", "foo"])
+
+
+def test_what_stores_take_comes_from_the_environment_as_from_options(
+    placement: Path, chosen: list[SystemSettings]
+) -> None:
+    assert run(placement, PRISM_STORE_MEMORY_GB="2", PRISM_IMAGE_DIR="/images").exit_code == 0
+    line = service_arguments(chosen[0], "nats://n", Path("/run"), "model_store", 1, [])
+    options = dict(zip(line[::2], line[1::2], strict=True))
+    assert (options["--memory-gb"], options["--image-dir"]) == ("2.0", "/images")

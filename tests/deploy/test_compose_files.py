@@ -63,6 +63,29 @@ def test_the_example_names_every_setting_and_no_other(settings: set[str]) -> Non
     assert used - settings == set()
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_the_example_shows_of_a_service_is_its_default(
+    service: str, compose: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command: click.Command = import_module(f"prism.{service}.__main__").main
+    needed = ["--store-socket", "/s"] if service == "gpu_worker" else []
+    text = (COMPOSE / ".env.example").read_text()
+    shown = dict(re.findall(r"^#([A-Z][A-Z0-9_]*)=(.+)$", text, re.MULTILINE))
+    # The others have a default of compose.yaml's own.
+    passed_on = shown.keys() & set(compose[service]["environment"]) & set(options_of(service))
+    for name in options_of(service):
+        monkeypatch.delenv(name, raising=False)
+    usual = command.make_context(service, [*needed]).params
+    for name in passed_on:
+        monkeypatch.setenv(name, shown[name])
+    given = command.make_context(service, [*needed]).params
+    # What a device decides has no default of the option's.
+    assert {name: given[name] for name in usual if usual[name] is not None} == {
+        name: value for name, value in usual.items() if value is not None
+    }
+    assert passed_on
+
+
 @pytest.mark.parametrize("service", IMAGES)
 def test_every_service_is_checked_limited_and_started_again(service: str, compose: dict[str, Any]) -> None:
     container = compose[service]

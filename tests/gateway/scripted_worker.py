@@ -84,6 +84,7 @@ class ScriptedWorker:
         self.cancels: asyncio.Queue[str] = asyncio.Queue()
         self.loads: dict[str, ModelLoad] = {}
         self.silent = False
+        self.draining = False
         self._bus = bus
         self._by_rid: dict[str, Turn] = {}
         self._listening: dict[str, Subscription] = {}
@@ -125,7 +126,8 @@ class ScriptedWorker:
 
     async def report(self) -> None:
         """Send a load report now."""
-        report = LoadReport(self.name, "node", "simulated", [0], 2**30, 0, list(self.loads.values()))
+        loads = list(self.loads.values())
+        report = LoadReport(self.name, "node", "simulated", [0], 2**30, 0, loads, draining=self.draining)
         await self._bus.publish(subjects.load(self.name), report)
 
     async def run(self) -> None:

@@ -104,6 +104,8 @@ WRONG_FIELDS = [
         "stream_options.continuous_usage_stats",
         "needs stream_options.include_usage",
     ),
+    (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "only where stream is true"),
+    (COMPLETIONS, {"stream": False, "stream_options": {}}, "stream_options", "only where stream is true"),
     (COMPLETIONS, {"colour": "red"}, "colour", "unknown parameter 'colour'"),
     (CHAT, {"messages": [{**users("a")[0], "colour": 1}]}, "messages[0].colour", "unknown parameter"),
     (

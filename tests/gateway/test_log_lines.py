@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from tests.gateway.conftest import MakeStage, Stage
-from tests.gateway.scripted_worker import Turn
+from tests.gateway.scripted_worker import Turn, hanging
 from tests.gateway.test_replies import GATEWAY, message
 
 from prism.common import subjects
@@ -71,6 +71,23 @@ async def test_a_request_whose_model_never_comes_says_where_to_look(
     ((line, names),) = told(caplog, "request failed")
     assert "`prism status`" in line
     assert names == {"request": answer.headers["x-request-id"], "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("draining", "line"), [(True, "a worker has retired"), (False, "a worker has gone silent")]
+)
+async def test_a_worker_that_said_that_it_would_go_is_not_called_silent(
+    make_stage: MakeStage, caplog: pytest.LogCaptureFixture, *, draining: bool, line: str
+) -> None:
+    caplog.set_level(logging.INFO, "prism.gateway")
+    stage = await make_stage(Settings(silence_s=0.5))
+    worker = await stage.worker(hanging)
+    worker.draining = draining
+    await worker.report()
+    await stage.until(lambda: stage.fleet.retiring() == ({"worker-1"} if draining else set()))
+    worker.silent = True
+    await stage.until(lambda: bool(told(caplog, "a worker has")))
+    assert told(caplog, "a worker has") == [(line, {"worker": "worker-1"})]
 
 
 async def test_each_request_that_a_drain_ends_is_told(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,8 +14,12 @@ COMMANDS = {
     "simulate": ("prism.bench.simulation.command", "simulate_command"),
     "plan": ("prism.bench.simulation.plan_command", "plan_command"),
     "calibrate": ("prism.bench.calibration.command", "calibrate_command"),
+    "doctor": ("prism.gpu_worker.doctor.command", "doctor"),
     "make-tiny-models": ("prism.cli.tiny_models", "make_tiny_models_command"),
 }
+
+# Named, not imported: what these packages come with stands on this one, and need not be there.
+COME_WITH = {"prism.bench": "prism-serving-bench", "prism.gpu_worker": "prism-serving-gpu_worker"}
 
 
 class LazyGroup(click.Group):
@@ -35,9 +39,9 @@ class LazyGroup(click.Group):
         except ModuleNotFoundError as error:
             if error.name is None or not error.name.startswith("prism"):
                 raise
-            # Named here, not imported: what they come with stands on this package, and need not be there.
+            package = COME_WITH.get(".".join(module.split(".")[:2]), "prism-serving-cli")
             raise click.ClickException(
-                f"`prism {cmd_name}` comes with the package prism-serving-bench, which is not installed"
+                f"`prism {cmd_name}` comes with the package {package}, which is not installed"
             ) from error
         return command
 

@@ -5,6 +5,7 @@ import click
 from prism.cli.bus_option import nats_option, run_to_exit
 from prism.common import subjects
 from prism.common.bus import connect_bus
+from prism.common.errors import ErrorCode
 from prism.common.messages.models import ModelState
 from prism.common.messages.retry import RetryOutcome, RetryRequest
 
@@ -28,6 +29,8 @@ async def request_retry(nats_url: str, model: str, deadline_s: float) -> RetryOu
 def outcome_line(outcome: RetryOutcome) -> str:
     """What came of a retry, for people."""
     if outcome.error is not None:
+        if outcome.error.code is ErrorCode.MODEL_NOT_FOUND:
+            return outcome.error.message
         return f"{outcome.model} is {outcome.state}: {outcome.error.message}"
     found = ""
     if (facts := outcome.facts) is not None:

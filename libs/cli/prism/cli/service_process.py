@@ -105,17 +105,17 @@ class ServiceProcess:
                 return
             self._on_line(self.name, line.decode(errors="replace").rstrip())
 
-    async def stop(self) -> None:
-        """Drain and end; killed when it takes longer than it may."""
+    async def stop(self, deadline_s: float = STOP_DEADLINE_S) -> None:
+        """Drain and end, not to be started again; killed when it takes longer than it may."""
         self._end_by = self._end_by or signal.SIGTERM
         process = self.process
         if process is not None and process.returncode is None:
             process.send_signal(self._end_by)
             try:
-                async with asyncio.timeout(STOP_DEADLINE_S):
+                async with asyncio.timeout(deadline_s):
                     await process.wait()
             except TimeoutError:
-                self._on_line(self.name, f"did not end within {STOP_DEADLINE_S:.0f} s, killed")
+                self._on_line(self.name, f"did not end within {deadline_s:g} s, killed")
                 self.kill()
         if self._keeper is not None:
             try:

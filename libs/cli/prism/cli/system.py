@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 READY_DEADLINE_S = 120.0
 FOLDERS_READ_S = 20.0
+ABANDON_DEADLINE_S = 2.0
 NATS_LOOK_S = 0.01
 NATS = "nats"
 STOP_ORDER = ("gateway", "global_scheduler", "gpu_worker", "model_store", NATS)
@@ -87,6 +88,7 @@ class RunningSystem:
         self._on_line = on_line
         self._ready: dict[str, asyncio.Event] = {}
         self._changed = asyncio.Event()
+        self._came_up = False
 
     @property
     def gateway_url(self) -> str:
@@ -129,9 +131,14 @@ class RunningSystem:
             for _ in range(count):
                 await self._start_next(kind).start()
         await self._wait_for_gateways()
+        self._came_up = True
 
     async def stop(self) -> None:
-        """Drain and end everything, gateways first: what they have begun needs the others."""
+        """Drain and end everything, gateways first: what they have begun needs the others. What never came up
+        has begun nothing: it ends all at once, and soon."""
+        if not self._came_up:
+            services = [service for service in self.services.values() if service.kind != NATS]
+            await asyncio.gather(*(service.stop(ABANDON_DEADLINE_S) for service in services))
         for kind in STOP_ORDER:
             await asyncio.gather(*(service.stop() for service in self.of(kind)))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from prism.cli.preflight import check_before_start
 from prism.cli.system import RunningSystem, SystemSettings, running_system
 from prism.common.errors import PrismError
 from prism.common.modes import DEFAULT_MODE, MODES, policy_in
@@ -22,6 +23,8 @@ COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store
 NAME_WIDTH = 18
 NATS_PORT = 4222
 COUNT = click.IntRange(min=1)
+GB = click.FloatRange(min=0, min_open=True)
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def print_service_line(service: str, line: str) -> None:
@@ -45,7 +48,10 @@ def curl_line(gateway_url: str, model: str) -> str:
 
 
 async def run_until_stopped(settings: SystemSettings) -> int:
-    """Run the system until SIGINT or SIGTERM, or until it cannot run. Returns the exit status."""
+    """Run the system until SIGINT or SIGTERM, or until it cannot run. Returns the exit status.
+
+    Raises PrismError where it does not come up, before anything is started if that can be told.
+    """
     models = read_placement_file(settings.placement)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -60,13 +66,15 @@ async def run_until_stopped(settings: SystemSettings) -> int:
             # What is left dies with this process.
             os._exit(130)
         stop.set()
-        click.echo("stopping: requests in flight may finish (again to end at once)", err=True)
+        drains = ": requests in flight may finish (again to end at once)" if running else ""
+        click.echo(f"stopping{drains}", err=True)
         if not running:
             starting.cancel()
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, on_signal)
     try:
+        await check_before_start(settings)
         async with running_system(settings, print_service_line) as system:
             running.append(system)
             for url in system.gateway_urls.values():
@@ -113,18 +121,34 @@ def _is_free(port: int) -> bool:
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of the gateway.")
 @click.option(
-    "--port", default=8000, show_default=True, help="Port of the gateway; 0 lets the kernel choose."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port of the gateway; 0 lets the kernel choose.",
 )
 @click.option(
     "--worker-memory-gb",
-    type=float,
+    type=GB,
     envvar="PRISM_WORKER_MEMORY_GB",
     show_envvar=True,
     help="What weights and KV caches of a worker may take.  "
     "[default: 4; cuda: the GPU's memory less 4 GiB for activations]",
 )
-@click.option("--store-memory-gb", type=float, help="What staged models may take (default: half of RAM).")
-@click.option("--image-dir", type=click.Path(path_type=Path), help="Where engine images are kept on disk.")
+@click.option(
+    "--store-memory-gb",
+    type=GB,
+    envvar="PRISM_STORE_MEMORY_GB",
+    show_envvar=True,
+    help="What staged models may take of host memory, in each store.  [default: half of it, in each]",
+)
+@click.option(
+    "--image-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="PRISM_IMAGE_DIR",
+    show_envvar=True,
+    help="Where engine images are kept on disk.  [default: ~/.cache/prism/images]",
+)
 @click.option(
     "--mode",
     type=click.Choice(MODES),
@@ -154,7 +178,9 @@ def _is_free(port: int) -> bool:
 @click.option("--schedulers", type=COUNT, default=1, show_default=True, help="Schedulers: one leads.")
 @click.option("--workers", type=COUNT, default=1, show_default=True, help="Workers: a GPU each.")
 @click.option("--stores", type=COUNT, default=1, show_default=True, help="Model stores.")
-@click.option("--log-level", default="INFO", show_default=True)
+@click.option(
+    "--log-level", type=click.Choice(LOG_LEVELS, case_sensitive=False), default="INFO", show_default=True
+)
 @click.option("--log-format", type=click.Choice(LOG_FORMATS), default="text", show_default=True)
 def up_command(placement: Path, nats_port: int | None, **options: object) -> None:
     """Run the whole system for the models of PLACEMENT (a placement file) until Ctrl-C."""

@@ -50,7 +50,14 @@ def option(flag: str, default: float, text: str, low: float = 0) -> Callable[[An
     show_default=True,
     help="The bus.",
 )
-@click.option("--log-level", default="INFO", envvar="PRISM_LOG_LEVEL", show_envvar=True, show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    envvar="PRISM_LOG_LEVEL",
+    show_envvar=True,
+    default="INFO",
+    show_default=True,
+)
 @click.option(
     "--log-format",
     type=click.Choice(LOG_FORMATS),
@@ -68,7 +75,7 @@ def option(flag: str, default: float, text: str, low: float = 0) -> Callable[[An
 @option("accept-s", DEFAULTS.accept_s, "Longest wait for a worker's word that it has a request.", 0.001)
 @option("stall-s", DEFAULTS.stall_s, "Silence of a worker within a stream before it is left.", 0.001)
 @option("silence-s", DEFAULTS.silence_s, "Age of a load report from which on its worker is gone.", 0.001)
-@option("max-losses", DEFAULTS.max_losses, "Workers that one request may lose before it fails.")
+@option("max-losses", DEFAULTS.max_losses, "Losses of its worker in a row that a request survives.")
 @option("max-choices", DEFAULTS.max_choices, "Generations in one request (prompts times n).", 1)
 @option("drain-s", DEFAULTS.drain_s, "Time for requests in progress to finish after SIGTERM.")
 def main(host: str, port: int, nats: str, log_level: str, log_format: str, **limits: float) -> None:

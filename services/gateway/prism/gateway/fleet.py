@@ -70,6 +70,10 @@ class Fleet:
             del self._workers[name]
         return gone
 
+    def retiring(self) -> set[str]:
+        """The workers whose last report said that they are about to end."""
+        return {name for name, view in self._workers.items() if view.report.draining}
+
     def excuse_silence(self) -> None:
         """Start everybody's silence anew: a gateway that is off the bus or held up itself hears nobody."""
         now = self._clock()

@@ -69,6 +69,8 @@ def check_fields(request: OpenAIFields, harmless: dict[str, tuple[Any, ...]]) ->
     refuse_unsupported(msgspec.structs.asdict(request), {**HARMLESS_EVERYWHERE, **harmless})
     if request.stream_options is not None:
         _check_stream_options(request.stream_options)
+        if not request.stream:
+            raise invalid("stream_options", "stream_options is allowed only where stream is true")
     check_sampling(request)
     if not request.model:
         raise invalid("model", "model must not be empty")

@@ -34,7 +34,8 @@ class _ModelLot:
 class Parking:
     """Parked requests by model, with caps per model and in all on those that have not begun.
 
-    `clock` gives seconds; `on_change(model)` is called after each arrival and departure.
+    `clock` gives seconds; `on_change(model)` is called after each arrival and departure; `obstacle(model)`
+    says why no request wakes a model as things are, None for nothing known: who waited in vain is told.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Parking:
         per_model: int,
         total: int,
         on_change: Callable[[str], None] = lambda model: None,
+        obstacle: Callable[[str], str | None] = lambda model: None,
     ) -> None:
         self._clock = clock
         self._per_model = per_model
         self._total = total
         self._on_change = on_change
+        self._obstacle = obstacle
         self._lots: dict[str, _ModelLot] = {}
         self._capped = 0
 
@@ -57,7 +60,8 @@ class Parking:
         """Park a request of `model`, which waits since `since` (now), until the block ends. One that has
         `begun` on a worker was let in long ago: no cap holds for it, and it takes nobody's place.
 
-        Raises PrismError(overloaded) beyond a cap.
+        Raises PrismError(overloaded) beyond a cap, and what the block raises: a deadline_exceeded with what
+        the model lacks.
         """
         if not begun:
             self._refuse_beyond_caps(model)
@@ -70,6 +74,12 @@ class Parking:
         self._on_change(model)
         try:
             yield place
+        except PrismError as error:
+            why = self._obstacle(model) if error.code is ErrorCode.DEADLINE_EXCEEDED else None
+            if why is None:
+                raise
+            message = f"{error.message}. The scheduler: {why}"
+            raise PrismError(error.code, message, retry=error.retry, param=error.param) from error
         finally:
             del lot.places[place]
             lot.capped -= capped

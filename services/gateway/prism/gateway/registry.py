@@ -7,6 +7,7 @@ from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.mirror import BucketMirror
 from prism.gateway.fleet import Fleet
+from prism.gateway.obstacles import Obstacles
 
 FAILED_FOR_S = 15.0
 """How long requests for a failed model are refused at once; the first one after that has it tried again."""
@@ -14,8 +15,9 @@ FAILED_FOR_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """`state` is ready, sleeping (a request wakes it) or failed; `reason` says why it is not ready.
-    `devices` are the kinds of hardware that serve it now: what a simulated one says, no model has said."""
+    """`state` is ready, sleeping (a request wakes it), unavailable (as things are, none does) or failed;
+    `reason` says why it is not ready. `devices` are the kinds of hardware that serve it now: what a
+    simulated one says, no model has said."""
 
     name: str
     state: str
@@ -25,12 +27,20 @@ class ModelStatus:
 
 
 class Registry:
-    """Reads the two mirrors of the bucket `prism_models` together with the fleet."""
+    """Reads the two mirrors of the bucket `prism_models` together with the fleet and what the scheduler
+    says."""
 
-    def __init__(self, specs: BucketMirror[ModelSpec], facts: BucketMirror[ModelFacts], fleet: Fleet) -> None:
+    def __init__(
+        self,
+        specs: BucketMirror[ModelSpec],
+        facts: BucketMirror[ModelFacts],
+        fleet: Fleet,
+        obstacles: Obstacles,
+    ) -> None:
         self._specs = specs
         self._facts = facts
         self._fleet = fleet
+        self._obstacles = obstacles
 
     @property
     def ready(self) -> bool:
@@ -109,4 +119,6 @@ class Registry:
             return ModelStatus(name, "failed", reason, length)
         if self._fleet.choose(name) is not None:
             return ModelStatus(name, "ready", None, length, self._fleet.devices(name))
+        if (obstacle := self._obstacles.of(name)) is not None:
+            return ModelStatus(name, "unavailable", obstacle, length)
         return ModelStatus(name, "sleeping", "the next request wakes it", length)

@@ -27,6 +27,7 @@ from prism.gateway.fleet import Fleet
 from prism.gateway.http_server import HttpServer, http_server
 from prism.gateway.metrics import Metrics
 from prism.gateway.mirrors import followed_bucket
+from prism.gateway.obstacles import Obstacles
 from prism.gateway.parking import Parking
 from prism.gateway.plan import Planner
 from prism.gateway.progress import ChoiceRunner
@@ -107,8 +108,13 @@ async def running_gateway(
             if fleet.choose(model) is not None or fleet.failure(model) is not None:
                 parking.wake(model)
 
+    obstacles = Obstacles(clock)
     parking = Parking(
-        clock, per_model=settings.park_per_model, total=settings.park_total, on_change=parked_changed
+        clock,
+        per_model=settings.park_per_model,
+        total=settings.park_total,
+        on_change=parked_changed,
+        obstacle=obstacles.of,
     )
     fleet = Fleet(clock, settings.silence_s, fleet_changed)
     replies = Replies()
@@ -131,7 +137,7 @@ async def running_gateway(
         for subject, handler in ((subjects.load("*"), on_load), (subjects.replies(name), replies.take)):
             subscription = await bus.subscribe(subject, handler, inline=True)
             stack.push_async_callback(subscription.unsubscribe)
-        registry = Registry(specs, facts, fleet)
+        registry = Registry(specs, facts, fleet, obstacles)
         dispatcher = Dispatcher(bus, name, settings, fleet, registry, parking, replies, metrics, clock)
         tokenizers = await stack.enter_async_context(TokenizerCache(bus))
         planner = partial(Planner, registry, tokenizers, settings, clock)
@@ -156,7 +162,8 @@ async def running_gateway(
         watch = SilenceWatch(fleet, clock, WATCH_INTERVAL_S)
         for loop, what in (
             (demand.run(bus, parking), "demand reports"),
-            (_watch(bus, watch, replies), "watch workers"),
+            (_watch(bus, fleet, watch, replies), "watch workers"),
+            (obstacles.run(bus), "ask for obstacles"),
         ):
             stack.push_async_callback(end_task, tasks.create_task(loop, name=what))
         gateway.server = await stack.enter_async_context(
@@ -175,11 +182,13 @@ async def running_gateway(
         yield gateway
 
 
-async def _watch(bus: Bus, watch: SilenceWatch, replies: Replies) -> None:
-    """Notice workers that have gone silent, until cancelled."""
+async def _watch(bus: Bus, fleet: Fleet, watch: SilenceWatch, replies: Replies) -> None:
+    """Notice workers that are gone, until cancelled."""
     while True:
         await asyncio.sleep(WATCH_INTERVAL_S)
+        retiring = fleet.retiring()
         for worker in watch.look(connected=bus.client.is_connected):
             # A lost worker is the leading scheduler's to tell.
-            log.info("a worker has gone silent", extra=about(worker=worker))
+            how = "has retired" if worker in retiring else "has gone silent"
+            log.info("a worker %s", how, extra=about(worker=worker))
             replies.worker_lost(worker)

@@ -99,7 +99,14 @@ log = logging.getLogger(__name__)
     show_default=True,
     help="How long an activation may take, the first build of a model included.",
 )
-@click.option("--log-level", envvar="PRISM_LOG_LEVEL", show_envvar=True, default="INFO", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    envvar="PRISM_LOG_LEVEL",
+    show_envvar=True,
+    default="INFO",
+    show_default=True,
+)
 @click.option(
     "--log-format",
     type=click.Choice(LOG_FORMATS),

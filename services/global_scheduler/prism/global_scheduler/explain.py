@@ -45,7 +45,11 @@ async def explain_service(
 
     def answer(request: Request) -> ExplainReply:
         try:
-            model = decode(request.data, ExplainRequest).model if request.data else ""
+            question = decode(request.data, ExplainRequest) if request.data else ExplainRequest()
+            if question.obstacles:
+                found = scheduler.obstacles()
+                return ExplainReply(election.instance, scheduler.policy_name, obstacles=found)
+            model = question.model
             models = scheduler.explain_models(model)
             if model and not models:
                 raise PrismError(ErrorCode.MODEL_NOT_FOUND, f"no model {model!r} is registered")

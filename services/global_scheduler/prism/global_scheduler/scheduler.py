@@ -31,6 +31,7 @@ from prism.common.telemetry import about
 from prism.global_scheduler.cluster import WORKER_SILENT_S, ClusterState
 from prism.global_scheduler.commands import CommandRunner
 from prism.global_scheduler.election import Election
+from prism.global_scheduler.obstacles import Outlook
 from prism.global_scheduler.routes import DeadRoutes
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement import PlacementPolicy
@@ -77,6 +78,7 @@ class GlobalScheduler:
         self._bus = bus
         self._tasks = tasks
         self._policy = policy
+        self._outlook = Outlook(policy)
         self.policy_name = name
         self._deadlines = deadlines
         self._commands = CommandRunner(bus, tasks, self._on_outcome)
@@ -253,6 +255,14 @@ class GlobalScheduler:
             for one in found
             if one is not None
         ]
+
+    def obstacles(self) -> list[ExplainedNote]:
+        """What stands in the way of models that no request would wake. Nothing while not leading, or before
+        every worker has reported."""
+        now = monotonic()
+        if self._election is None or not self._election.leading or now < self._settled_at:
+            return []
+        return self._outlook.look(lambda: self.cluster.snapshot(self._commands.in_flight(), now))
 
     def _carry_out(self, plan: Plan, snapshot: ClusterSnapshot, election: Election) -> None:
         for note in plan.notes:

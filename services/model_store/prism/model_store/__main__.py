@@ -57,7 +57,14 @@ from prism.model_store.service import StoreSettings, default_budget_bytes, defau
     show_envvar=True,
     help="Threads that read one model.",
 )
-@click.option("--log-level", default="INFO", envvar="PRISM_LOG_LEVEL", show_envvar=True, show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    envvar="PRISM_LOG_LEVEL",
+    show_envvar=True,
+    default="INFO",
+    show_default=True,
+)
 @click.option(
     "--log-format",
     type=click.Choice(LOG_FORMATS),

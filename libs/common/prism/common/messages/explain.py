@@ -61,9 +61,11 @@ class PlanReport(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ExplainRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`prism.v1.scheduler.explain`: why `model` is where it is; all models in brief if it is empty."""
+    """`prism.v1.scheduler.explain`: why `model` is where it is; all models in brief if it is empty. With
+    `obstacles` instead: which models no request would wake as things are."""
 
     model: str = ""
+    obstacles: bool = False
 
 
 class ExplainedPlace(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -112,9 +114,12 @@ class ModelExplanation(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ExplainReply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer to an ExplainRequest, by the instance that leads. `error` is set for an unknown model."""
+    """The answer to an ExplainRequest, by the instance that leads. `error` is set for an unknown model.
+    `obstacles` says of models that no request would wake what stands in the way; of others, also of those
+    beyond the thousandth, nothing is known."""
 
     instance: str
     policy: str
     models: list[ModelExplanation] = []
     error: ErrorBody | None = None
+    obstacles: list[ExplainedNote] = []
