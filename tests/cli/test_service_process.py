@@ -67,3 +67,14 @@ async def test_a_service_that_cannot_be_started_again_says_so(
         await kept.start()
         assert "could not be started again" in await kept.failed
         await kept.stop()
+
+
+async def test_a_service_that_nobody_can_keep_running_says_so() -> None:
+    def broken(name: str, line: str) -> None:
+        raise ArithmeticError("a cog is missing")
+
+    kept = ServiceProcess("some", "some", ("/bin/echo", "hello"), {}, broken)
+    async with asyncio.timeout(DEADLINE_S):
+        await kept.start()
+        assert "a cog is missing" in await kept.failed
+        await kept.stop()

@@ -40,7 +40,12 @@ async def follow_events(
         if enough.is_set() or (model is not None and event.model != model):
             return
         clock = time.strftime("%H:%M:%S")
-        click.echo(encode(event).decode() if as_json else f"{clock} {event_line(event)}")
+        try:
+            click.echo(encode(event).decode() if as_json else f"{clock} {event_line(event)}")
+        except OSError:
+            # Nobody reads on (`| head`).
+            enough.set()
+            return
         printed += 1
         if count is not None and printed >= count:
             enough.set()

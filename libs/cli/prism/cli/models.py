@@ -116,7 +116,7 @@ async def _show(nats_url: str, as_json: bool) -> int:
 @click.pass_context
 def models_command(context: click.Context, nats_url: str, as_json: bool) -> None:
     """List the models of a running system: state, worker, memory, requests."""
-    context.default_map = {"retry": {"nats_url": nats_url}}
+    context.obj = nats_url
     if context.invoked_subcommand is None:
         run_to_exit(_show(nats_url, as_json))
 

@@ -2,7 +2,7 @@
 
 import click
 
-from prism.cli.bus_option import nats_option, run_to_exit
+from prism.cli.bus_option import run_to_exit
 from prism.common import subjects
 from prism.common.bus import connect_bus
 from prism.common.errors import ErrorCode
@@ -41,7 +41,7 @@ def outcome_line(outcome: RetryOutcome) -> str:
 
 @click.command("retry")
 @click.argument("model")
-@nats_option
+@click.option("--nats", "nats_url", help="The bus of the running system.  [default: that of `prism models`]")
 @click.option(
     "--deadline-s",
     type=click.FloatRange(min=0, min_open=True),
@@ -49,12 +49,13 @@ def outcome_line(outcome: RetryOutcome) -> str:
     show_default=True,
     help="How long it may take; a model of the hub may have to be fetched first.",
 )
-def retry_command(model: str, nats_url: str, deadline_s: float) -> None:
+@click.pass_obj
+def retry_command(of_models: str, model: str, nats_url: str | None, deadline_s: float) -> None:
     """Take the failed MODEL up again: its folder is looked at anew, and its failures are forgotten.
 
     Nothing is restarted. Ends with status 1 when the model is still failed, and says why.
     """
-    run_to_exit(_retry(nats_url, model, deadline_s))
+    run_to_exit(_retry(nats_url or of_models, model, deadline_s))
 
 
 async def _retry(nats_url: str, model: str, deadline_s: float) -> int:

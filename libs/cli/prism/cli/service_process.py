@@ -69,6 +69,14 @@ class ServiceProcess:
             self.process.send_signal(signum)
 
     async def _keep(self) -> None:
+        try:
+            await self._keep_running()
+        except Exception as error:
+            # Its output is read no more either, and it would wait for that once the pipe is full.
+            self.kill()
+            self._fail(f"{self.name} could not be kept running, please report it: {error!r}")
+
+    async def _keep_running(self) -> None:
         while True:
             assert self.process is not None
             began = time.monotonic()

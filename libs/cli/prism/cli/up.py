@@ -1,6 +1,7 @@
 """`prism up`: the whole system in the foreground of one terminal."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -27,12 +28,18 @@ GB = click.FloatRange(min=0, min_open=True)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
+def tell(text: str, *, err: bool = False) -> None:
+    """Print a line. Whoever read what it prints may have gone (`| head`); the system goes on without."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=err)
+
+
 def print_service_line(service: str, line: str) -> None:
     """One log line of a service, its name in front."""
     name = f"{service:<{NAME_WIDTH}}"
     if sys.stderr.isatty():
         name = f"\x1b[{COLOURS.get(service.partition('-')[0], 37)}m{name}\x1b[0m"
-    click.echo(f"{name} | {line}", err=True)
+    tell(f"{name} | {line}", err=True)
 
 
 def curl_line(gateway_url: str, model: str) -> str:
@@ -67,7 +74,7 @@ async def run_until_stopped(settings: SystemSettings) -> int:
             os._exit(130)
         stop.set()
         drains = ": requests in flight may finish (again to end at once)" if running else ""
-        click.echo(f"stopping{drains}", err=True)
+        tell(f"stopping{drains}", err=True)
         if not running:
             starting.cancel()
 
@@ -78,23 +85,25 @@ async def run_until_stopped(settings: SystemSettings) -> int:
         async with running_system(settings, print_service_line) as system:
             running.append(system)
             for url in system.gateway_urls.values():
-                click.echo(f"gateway ready at {url}")
-            click.echo(f"nats at {system.nats_url}")
+                tell(f"gateway ready at {url}")
+            tell(f"nats at {system.nats_url}")
             if models:
-                click.echo(curl_line(system.gateway_url, models[0].model_name))
-            sys.stdout.flush()
+                tell(curl_line(system.gateway_url, models[0].model_name))
             failure = asyncio.create_task(system.first_failure(), name="first failure")
             stopped = asyncio.create_task(stop.wait(), name="stop")
             done, pending = await asyncio.wait({failure, stopped}, return_when=asyncio.FIRST_COMPLETED)
             for task in pending:
                 task.cancel()
             if failure in done:
-                click.echo(failure.result(), err=True)
+                tell(failure.result(), err=True)
                 return 1
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as cancelled:
         if not stop.is_set():
             raise
-    click.echo("stopped", err=True)
+        if isinstance(cancelled.__context__, PrismError):
+            # Interrupted while what had failed was being cleared up.
+            raise cancelled.__context__ from None
+    tell("stopped", err=True)
     return 0
 
 
