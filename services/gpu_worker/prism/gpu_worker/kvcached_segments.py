@@ -12,10 +12,11 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def segment_name(shell_pid: int, rank: int) -> str:
     """The segment of a rank of the shell with that process id."""
-    return f"prism-{shell_pid}-{rank}"
+    return f"prism-{shell_pid}-{rank}" if rank else f"prism-{shell_pid}"
 
 
 def remove_segments(shell_pid: int) -> None:
     """Remove those of a shell that has ended, of all its ranks."""
-    for path in SHARED_MEMORY.glob(f"prism-{shell_pid}-*"):
+    own = SHARED_MEMORY / segment_name(shell_pid, 0)
+    for path in (own, *SHARED_MEMORY.glob(f"{own.name}-*")):
         path.unlink(missing_ok=True)
