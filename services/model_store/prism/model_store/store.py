@@ -357,11 +357,11 @@ class ModelStore:
         in_use = self.table.keys_in_use
         try:
             await _in_thread(lambda: self.disk.write(manifest, fd, in_use))
-            self._on_disk.add(ImageKey(manifest.fingerprint, manifest.layout))
         finally:
             # Others may have made room for it.
             known = frozenset(self._on_disk)
             self._on_disk -= await _in_thread(lambda: {key for key in known if not self.disk.holds(key)})
+        self._on_disk.add(ImageKey(manifest.fingerprint, manifest.layout))
 
     def _on_evicted(self, image: Image, models: set[str]) -> None:
         for model in sorted(models):
