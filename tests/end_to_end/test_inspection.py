@@ -102,6 +102,9 @@ async def lookup(bus: Bus, command: list[str]) -> str:
     match command:
         case ["req", subject, payload, "--raw"]:
             return (await bus.client.request(subject, payload.encode(), timeout=5)).data.decode()
+        case ["req", subject, payload, "--timeout", limit, "--raw"]:
+            seconds = float(limit.removesuffix("s"))
+            return (await bus.client.request(subject, payload.encode(), timeout=seconds)).data.decode()
         case ["kv", "get", bucket, key, "--raw"]:
             return ((await (await bus.jetstream.key_value(bucket)).get(key)).value or b"").decode()
         case ["kv", "ls", bucket]:
