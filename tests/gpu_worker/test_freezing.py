@@ -1,31 +1,34 @@
 """The frozen tier from command to outcome: a worker, a store and simulated engines, each a real process."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 import pytest
-from tests.gpu_worker.worker_rig import KV_BYTES, SMALL, Rig, send, store_process, tokens_of, worker_rig
+from tests.gpu_worker.worker_rig import (
+    KV_BYTES,
+    LIMIT_BYTES,
+    SMALL,
+    Rig,
+    device_rig,
+    send,
+    store_process,
+    tokens_of,
+    worker_rig,
+)
 
 from prism.cli.nats_server import NatsServer
-from prism.common.bus import connect_bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import CommandKind
 from prism.gpu_worker.devices.freezing import Freezer
 from prism.gpu_worker.devices.simulated import SimulatedDevice, simulated_device
 from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
-from prism.gpu_worker.frames import frame_publisher
-from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.shells import ForkServerShells
 from prism.gpu_worker.started_shells import StartedShells
-from prism.gpu_worker.worker import WorkerIdentity, run_worker
-from prism.scheduling.admission import FirstComeAdmission
 
 FIXED_BYTES = 1_000_000
-LIMIT_BYTES = 60_000_000
 PROMPT = [5, 6, 7]
 
 
@@ -94,23 +97,8 @@ async def rig(
     device: CountingDevice,
     tiny_models: dict[str, Path],
 ) -> AsyncIterator[Rig]:
-    identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
-    async with (
-        connect_bus(session_nats.url, name="freezing test") as bus,
-        frame_publisher(bus) as publisher,
-        run_worker(
-            identity,
-            bus,
-            device,
-            publisher,
-            drain_s=5.0,
-            admission=FirstComeAdmission(),
-            memory_limit_bytes=LIMIT_BYTES,
-            store_socket=str(simulated_store),
-            limits=EngineLimits(4, 256, stall_s=30.0),
-        ) as worker,
-    ):
-        yield Rig(bus, worker, tiny_models)
+    async with device_rig(session_nats, simulated_store, device, tiny_models) as ready:
+        yield ready
 
 
 def engine_pid(rig: Rig) -> int:

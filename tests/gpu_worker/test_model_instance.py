@@ -2,18 +2,25 @@
 real process."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 from nats.aio.msg import Msg
-from tests.gpu_worker.worker_rig import DEADLINE_S, KV_BYTES, SMALL, Rig, send, store_process, tokens_of
+from tests.gpu_worker.worker_rig import (
+    DEADLINE_S,
+    KV_BYTES,
+    SMALL,
+    Rig,
+    device_rig,
+    send,
+    store_process,
+    tokens_of,
+)
 
 from prism.cli.nats_server import NatsServer
 from prism.common import subjects
-from prism.common.bus import connect_bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
 from prism.common.messages.generation import TokenFrame
@@ -23,15 +30,10 @@ from prism.gpu_worker import engine_process
 from prism.gpu_worker.devices.simulated import SimulatedDevice, simulated_device
 from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
 from prism.gpu_worker.engine_protocol import Ready
-from prism.gpu_worker.frames import frame_publisher
-from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.shells import Shell
 from prism.gpu_worker.started_shells import StartedShells
-from prism.gpu_worker.worker import WorkerIdentity, run_worker
-from prism.scheduling.admission import FirstComeAdmission
 from prism.scheduling.memory import kv_reservation
 
-LIMIT_BYTES = 60_000_000
 FIXED_BYTES = 1_000_000
 
 
@@ -82,23 +84,8 @@ async def device() -> AsyncIterator[SimulatedDevice]:
 async def rig(
     session_nats: NatsServer, simulated_store: Path, device: SimulatedDevice, tiny_models: dict[str, Path]
 ) -> AsyncIterator[Rig]:
-    identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
-    async with (
-        connect_bus(session_nats.url, name="instance test") as bus,
-        frame_publisher(bus) as publisher,
-        run_worker(
-            identity,
-            bus,
-            device,
-            publisher,
-            drain_s=5.0,
-            admission=FirstComeAdmission(),
-            memory_limit_bytes=LIMIT_BYTES,
-            store_socket=str(simulated_store),
-            limits=EngineLimits(4, 256, stall_s=30.0),
-        ) as worker,
-    ):
-        yield Rig(bus, worker, tiny_models)
+    async with device_rig(session_nats, simulated_store, device, tiny_models) as ready:
+        yield ready
 
 
 async def activated(rig: Rig, spec: ModelSpec, facts: ModelFacts) -> CommandOutcome:

@@ -20,6 +20,7 @@ from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome
 from prism.gpu_worker.devices.cpu import CpuDevice
+from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.frames import frame_publisher
 from prism.gpu_worker.model_instance import EngineLimits
 from prism.gpu_worker.shells import ShellSource
@@ -171,6 +172,16 @@ async def store_process(nats: NatsServer, folder: Path, memory_gb: float = 1.0) 
 async def worker_rig(
     nats: NatsServer, store: Path, shells: ShellSource, models: dict[str, Path], *, stall_s: float = 30.0
 ) -> AsyncIterator[Rig]:
+    """A worker on the CPU."""
+    async with device_rig(nats, store, CpuDevice(shells), models, stall_s=stall_s) as rig:
+        yield rig
+
+
+@asynccontextmanager
+async def device_rig(
+    nats: NatsServer, store: Path, device: Device, models: dict[str, Path], *, stall_s: float = 30.0
+) -> AsyncIterator[Rig]:
+    """A worker on `device`."""
     identity = WorkerIdentity(f"worker-{os.urandom(3).hex()}", "node")
     async with (
         connect_bus(nats.url, name="worker test") as bus,
@@ -178,7 +189,7 @@ async def worker_rig(
         run_worker(
             identity,
             bus,
-            CpuDevice(shells),
+            device,
             publisher,
             drain_s=5.0,
             admission=FirstComeAdmission(),

@@ -17,7 +17,7 @@ from prism.cli.system import RunningSystem, SystemSettings, running_system
 from prism.common.errors import PrismError
 from prism.common.modes import DEFAULT_MODE, MODES, policy_in
 from prism.common.placement_file import read_placement_file
-from prism.common.telemetry import LOG_FORMATS
+from prism.common.telemetry import LOG_FORMATS, LOG_LEVELS
 from prism.scheduling.placement import DEFAULT_POLICY, policies
 
 COLOURS = {"gateway": 36, "global_scheduler": 33, "gpu_worker": 32, "model_store": 35}
@@ -25,7 +25,6 @@ NAME_WIDTH = 18
 NATS_PORT = 4222
 COUNT = click.IntRange(min=1)
 GB = click.FloatRange(min=0, min_open=True)
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def tell(text: str, *, err: bool = False) -> None:

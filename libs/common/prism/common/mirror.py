@@ -105,14 +105,18 @@ async def mirror_bucket(
     pattern: str = ">",
     on_change: Callable[[str, T | None], None] | None = None,
     deadline_s: float = 20.0,
+    spawn: Callable[..., "asyncio.Task[None]"] = asyncio.create_task,
 ) -> AsyncIterator[BucketMirror[T]]:
     """A mirror of `bucket`, complete when this returns it, followed until the end of the `async with`.
 
     `on_change(key, value)` is called for each change, with None for a deleted key, before anything waits
-    on the change sees it.
+    on the change sees it. `spawn` makes the task that follows: a task group's has its owner end, where
+    following fails, rather than go on with old news.
+
+    Raises TimeoutError when the bucket could not be read within `deadline_s` seconds.
     """
     mirror = BucketMirror(kind, on_change)
-    task = asyncio.create_task(mirror.run(bus, bucket, pattern), name=f"mirror {bucket}")
+    task = spawn(mirror.run(bus, bucket, pattern), name=f"mirror {bucket}")
     try:
         async with asyncio.timeout(deadline_s):
             await mirror.ready.wait()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 LOG_FORMATS = ("text", "json")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _BARE = re.compile(r"[^\s=\"]+")
 

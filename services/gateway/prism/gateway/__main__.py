@@ -10,7 +10,7 @@ import click
 from prism.common.bus import connect_bus
 from prism.common.identity import instance_id
 from prism.common.process import exit_with, run_service
-from prism.common.telemetry import LOG_FORMATS, configure_logging
+from prism.common.telemetry import LOG_FORMATS, LOG_LEVELS, configure_logging
 from prism.gateway.service import running_gateway
 from prism.gateway.settings import Settings
 
@@ -52,7 +52,7 @@ def option(flag: str, default: float, text: str, low: float = 0) -> Callable[[An
 )
 @click.option(
     "--log-level",
-    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
     envvar="PRISM_LOG_LEVEL",
     show_envvar=True,
     default="INFO",

@@ -17,6 +17,7 @@ from prism.common.messages.load import LoadReport
 from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.messages.placement import Route
 from prism.common.micro import micro_service
+from prism.common.mirror import mirror_bucket
 from prism.common.tasks import end_task
 from prism.common.telemetry import about
 from prism.gateway.app import build_app
@@ -26,7 +27,6 @@ from prism.gateway.exchange import Exchanges, GenerationEndpoint, Planned
 from prism.gateway.fleet import Fleet
 from prism.gateway.http_server import HttpServer, http_server
 from prism.gateway.metrics import Metrics
-from prism.gateway.mirrors import followed_bucket
 from prism.gateway.obstacles import Obstacles
 from prism.gateway.parking import Parking
 from prism.gateway.plan import Planner
@@ -125,14 +125,16 @@ async def running_gateway(
         fleet.on_load(decode(message.data, LoadReport))
 
     async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
+        # One that follows no more tells old news for ever: that ends the gateway.
+        owned = tasks.create_task
         specs = await stack.enter_async_context(
-            followed_bucket(tasks, bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*")
+            mirror_bucket(bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*", spawn=owned)
         )
         facts = await stack.enter_async_context(
-            followed_bucket(tasks, bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*")
+            mirror_bucket(bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*", spawn=owned)
         )
         await stack.enter_async_context(
-            followed_bucket(tasks, bus, subjects.BUCKET_ROUTES, Route, on_change=fleet.on_route)
+            mirror_bucket(bus, subjects.BUCKET_ROUTES, Route, on_change=fleet.on_route, spawn=owned)
         )
         for subject, handler in ((subjects.load("*"), on_load), (subjects.replies(name), replies.take)):
             subscription = await bus.subscribe(subject, handler, inline=True)

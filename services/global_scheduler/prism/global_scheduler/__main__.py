@@ -13,7 +13,7 @@ from prism.common.identity import instance_id
 from prism.common.modes import DEFAULT_MODE, MODES, keeps_homes, keeps_kv_quotas, policy_in
 from prism.common.placement_file import read_placement_file
 from prism.common.process import run_service
-from prism.common.telemetry import LOG_FORMATS, configure_logging
+from prism.common.telemetry import LOG_FORMATS, LOG_LEVELS, configure_logging
 from prism.global_scheduler.scheduler import Deadlines
 from prism.global_scheduler.service import run_global_scheduler
 from prism.scheduling.placement import (
@@ -101,7 +101,7 @@ log = logging.getLogger(__name__)
 )
 @click.option(
     "--log-level",
-    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
     envvar="PRISM_LOG_LEVEL",
     show_envvar=True,
     default="INFO",

@@ -15,7 +15,7 @@ from prism.common.messages.placement import GpuIdClaim
 from prism.common.micro import micro_service
 from prism.common.modes import DEFAULT_MODE, MODES, keeps_kv_quotas
 from prism.common.process import run_service
-from prism.common.telemetry import LOG_FORMATS, configure_logging
+from prism.common.telemetry import LOG_FORMATS, LOG_LEVELS, configure_logging
 from prism.gpu_worker.devices.cpu import cpu_device
 from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.devices.simulated import simulated_device
@@ -240,7 +240,7 @@ def _graph_sizes_option(_context: click.Context, _option: click.Parameter, text:
 )
 @click.option(
     "--log-level",
-    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
     envvar="PRISM_LOG_LEVEL",
     show_envvar=True,
     default="INFO",

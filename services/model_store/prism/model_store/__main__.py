@@ -8,7 +8,7 @@ import click
 from prism.common.identity import instance_id, node_name
 from prism.common.process import exit_with, run_service
 from prism.common.store_client import default_socket_path
-from prism.common.telemetry import LOG_FORMATS, configure_logging
+from prism.common.telemetry import LOG_FORMATS, LOG_LEVELS, configure_logging
 from prism.model_store.service import StoreSettings, default_budget_bytes, default_disk_bytes, serve
 
 
@@ -59,7 +59,7 @@ from prism.model_store.service import StoreSettings, default_budget_bytes, defau
 )
 @click.option(
     "--log-level",
-    type=click.Choice(("DEBUG", "INFO", "WARNING", "ERROR"), case_sensitive=False),
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
     envvar="PRISM_LOG_LEVEL",
     show_envvar=True,
     default="INFO",
