@@ -57,6 +57,18 @@ def test_graphs_are_captured_once() -> None:
     assert runner.decode_cuda_graph_runner == "kept"
 
 
+def test_an_image_that_is_copied_out_is_waited_for() -> None:
+    made = runner_class()
+    graphs = DeferredGraphs(made, quiet_s=2.0)
+    runner = made()
+    runner.init_decode_cuda_graph()
+    graphs.idle(5, 10.0, exporting=True)
+    graphs.idle(5, 15.0, exporting=True)
+    assert graphs.pending, "a capture and the copy's waiting for the GPU would break each other"
+    graphs.idle(5, 15.1)
+    assert runner.decode_cuda_graph_runner == "captured", "it has been quiet for long"
+
+
 def test_sleep_is_no_quiet_time() -> None:
     made = runner_class()
     graphs = DeferredGraphs(made, quiet_s=2.0)

@@ -46,14 +46,18 @@ class DeferredGraphs:
         """The engine was asleep: quiet begins when it is next idle."""
         self._steps = -1
 
-    def idle(self, steps: int, now: float) -> None:
+    def idle(self, steps: int, now: float, *, exporting: bool = False) -> None:
         """The engine has nothing to do at `now`, in seconds, after `steps` forward passes: capture if that
-        has been so for long enough."""
+        has been so for long enough.
+
+        Not while it is `exporting` its image: until a capture ends CUDA refuses other threads what could
+        wait for the GPU, and whoever asks for that breaks the capture as well.
+        """
         if not self._runners:
             return
         if steps != self._steps:
             self._steps, self._quiet_since = steps, now
-        elif now - self._quiet_since >= self._quiet_s:
+        elif now - self._quiet_since >= self._quiet_s and not exporting:
             began = time.perf_counter()
             runners, self._runners[:] = list(self._runners), []
             try:

@@ -176,7 +176,7 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         if self._doze_when_idle is not None:
             self.handle_doze(self._doze_when_idle)
         if self._graphs is not None and not self.dozing and not self._gate.closed:
-            self._graphs.idle(self.forward_ct, time.monotonic())
+            self._graphs.idle(self.forward_ct, time.monotonic(), exporting=self.weights.exporting)
         super().on_idle()
 
     def _wait_for_memory(self) -> None:

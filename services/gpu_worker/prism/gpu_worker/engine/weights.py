@@ -158,6 +158,11 @@ class ModelWeights:
         """Whether the store holds an engine-layout image that a wake can copy from."""
         return self._lease is not None and self._lease.kind is ImageKind.ENGINE
 
+    @property
+    def exporting(self) -> bool:
+        """Whether a thread is copying the image out."""
+        return self._export is not None and self._export.is_alive()
+
     def export_behind(self, on_done: Callable[[float, ErrorBody | None], None]) -> None:
         """Deposit the engine-layout image in the store from a thread: weights don't change any more."""
         if self.imaged:
@@ -206,7 +211,7 @@ class ModelWeights:
         on its way is waited for."""
         if self._export is not None and wait:
             self._export.join(EXPORT_DEADLINE_S)
-        if self._export is not None and self._export.is_alive():
+        if self.exporting:
             raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
         if not self.imaged:
             reason = self._export_error.message if self._export_error else "no image was exported"
