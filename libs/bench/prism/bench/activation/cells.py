@@ -35,6 +35,8 @@ def cells(models: Path, log: Path) -> dict[str, Cell]:
         "freeze_1b": partial(freeze_cell, "1b", models, log),
         "staged_8b": partial(staged_cell, "8b", models, log, deferred=True),
         "staged_8b_with_graphs": partial(staged_cell, "8b", models, log, deferred=False),
+        # Its weights are still being copied when the first graph could be captured.
+        "staged_32b_with_graphs": partial(staged_cell, "32b", models, log, deferred=False),
         "cold_start": partial(cold_start_cell, "8b", models, log),
         "releasing": releasing_cell,
         "cycles": partial(cycles_cell, SMALL, cycles, models, log),

@@ -6,6 +6,7 @@ what its layers allocate with `torch.empty` lies there. Loading and post-process
 the same with no content in them, so that it comes to the same layout, and then copies the image over it all.
 """
 
+import concurrent.futures
 import contextlib
 import math
 import threading
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.store import ImageKind, TensorEntry
-from prism.gpu_worker.engine import cuda_driver
+from prism.gpu_worker.engine import captures, cuda_driver
 from prism.gpu_worker.engine.arrivals import Arrivals
 from prism.gpu_worker.engine.cuda_arena import UNTOUCHED, CudaArena
 from prism.gpu_worker.engine.registered_image import RegisteredImage
@@ -111,7 +112,13 @@ class CudaModelWeights(ModelWeights):
                 filling.set_result(None)
 
         self._filling = filling
+        captures.wait_before_each(torch.cuda.CUDAGraph, self._until_filled)
         threading.Thread(target=fill, name="fill weights", daemon=True).start()
+
+    def _until_filled(self) -> None:
+        # What went wrong is said by `finish`: SGLang takes any error here for one of the capture.
+        if self._filling is not None:
+            concurrent.futures.wait([self._filling])
 
     def finish(self) -> None:
         """See ModelWeights. The copy's own deadline is that of the start, which ends this process."""

@@ -50,8 +50,7 @@ class DeferredGraphs:
         """The engine has nothing to do at `now`, in seconds, after `steps` forward passes: capture if that
         has been so for long enough.
 
-        Not while it is `exporting` its image: until a capture ends CUDA refuses other threads what could
-        wait for the GPU, and whoever asks for that breaks the capture as well.
+        Not while it is `exporting` its image, which takes seconds (`captures.py` says why not).
         """
         if not self._runners:
             return
