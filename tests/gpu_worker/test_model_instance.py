@@ -29,7 +29,7 @@ from prism.common.messages.placement import Command, CommandKind, CommandOutcome
 from prism.gpu_worker import engine_process
 from prism.gpu_worker.devices.simulated import SimulatedDevice, simulated_device
 from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
-from prism.gpu_worker.engine_protocol import Ready
+from prism.gpu_worker.engine_protocol import Done, Ready
 from prism.gpu_worker.shells import Shell
 from prism.gpu_worker.started_shells import StartedShells
 from prism.scheduling.memory import kv_reservation
@@ -286,3 +286,23 @@ async def test_what_a_failure_says_of_itself_is_cut_to_what_reports_can_carry(ri
     await instance.discard_engine(ModelState.FAILED, "x" * 100_000)
     assert instance.failure is not None
     assert len(instance.failure) < 5000
+
+
+async def test_an_engine_whose_image_is_not_there_yet_goes_on_serving(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+
+    async def still_exporting(deadline_s: float) -> Done:
+        raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "doze", still_exporting)
+        outcome = await rig.command(CommandKind.DOZE)
+    assert outcome.error is not None
+    assert (outcome.error.code, outcome.state) == (ErrorCode.STORE_UNAVAILABLE, ModelState.ACTIVE)
+    assert len(tokens_of(await (await send(rig, "a", [5, 6, 7], 4)).all())) == 4
+    assert rig.worker.instances[SMALL].engine is engine
+    assert (await rig.command(CommandKind.DOZE)).state is ModelState.DOZING

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prism.common.errors import PrismError
+from prism.common.errors import ErrorCode, PrismError
 from prism.gpu_worker.engine import retraction
 from prism.gpu_worker.engine.kvcached_memory import KvcachedMemory
 
@@ -29,9 +29,11 @@ class Pool:
     num_layers = 1
     num_kv_buffers = 1
     block_mem_size = PAGE // TOKENS_PER_PAGE
-    null_block = None
+    null_block: list[int] | None = None
 
     def __init__(self) -> None:
+        self.gives: list[list[int] | None] = [[0]]
+        self.freed: list[int] = []
         self.prefix_pages = 0
         self.request_pages: list[int] = []
         self.limits: list[int] = []
@@ -43,6 +45,13 @@ class Pool:
 
     def get_mapped_memory_size(self) -> float:
         return self.in_use() * PAGE
+
+    def _alloc(self, count: int, *, _skip_wait: bool) -> list[int] | None:
+        assert (count, _skip_wait) == (1, True), "what must not wait for memory"
+        return self.gives.pop(0)
+
+    def free(self, slots: list[int]) -> None:
+        self.freed += slots
 
     def trim(self) -> None:
         self.trims += 1
@@ -156,3 +165,24 @@ def test_sglang_s_own_allocator_is_told_apart() -> None:
     scheduler = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace())
     with pytest.raises(PrismError, match="kvcached_autopatch"):
         KvcachedMemory(scheduler, 1000)
+
+
+def test_a_pool_that_wakes_has_its_padding_slot_or_says_that_there_is_no_memory(pool: Pool) -> None:
+    kv = memory(pool, 1000)
+    pool.gives = [None, [0]]
+    with pytest.raises(PrismError) as caught:
+        kv.map()
+    assert (caught.value.code, caught.value.retry) == (ErrorCode.OUT_OF_MEMORY, True)
+    assert pool.null_block is None, "it is tried again"
+    kv.map()
+    assert pool.null_block == [0]
+    kv.map()
+    assert not pool.gives, "once it is there nothing is taken"
+
+
+def test_no_other_slot_is_taken_for_padding(pool: Pool) -> None:
+    kv = memory(pool, 1000)
+    pool.gives = [[7]]
+    with pytest.raises(PrismError, match="slot"):
+        kv.map()
+    assert (pool.freed, pool.null_block) == ([7], None)

@@ -142,12 +142,13 @@ class ModelInstance:
             seconds = await self._wake(kv_bytes, deadline_s, on_serving)
         elif self.state in STARTABLE:
             seconds = await self._start(kv_bytes, deadline_s)
-            await self._serve(on_serving)
+            await self.serve(on_serving)
         else:
             raise PrismError(ErrorCode.INTERNAL, f"{self.name} is {self.state} already", retry=True)
         return {**seconds, "total": time.perf_counter() - began}
 
-    async def _serve(self, on_serving: Callable[[], Awaitable[None]]) -> None:
+    async def serve(self, on_serving: Callable[[], Awaitable[None]]) -> None:
+        """Be active from now on, with an engine that is ready to serve. The caller holds the lock."""
         self.idle_since = time.monotonic()
         self.set_state(ModelState.ACTIVE)
         await on_serving()
@@ -165,7 +166,7 @@ class ModelInstance:
             if done.under_way:
                 arrived = await self._serve_while_weights_come(turn, on_serving)
                 return {**thawed, **done.seconds, **arrived}
-        await self._serve(on_serving)
+        await self.serve(on_serving)
         return {**thawed, **done.seconds}
 
     async def _woken(
@@ -200,7 +201,7 @@ class ModelInstance:
         self.weights_arrived_at = math.inf
         # In a task: it may take longer than the weights, and must not hide that they don't come.
         self.set_state(ModelState.ACTIVE)
-        serving = asyncio.create_task(self._serve(on_serving), name=f"serve {self.name}")
+        serving = asyncio.create_task(self.serve(on_serving), name=f"serve {self.name}")
         try:
             arrived = await engine.weights_arrived(self._copy_deadline_s())
         except BaseException as error:
@@ -335,12 +336,18 @@ class ModelInstance:
     async def doze(self, deadline_s: float) -> dict[str, float]:
         """Give back weights and KV memory, confirmed by the kernel. The caller holds the lock, and drained.
 
-        Raises PrismError: the engine is gone then, and its memory free.
+        Raises PrismError: the engine is gone then, and its memory free; or (store_unavailable) a rank of it
+        has no image yet: the engine is as it was, and drained.
         """
         assert self.engine is not None
         began = time.perf_counter()
         try:
             done = await self.engine.doze(min(deadline_s, self._limits.stall_s))
+        except BaseException as error:
+            if not isinstance(error, PrismError) or error.code is not ErrorCode.STORE_UNAVAILABLE:
+                await self.discard_engine(*_after(error, "doze failed"))
+            raise
+        try:
             given_back = time.perf_counter()
             await self.counted.until_dozing()
             self.memory.hold_fixed()

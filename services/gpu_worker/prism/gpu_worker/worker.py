@@ -265,7 +265,12 @@ class Worker:
             )
             return await self._release(instance, drain_s)
         drained = await self._drain(instance, drain_s)
-        return {**await instance.doze(deadline_s), "drain": drained}
+        try:
+            return {**await instance.doze(deadline_s), "drain": drained}
+        except PrismError as error:
+            if error.code is ErrorCode.STORE_UNAVAILABLE:
+                await instance.serve(partial(self.routes.open, instance.name))
+            raise
 
     async def _freeze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:
         if instance.state is ModelState.FROZEN:

@@ -35,6 +35,10 @@ def prepare_environment(shell_pid: int, rank: int) -> None:
         KVCACHED_MIN_RESERVED_PAGES="1",
         KVCACHED_MAX_RESERVED_PAGES="1",
         KVCACHED_PAGE_PREALLOC_ENABLED="false",
+        # Quotas say how much may be cached: kvcached would evict what is beyond 16,000 tokens.
+        KVCACHED_MAX_CACHED_TOKENS="-1",
+        # The worker keeps 4 GiB for what no quota counts; of an H200 kvcached would leave 7 alone.
+        KVCACHED_GPU_UTILIZATION="0.99",
         KVCACHED_LOG_LEVEL="WARNING",
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",

@@ -11,6 +11,9 @@ from prism.gpu_worker.engine.kv_slots import KvSlots
 
 log = logging.getLogger(__name__)
 
+# Where SGLang writes the KV cache of tokens that only fill a batch up.
+PADDING_SLOT = 0
+
 
 class KvcachedMemory:
     """The elastic KV pool of a scheduler in this process. `limit_bytes` is its quota.
@@ -129,7 +132,22 @@ class KvcachedMemory:
         )
 
     def map(self) -> None:
-        """Make the pool usable again: its padding slot gets memory, everything else as it is used."""
-        if self._pool.null_block is None:
-            self._pool._reserve_null_block()
-            self._slots.changed()
+        """Make the pool usable again: its padding slot gets memory, everything else as it is used.
+
+        Raises PrismError(out_of_memory, retry) when the GPU has no page left: kvcached's own way waits until
+        there is one.
+        """
+        if self._pool.null_block is not None:
+            return
+        taken = self._pool._alloc(1, _skip_wait=True)
+        self._slots.changed()
+        if taken is None:
+            raise PrismError(
+                ErrorCode.OUT_OF_MEMORY,
+                f"the GPU has too little free memory for a page of KV cache, {self.page_bytes / 1e6:.1f} MB",
+                retry=True,
+            )
+        if taken != [PADDING_SLOT]:
+            self._pool.free(taken)
+            raise PrismError(ErrorCode.INTERNAL, f"kvcached gave slot {taken} for padding, not the first")
+        self._pool.null_block = taken

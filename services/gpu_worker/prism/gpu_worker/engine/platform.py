@@ -30,7 +30,7 @@ class KvMemory(Protocol):
         ...
 
     def map(self) -> None:
-        """Make the KV cache usable."""
+        """Make the KV cache usable. Raises PrismError(out_of_memory) when there is no memory for it."""
 
     def unmap(self) -> None:
         """Give its memory back; nothing is cached in it any more."""

@@ -289,29 +289,40 @@ class EngineScheduler(Scheduler):  # type: ignore[misc]
         assert self.kv is not None
         seconds: dict[str, float] = {}
 
+        kv = self.kv
+
         def restore() -> None:
             arrivals = self.weights.restore(self._gate.lead_s)
             if arrivals.all_here:
                 seconds["copy"] = arrivals.seconds
             else:
                 self._arrivals = arrivals
+            began = time.perf_counter()
+            try:
+                kv.map()
+            except PrismError:
+                give_back_weights()
+                raise
+            seconds["kv"] = time.perf_counter() - began
 
-        def undo() -> None:
+        def give_back_weights() -> None:
             arrivals, self._arrivals = self._arrivals, None
             if arrivals is not None:
                 arrivals.close()
             self.weights.unmap()
 
+        def undo() -> None:
+            kv.unmap()
+            give_back_weights()
+
         self.ranks.together(restore, undo)
-        began = time.perf_counter()
         if self._arrivals is not None:
             self._gate.close(self._arrivals)
-        self.kv.map()
         self.dozing = False
         if self._arrivals is None:
             # It waits for all that the GPU has to do.
             footprint.note("woken")
-        return {**seconds, "kv": time.perf_counter() - began}
+        return seconds
 
     def _end_arrivals(self) -> None:
         arrivals, self._arrivals = self._arrivals, None

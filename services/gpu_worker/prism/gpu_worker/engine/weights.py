@@ -38,6 +38,7 @@ from prism.gpu_worker.engine_protocol import Progress, StartEngine
 
 KEPT_INITIAL_VALUE_BYTES = 1 << 20
 EXPORT_DEADLINE_S = 8.0
+TOLD_S = 1.0
 
 
 class ModelWeights:
@@ -207,16 +208,18 @@ class ModelWeights:
             raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the store lost the image again", retry=True)
 
     def require_image(self, *, wait: bool = False) -> None:
-        """Raises PrismError(store_unavailable) when there is no image to wake from; with `wait`, one that is
-        on its way is waited for."""
-        if self._export is not None and wait:
-            self._export.join(EXPORT_DEADLINE_S)
+        """Raises PrismError when there is no image to wake from: store_unavailable while it is on its way,
+        which is waited for with `wait`, else model_failed."""
+        if self._export is not None:
+            # The thread tells of the image a moment before it ends.
+            told = self.imaged or self._export_error is not None
+            self._export.join(EXPORT_DEADLINE_S if wait else TOLD_S if told else 0.0)
         if self.exporting:
             raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image is still being exported", retry=True)
         if not self.imaged:
             reason = self._export_error.message if self._export_error else "no image was exported"
             why = f"cannot doze without an image: {reason}"
-            raise PrismError(ErrorCode.STORE_UNAVAILABLE, why, retry=True)
+            raise PrismError(ErrorCode.MODEL_FAILED, why, retry=True)
 
     def unmap(self) -> None:
         """Give the weights' memory back; `require_image` has been asked before."""
