@@ -88,14 +88,16 @@ async def rig(
         yield ready
 
 
-async def activated(rig: Rig, spec: ModelSpec, facts: ModelFacts) -> CommandOutcome:
+async def activated(
+    rig: Rig, spec: ModelSpec, facts: ModelFacts, deadline_s: float = DEADLINE_S
+) -> CommandOutcome:
     """What comes of an activation with this spec and these facts."""
     command = Command(
         kind=CommandKind.ACTIVATE,
         epoch=1,
         spec=spec,
         facts=facts,
-        deadline_s=DEADLINE_S,
+        deadline_s=deadline_s,
         drain_s=1.0,
         kv_bytes=KV_BYTES,
     )
@@ -118,6 +120,14 @@ async def test_a_model_that_was_mended_is_started_by_what_it_is_now(rig: Rig) ->
     outcome = await activated(rig, spec_of(rig), facts)
     assert outcome.error is None, outcome.error
     assert outcome.state is ModelState.ACTIVE
+
+
+async def test_a_start_that_takes_too_long_says_how_far_it_came_and_what_gives_it_longer(rig: Rig) -> None:
+    late = await activated(rig, spec_of(rig), rig.facts(SMALL), deadline_s=0.001)
+    assert late.error is not None
+    assert late.error.code is ErrorCode.DEADLINE_EXCEEDED
+    assert "staging" in late.error.message
+    assert "--activate-deadline-s" in late.error.message
 
 
 async def test_a_bound_on_its_kv_cache_that_was_changed_holds_from_its_next_start(rig: Rig) -> None:

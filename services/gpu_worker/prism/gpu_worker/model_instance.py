@@ -281,7 +281,10 @@ class ModelInstance:
                 )
         except TimeoutError as error:
             late = PrismError(
-                ErrorCode.DEADLINE_EXCEEDED, f"{self.name}: no engine within {deadline_s:.0f} s", retry=True
+                ErrorCode.DEADLINE_EXCEEDED,
+                f"{self.name}: no engine within {deadline_s:.0f} s, it was {self.state} by then; "
+                "--activate-deadline-s of the global scheduler gives it longer",
+                retry=True,
             )
             await self.discard_engine(*_after(late))
             raise late from error
