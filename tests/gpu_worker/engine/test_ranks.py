@@ -46,7 +46,7 @@ def said(connection: socket.socket) -> str:
 def started_ranks(size: int) -> Iterator[StartedRanks]:
     """Ranks as a shell starts them, all gone at the end."""
     group = meet_in_memory()
-    started = StartedRanks(size, group, MODULE)
+    started = StartedRanks(size, [group], MODULE)
     try:
         yield started
     finally:

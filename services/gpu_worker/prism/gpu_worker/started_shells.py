@@ -14,6 +14,11 @@ from prism.gpu_worker.shells import Shell, exit_words
 
 log = logging.getLogger(__name__)
 
+ALIVE = "PRISM_SHELL_ALIVE"
+"""Names the descriptor that a shell and the processes of its ranks keep open for as long as they live."""
+
+RANKS_END_S = 5.0
+
 
 class StartedShells:
     """Starts `python -m <module> FD <inherited FDs> <arguments>` for each shell. Made by `started_shells`."""
@@ -32,6 +37,19 @@ class StartedShells:
 
         Raises PrismError(internal) when no process can be started.
         """
+        try:
+            alive, theirs_alive = os.pipe()
+        except OSError as error:
+            raise PrismError(ErrorCode.INTERNAL, f"no shell: {error}", retry=True) from error
+        try:
+            return await self._started(inherited, alive, theirs_alive)
+        except BaseException:
+            os.close(alive)
+            raise
+        finally:
+            os.close(theirs_alive)
+
+    async def _started(self, inherited: Sequence[int], alive: int, theirs_alive: int) -> Shell:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
@@ -42,9 +60,14 @@ class StartedShells:
                     str(theirs.fileno()),
                     *map(str, inherited),
                     *self._arguments,
-                    pass_fds=[theirs.fileno(), *inherited],
+                    pass_fds=[theirs.fileno(), theirs_alive, *inherited],
                     stdin=asyncio.subprocess.DEVNULL,
-                    env={**os.environ, "OMP_NUM_THREADS": "1", **self._environment},
+                    env={
+                        **os.environ,
+                        "OMP_NUM_THREADS": "1",
+                        ALIVE: str(theirs_alive),
+                        **self._environment,
+                    },
                 )
             except BaseException as error:
                 ours.close()
@@ -53,14 +76,17 @@ class StartedShells:
                 raise
         shell = Shell(process.pid, ours)
         self._processes[process.pid] = process
-        watch = asyncio.create_task(self._watch(process, shell), name=f"watch shell {process.pid}")
+        watch = asyncio.create_task(self._watch(process, shell, alive), name=f"watch shell {process.pid}")
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
         return shell
 
-    async def _watch(self, process: asyncio.subprocess.Process, shell: Shell) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process, shell: Shell, alive: int) -> None:
         code = await process.wait()
         del self._processes[process.pid]
+        # Ranks end once the shell has ended, and what they hold on their GPUs is free only then.
+        if not await _closed(alive, RANKS_END_S):
+            log.warning("a rank of shell %d is there still, %g s after it", process.pid, RANKS_END_S)
         remove_segments(process.pid)
         if not shell.exited.done():
             shell.exited.set_result(exit_words(code))
@@ -72,6 +98,23 @@ class StartedShells:
             process.kill()
         while self._watches:
             await asyncio.wait(set(self._watches))
+
+
+async def _closed(pipe: int, deadline_s: float) -> bool:
+    """Wait until nobody has the other end of `pipe` any more, and close this one; False when that takes
+    longer than `deadline_s` seconds."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pipe, ended.set)
+    try:
+        async with asyncio.timeout(deadline_s):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pipe)
+        os.close(pipe)
+    return True
 
 
 @asynccontextmanager

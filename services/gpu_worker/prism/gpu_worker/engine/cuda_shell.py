@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import partial
 
 from prism.common.process import die_with_parent
@@ -20,6 +21,7 @@ from prism.gpu_worker.engine.process_group import meet_in_memory
 from prism.gpu_worker.engine_logs import configure_engine_logging
 from prism.gpu_worker.kernel_caches import keep_compiled_kernels
 from prism.gpu_worker.kvcached_segments import segment_name
+from prism.gpu_worker.started_shells import ALIVE
 
 RANKS = "PRISM_RANKS"
 MODULE = "prism.gpu_worker.engine.cuda_shell"
@@ -52,10 +54,10 @@ def prepare_environment(shell_pid: int, rank: int) -> None:
 
 
 class StartedRanks:
-    """The other ranks of a shell on `size` GPUs, which get the descriptor `group`; `sockets` lead to them.
-    They die with this process."""
+    """The other ranks of a shell on `size` GPUs, which get the descriptors `inherited`; `sockets` lead to
+    them. They die with this process."""
 
-    def __init__(self, size: int, group: int, module: str = MODULE) -> None:
+    def __init__(self, size: int, inherited: Sequence[int], module: str = MODULE) -> None:
         self.sockets: list[socket.socket] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self._pipe, write = os.pipe()
@@ -65,7 +67,7 @@ class StartedRanks:
             with theirs:
                 process = subprocess.Popen(
                     [sys.executable, "-m", module, str(theirs.fileno()), str(write), str(rank)],
-                    pass_fds=[theirs.fileno(), write, group],
+                    pass_fds=[theirs.fileno(), write, *inherited],
                     stdin=subprocess.DEVNULL,
                 )
             self.processes.append(process)
@@ -137,7 +139,8 @@ def main() -> None:
     # Ranks are children of the shell that they belong to.
     prepare_environment(os.getppid() if rank else os.getpid(), rank)
     warnings.filterwarnings("ignore")
-    others = StartedRanks(size if rank == 0 else 1, meet_in_memory() if rank == 0 else -1)
+    inherited = [meet_in_memory(), int(os.environ[ALIVE])] if rank == 0 else []
+    others = StartedRanks(size if rank == 0 else 1, inherited)
     warm_up(rank)
     if not others.get_warm():
         sys.exit("a rank of this shell ended before it was warm; its log says why")
