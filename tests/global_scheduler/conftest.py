@@ -50,7 +50,10 @@ class Watched:
 
 
 class ScriptedWorker(Watched):
-    """A test double of a worker: carries out commands at once, or as told, and reports its load."""
+    """A test double of a worker: carries out commands at once, or as told, and reports its load.
+
+    Of the kinds in `lose_next` the next command is lost on its way here; without `answers`, all answers are.
+    """
 
     def __init__(self, bus: Bus, name: str, limit: int, gpu_id: int = 0) -> None:
         super().__init__()
@@ -66,6 +69,8 @@ class ScriptedWorker(Watched):
         self.go_on = asyncio.Event()
         self.go_on.set()
         self.answers = True
+        self.lose_next: set[CommandKind] = set()
+        self.lost: list[CommandKind] = []
         self.reports = True
         self.overlap = False
         self._bus = bus
@@ -86,6 +91,11 @@ class ScriptedWorker(Watched):
     async def on_command(self, message: Msg) -> None:
         command = decode(message.data, Command)
         model = command.spec.model_name
+        if command.kind in self.lose_next:
+            self.lose_next.remove(command.kind)
+            self.lost.append(command.kind)
+            await self.changed()
+            return
         error: PrismError | None = None
         if command.epoch < self.epoch:
             error = PrismError(ErrorCode.STALE_EPOCH, f"epoch {command.epoch} is over")
@@ -154,6 +164,7 @@ class ScriptedWorker(Watched):
                 models,
                 element_bytes=1,
                 epoch=self.epoch,
+                commanded=sorted(self._at_work),
             ),
         )
 

@@ -145,6 +145,40 @@ async def test_a_lost_answer_is_made_up_for_by_reports(
         assert worker.kinds() == [(ACTIVATE, "a"), (DOZE, "a"), (ACTIVATE, "b")]
 
 
+async def test_a_model_whose_failure_got_lost_is_asked_for_again_within_seconds(
+    scheduler: "SchedulerFactory",
+    scripted_worker: "WorkerFactory",
+    gateway: "ScriptedGateway",
+    register_model: "Register",
+) -> None:
+    await register_model("a", 60)
+    async with scripted_worker() as worker, scheduler():
+        worker.answers = False
+        worker.fail_next["a"] = "the engine said no"
+        await gateway.park("a")
+        await worker.until(lambda: worker.states.get("a") is ModelState.ACTIVE)
+        assert worker.kinds() == [(ACTIVATE, "a"), (ACTIVATE, "a")]
+
+
+async def test_a_command_that_got_lost_is_given_again_within_seconds(
+    scheduler: "SchedulerFactory",
+    scripted_worker: "WorkerFactory",
+    gateway: "ScriptedGateway",
+    register_model: "Register",
+) -> None:
+    for name in ("a", "b"):
+        await register_model(name, 60)
+    async with scripted_worker() as worker, scheduler():
+        worker.lose_next = {ACTIVATE, DOZE}
+        await gateway.park("a")
+        await worker.until(lambda: worker.states.get("a") is ModelState.ACTIVE)
+        assert worker.lost == [ACTIVATE]
+        await gateway.park("b")
+        await worker.until(lambda: worker.states.get("b") is ModelState.ACTIVE)
+        assert worker.lost == [ACTIVATE, DOZE]
+        assert worker.kinds() == [(ACTIVATE, "a"), (DOZE, "a"), (ACTIVATE, "b")]
+
+
 async def test_a_silent_worker_is_replaced_and_its_routes_are_taken_down(
     scheduler: "SchedulerFactory",
     scripted_worker: "WorkerFactory",

@@ -110,6 +110,27 @@ async def test_its_load_report_tells_what_it_can_do_and_what_a_model_could_give_
     assert rig.load().kv_spare_bytes == 0
 
 
+async def test_its_load_report_names_a_commanded_model_from_the_commands_coming_to_its_answer(
+    rig: Rig,
+) -> None:
+    await rig.command(CommandKind.RELEASE)
+    assert rig.worker.load_report().commanded == []
+    async with rig.worker.instances[SMALL].lock:
+        commands = [asyncio.create_task(rig.command(CommandKind.ACTIVATE)) for _ in range(2)]
+        report = await rig.until_commanded([SMALL])
+        assert report.models[0].state is ModelState.COLD, "it waits for whoever has the model"
+    await rig.until_state(ModelState.STAGING)
+    assert rig.worker.load_report().commanded == [SMALL]
+    await asyncio.gather(*commands)
+    assert (await rig.until_commanded([])).models[0].state is ModelState.ACTIVE
+
+
+async def test_a_command_that_fails_is_no_longer_named_once_it_is_answered(rig: Rig) -> None:
+    await rig.command(CommandKind.RELEASE, epoch=7)
+    assert (await rig.command(CommandKind.RELEASE, epoch=6)).error is not None
+    await rig.until_commanded([])
+
+
 async def test_the_second_start_takes_the_engine_image(rig: Rig) -> None:
     await rig.command(CommandKind.ACTIVATE)
     first = tokens_of(await (await send(rig, "a", [9, 8, 7], 8)).all())

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -76,14 +76,20 @@ class Rig:
 
     async def until_state(self, state: ModelState, model: str = SMALL) -> LoadReport:
         """Wait for a load report in which `model` is in `state`."""
+        return await self._until(
+            lambda report: any(load.model == model and load.state is state for load in report.models)
+        )
+
+    async def until_commanded(self, models: list[str]) -> LoadReport:
+        """Wait for a load report that says that commands for exactly these models are here."""
+        return await self._until(lambda report: report.commanded == models)
+
+    async def _until(self, true: Callable[[LoadReport], bool]) -> LoadReport:
         found: asyncio.Future[LoadReport] = asyncio.get_running_loop().create_future()
 
         async def look(message: Msg) -> None:
             report = decode(message.data, LoadReport)
-            if (
-                any(load.model == model and load.state is state for load in report.models)
-                and not found.done()
-            ):
+            if true(report) and not found.done():
                 found.set_result(report)
 
         subscription = await self.bus.subscribe(subjects.load(self.id), look, inline=True)

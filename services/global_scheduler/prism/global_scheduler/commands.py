@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -13,7 +14,7 @@ from prism.common import subjects
 from prism.common.bus import Bus
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.explain import ExplainedAction
-from prism.common.messages.load import LoadReport
+from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome
 from prism.common.telemetry import about
@@ -23,13 +24,17 @@ log = logging.getLogger(__name__)
 
 ANSWER_SLACK_S = 5.0
 REPORT_GRACE_S = 1.0
+LOST_AFTER_S = 3.0
+"""A command that its worker's reports do not name for so long was lost, or its answer was. Either is on its
+way for far less, also between processes that are short of CPU time."""
 REMEMBERED = 32
 
+# Without an image to wake from, a model that was to sleep ends cold, and its worker answers without an error.
 _REACHED = {
-    CommandKind.ACTIVATE: ModelState.ACTIVE,
-    CommandKind.DOZE: ModelState.DOZING,
-    CommandKind.FREEZE: ModelState.FROZEN,
-    CommandKind.RELEASE: ModelState.COLD,
+    CommandKind.ACTIVATE: {ModelState.ACTIVE},
+    CommandKind.DOZE: {ModelState.DOZING, ModelState.COLD},
+    CommandKind.FREEZE: {ModelState.FROZEN, ModelState.COLD},
+    CommandKind.RELEASE: {ModelState.COLD},
 }
 
 OnOutcome = Callable[[Command, CommandOutcome], None]
@@ -42,9 +47,29 @@ class _Pending(msgspec.Struct):
     footprint_bytes: int
     sent_at: float
     task: asyncio.Task[None] | None = None
-    seen_reached_at: float | None = None
+    reached_since: float = math.inf
+    unknown_since: float = math.inf
+    reported_at: float = 0.0
     outcome: CommandOutcome | None = None
     ended_at: float = 0.0
+
+    def reported(self, model: ModelLoad, commanded: list[str] | None, now: float) -> CommandOutcome | None:
+        """The outcome that this report and those before it prove, None while there may be another."""
+        reached = model.state in _REACHED[self.command.kind]
+        unknown = not reached and commanded is not None and model.model not in commanded
+        if now - self.reported_at > REPORT_GRACE_S:
+            # The first reports after a silence may tell of the time before the command came.
+            self.unknown_since = math.inf
+        self.reported_at = now
+        self.reached_since = min(self.reached_since, now) if reached else math.inf
+        self.unknown_since = min(self.unknown_since, now) if unknown else math.inf
+        if now - self.reached_since >= REPORT_GRACE_S:
+            return CommandOutcome(self.worker, model.model, model.state)
+        if now - self.unknown_since >= LOST_AFTER_S:
+            why = model.failure or "the bus lost the command or its answer"
+            body = ErrorBody(ErrorCode.INTERNAL, f"not answered, {model.state} now: {why}", retry=True)
+            return CommandOutcome(self.worker, model.model, model.state, body)
+        return None
 
     def stop_following(self) -> None:
         if self.task is not None:
@@ -54,8 +79,12 @@ class _Pending(msgspec.Struct):
 class CommandRunner:
     """Sends commands and keeps each in flight until its outcome is known and visible in load reports.
 
-    An answer that got lost (the bus was away) is made up for by reports: a model seen in the state asked for,
-    REPORT_GRACE_S long, has reached it. A worker that is gone ends its commands.
+    The bus may lose a command, or its answer. Reports make up for it: a model seen in the state asked for,
+    REPORT_GRACE_S long, has reached it; a command whose model its worker's reports do not name as commanded,
+    LOST_AFTER_S long, has failed, and what is wanted is planned anew. The model's state alone would not tell:
+    while a command waits for its turn, for room or for an image, it looks as if nothing had been asked.
+    Nothing is sent twice: the second copy would start again what failed, behind the backoff's back, or be
+    refused because the first is done. A worker that is gone ends its commands.
     """
 
     def __init__(self, bus: Bus, tasks: asyncio.TaskGroup, on_outcome: OnOutcome) -> None:
@@ -110,23 +139,19 @@ class CommandRunner:
 
     def report(self, report: LoadReport, now: float) -> bool:
         """Compare a worker's report with what was asked of it. Whether a command ended by that."""
-        states = {model.model: model.state for model in report.models}
+        models = {model.model: model for model in report.models}
         changed = False
         for (worker, model), pending in list(self._pending.items()):
             if worker != report.worker:
                 continue
-            state = states.get(model, ModelState.COLD)
+            load = models.get(model) or ModelLoad(model, ModelState.COLD)
             if pending.outcome is not None:
                 # The report that was on its way when the answer came still tells of the state before.
-                if state is pending.outcome.state or now - pending.ended_at >= REPORT_GRACE_S:
+                if load.state is pending.outcome.state or now - pending.ended_at >= REPORT_GRACE_S:
                     del self._pending[worker, model]
                     changed = True
-            elif state is not _REACHED[pending.command.kind]:
-                pending.seen_reached_at = None
-            elif pending.seen_reached_at is None:
-                pending.seen_reached_at = now
-            elif now - pending.seen_reached_at >= REPORT_GRACE_S:
-                self._end(pending, CommandOutcome(worker, model, state))
+            elif (outcome := pending.reported(load, report.commanded, now)) is not None:
+                self._end(pending, outcome, unanswered=outcome.error is not None)
                 pending.stop_following()
                 changed = True
         return changed

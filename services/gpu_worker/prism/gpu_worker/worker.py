@@ -98,6 +98,7 @@ class Worker:
             moves=moves_kv_quotas,
         )
         self._transitions: dict[str, asyncio.Task[Any] | None] = {}
+        self._commanded: list[str] = []
         self._device = device
         self._tasks = tasks
         self._store_socket = store_socket
@@ -151,18 +152,26 @@ class Worker:
             refused = CommandOutcome(self.identity.worker, "", ModelState.COLD, error.body)
             await message.respond(encode(refused))
             return
+        self._commanded.append(command.spec.model_name)
         try:
-            outcome = await self._execute(command)
+            outcome = await self._try(command)
+            await message.respond(encode(outcome))
+        finally:
+            # Not before the answer: a report that names it no longer says that there will be none.
+            self._commanded.remove(command.spec.model_name)
+        self.announcements.changed()
+
+    async def _try(self, command: Command) -> CommandOutcome:
+        try:
+            return await self._execute(command)
         except PrismError as error:
-            outcome = self._outcome(command, error=error)
             self._tell_failure(command, error)
+            return self._outcome(command, error=error)
         except Exception as error:
             log.exception("%s failed", command.kind, extra=about(model=command.spec.model_name))
-            outcome = self._outcome(
+            return self._outcome(
                 command, error=PrismError(ErrorCode.INTERNAL, shortened(f"{type(error).__name__}: {error}"))
             )
-        await message.respond(encode(outcome))
-        self.announcements.changed()
 
     def _tell_failure(self, command: Command, error: PrismError) -> None:
         # A scheduler whose time is over tells so itself; what cannot be done now is asked for again.
@@ -347,6 +356,7 @@ class Worker:
             freezes=single and can_freeze(self._device.freezer),
             fixed_bytes=self._device.fixed_bytes,
             tp_sizes=list(self._device.rank_counts),
+            commanded=sorted(set(self._commanded)),
         )
 
     async def retire(self, drain_s: float) -> None:

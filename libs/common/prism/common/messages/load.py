@@ -57,7 +57,8 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
     of such GPUs, empty for nothing. An `elastic` worker moves KV quotas between its models (not those of
     engines with several ranks); one that `freezes` takes FREEZE commands. `fixed_bytes` is what each engine
     takes of a GPU beside weights and KV cache, dozing ones too. `tp_sizes` are the numbers of GPUs that its
-    engines can be spread over, empty for any.
+    engines can be spread over, empty for any. `commanded` names the models of all commands that it has not
+    answered yet, those that wait for another included; None where it does not tell.
     """
 
     worker: str
@@ -77,6 +78,7 @@ class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):
     freezes: bool = False
     fixed_bytes: int = 0
     tp_sizes: list[int] = []
+    commanded: list[str] | None = None
 
 
 class ModelDemand(msgspec.Struct, frozen=True, omit_defaults=True):
