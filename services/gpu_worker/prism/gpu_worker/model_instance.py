@@ -33,6 +33,8 @@ STORE_DEADLINE_S = 600.0
 SLOWEST_COPY_BYTES_PER_S = 500e6
 ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
 LOST = (ErrorCode.ENGINE_LOST, ErrorCode.DEADLINE_EXCEEDED)
+IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
+"""On the way up: all memory is reserved, not all of it is taken."""
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
