@@ -26,10 +26,11 @@ from prism.common.messages.codec import decode, encode
 from prism.common.messages.generation import TokenFrame
 from prism.common.messages.models import InitialPlacement, ModelFacts, ModelSpec, ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome
-from prism.gpu_worker import engine_process
+from prism.gpu_worker import engine_process, image_export
 from prism.gpu_worker.devices.simulated import SimulatedDevice, simulated_device
 from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
 from prism.gpu_worker.engine_protocol import Ready
+from prism.gpu_worker.image_export import ImageExport
 from prism.gpu_worker.shells import Shell
 from prism.gpu_worker.started_shells import StartedShells
 from prism.scheduling.memory import kv_reservation
@@ -191,6 +192,36 @@ async def test_a_killed_engine_that_is_not_gone_leaves_no_model_that_seems_activ
     assert rig.worker.ledger.reserved_bytes > 0
     shells.tell.set()
     assert (await rig.command(CommandKind.ACTIVATE)).error is None
+
+
+class Unsaid(ImageExport):
+    """An image whose engine never says that it is there. `asked` is set once somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        self.asked = asyncio.Event()
+
+    async def exists(self) -> bool:
+        self.asked.set()
+        return await super().exists()
+
+
+async def test_a_model_that_waits_for_its_image_to_doze_is_cold_as_soon_as_its_engine_is_lost(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_export, "IMAGE_DEADLINE_S", 10 * DEADLINE_S)
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    instance = rig.worker.instances[SMALL]
+    image = instance.image = Unsaid()
+    dozing = asyncio.create_task(rig.command(CommandKind.DOZE, drain_s=10 * DEADLINE_S))
+    async with asyncio.timeout(DEADLINE_S / 2):
+        await image.asked.wait()
+        assert instance.engine is not None
+        instance.engine.kill()
+        outcome = await dozing
+    assert (outcome.state, outcome.error) == (ModelState.COLD, None)
+    assert rig.worker.ledger.reserved_bytes == 0
+    assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 100])

@@ -457,6 +457,7 @@ class ModelInstance:
     def _tell_lost(self, engine: EngineProcess, how: str) -> None:
         if self._lost is not engine:
             self._lost = engine
+            self.image.lost()
             self._on_engine_lost(self, how)
 
 
