@@ -187,12 +187,23 @@ class ModelInstance:
             await turn.aclose()
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
             rolled_back = isinstance(error, PrismError) and error.code in ROLLED_BACK
-            if rolled_back and not self.counted.left_bytes():
-                self.memory.hold_fixed()
-                self.set_state(ModelState.DOZING)
-            else:
+            if not (rolled_back and await self._dozes_on()):
                 await self.discard_engine(*_after(error, "wake failed"))
             raise
+
+    async def _dozes_on(self) -> bool:
+        """Whether an engine that rolled its wake back holds no more than a dozing one does. It dozes then."""
+        try:
+            await self.counted.until_dozing()
+        except PrismError as error:
+            log.warning("%s", error.message, extra=about(model=self.name))
+            return False
+        except BaseException as error:
+            await self.discard_engine(*_after(error, "wake failed"))
+            raise
+        self.memory.hold_fixed()
+        self.set_state(ModelState.DOZING)
+        return True
 
     async def _serve_while_weights_come(
         self, turn: contextlib.AsyncExitStack, on_serving: Callable[[], Awaitable[None]]
