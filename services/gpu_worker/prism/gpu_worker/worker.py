@@ -226,7 +226,7 @@ class Worker:
                         ErrorCode.UNSUPPORTED,
                         f"{command.kind} is not something the {self._device.name} device can do",
                     )
-        self.announcements.command_done(command.kind, instance, before, seconds)
+        self.announcements.command_done(instance, before, seconds)
         return self._outcome(command, seconds)
 
     def _instance(self, command: Command) -> ModelInstance:
