@@ -1,6 +1,7 @@
 """The queue of a worker, without engines: what it tells of itself, and when it asks admission again."""
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -164,6 +165,26 @@ async def test_what_waits_is_counted_by_model_however_it_leaves() -> None:
     requests.send_away_queued("m")
     assert waiting() == {"m": (0, 0), "n": (1, 29)}
     assert [frame.rid for frame in told.frames if frame.error] == ["late", "1", "2"]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_a_model_is_idle_from_when_its_last_request_has_left_the_queue_by_its_deadline(
+    others: int,
+) -> None:
+    requests = queue_of(Asked(), Told(), "m")
+    instance = requests._find("m")
+    assert instance is not None
+    instance.idle_since = long_ago = time.monotonic() - 1000.0
+    requests.arrive(asking("late", deadline_s=-1.0), "reply")
+    for number in range(others):
+        requests.arrive(asking(f"{number}"), "reply")
+    began = time.monotonic()
+    requests.expire()
+    assert requests.queued("m") == others
+    if others:
+        assert instance.idle_since == long_ago
+    else:
+        assert instance.idle_since >= began
 
 
 async def test_an_engine_is_at_work_from_its_first_request_until_it_has_none() -> None:

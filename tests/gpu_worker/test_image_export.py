@@ -36,6 +36,24 @@ async def test_the_next_engine_starts_from_nothing() -> None:
     assert await image.exists()
 
 
+async def test_whoever_waits_for_an_image_learns_at_once_that_its_engine_is_lost() -> None:
+    image = ImageExport("m")
+    asked = asyncio.create_task(image.exists())
+    await asyncio.sleep(0)
+    image.lost()
+    assert not await asked
+    image.begin()
+    image.settled()
+    assert await image.exists(), "that is the next engine's"
+
+
+async def test_an_image_that_was_exported_outlives_its_engine() -> None:
+    image = ImageExport("m")
+    image.told(Imaged(0.5))
+    image.lost()
+    assert await image.exists()
+
+
 async def test_an_image_that_does_not_come_is_told_and_may_be_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

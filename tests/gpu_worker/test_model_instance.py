@@ -2,6 +2,7 @@
 real process."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -26,12 +27,16 @@ from prism.common.messages.codec import decode, encode
 from prism.common.messages.generation import TokenFrame
 from prism.common.messages.models import InitialPlacement, ModelFacts, ModelSpec, ModelState
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome
-from prism.gpu_worker import engine_process
+from prism.gpu_worker import counted_memory, engine_process, image_export
+from prism.gpu_worker.counted_memory import CountedMemory
 from prism.gpu_worker.devices.simulated import SimulatedDevice, simulated_device
 from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
+from prism.gpu_worker.engine_process import EngineProcess
 from prism.gpu_worker.engine_protocol import Done, Ready
+from prism.gpu_worker.image_export import ImageExport
 from prism.gpu_worker.shells import Shell
 from prism.gpu_worker.started_shells import StartedShells
+from prism.scheduling.ledger import Parts
 from prism.scheduling.memory import kv_reservation
 
 FIXED_BYTES = 1_000_000
@@ -203,6 +208,36 @@ async def test_a_killed_engine_that_is_not_gone_leaves_no_model_that_seems_activ
     assert (await rig.command(CommandKind.ACTIVATE)).error is None
 
 
+class Unsaid(ImageExport):
+    """An image whose engine never says that it is there. `asked` is set once somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        self.asked = asyncio.Event()
+
+    async def exists(self) -> bool:
+        self.asked.set()
+        return await super().exists()
+
+
+async def test_a_model_that_waits_for_its_image_to_doze_is_cold_as_soon_as_its_engine_is_lost(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_export, "IMAGE_DEADLINE_S", 10 * DEADLINE_S)
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    instance = rig.worker.instances[SMALL]
+    image = instance.image = Unsaid()
+    dozing = asyncio.create_task(rig.command(CommandKind.DOZE, drain_s=10 * DEADLINE_S))
+    async with asyncio.timeout(DEADLINE_S / 2):
+        await image.asked.wait()
+        assert instance.engine is not None
+        instance.engine.kill()
+        outcome = await dozing
+    assert (outcome.state, outcome.error) == (ModelState.COLD, None)
+    assert rig.worker.ledger.reserved_bytes == 0
+    assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
+
+
 @pytest.mark.parametrize("beyond", [0, 1, 100])
 async def test_a_request_that_goes_on_here_ends_by_its_length_where_memory_does(
     rig: Rig, beyond: int
@@ -268,6 +303,98 @@ async def test_a_worker_whose_driver_does_not_count_reports_what_is_reserved(
     [load] = report.models
     held = rig.worker.ledger.held(SMALL)
     assert (load.weights_bytes, load.kv_used_bytes) == (held.weights, held.kv)
+
+
+class LateCount(SimulatedDevice):
+    """A driver that answers what is left with `answers` first: bytes, or an error."""
+
+    answers: deque[int | PrismError]
+
+    def left_bytes(self, pid: int, ready: Ready) -> int:
+        answer = self.answers.popleft() if self.answers else super().left_bytes(pid, ready)
+        if isinstance(answer, PrismError):
+            raise answer
+        return answer
+
+
+async def refuse(engine: EngineProcess, deadline_s: float) -> Done:
+    """A wake that the engine rolls back."""
+    raise PrismError(ErrorCode.STORE_UNAVAILABLE, "the image could not be read", retry=True)
+
+
+async def wake_refused(
+    rig: Rig, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, *answers: int | PrismError
+) -> CommandOutcome:
+    """What comes of a wake that the engine rolled back, where the driver then answers with `answers`."""
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    assert (await rig.command(CommandKind.DOZE)).error is None
+    device.__class__ = LateCount
+    assert isinstance(device, LateCount)
+    device.answers = deque(answers)
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineProcess, "wake", refuse)
+        outcome = await rig.command(CommandKind.ACTIVATE)
+    assert not device.answers
+    assert outcome.error is not None
+    assert outcome.error.code is ErrorCode.STORE_UNAVAILABLE
+    return outcome
+
+
+@pytest.mark.parametrize("late", [(), (4096, 4096)], ids=["at once", "late"])
+async def test_an_engine_that_rolled_its_wake_back_dozes_on_however_late_the_driver_counts(
+    rig: Rig, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, late: tuple[int, ...]
+) -> None:
+    outcome = await wake_refused(rig, device, monkeypatch, *late)
+    assert outcome.state is ModelState.DOZING
+    assert rig.worker.ledger.held(SMALL) == Parts(fixed=FIXED_BYTES)
+    engine = rig.worker.instances[SMALL].engine
+    assert engine is not None
+    assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
+    assert rig.worker.instances[SMALL].engine is engine
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PrismError(ErrorCode.INTERNAL, "the driver says nothing"), 4096],
+    ids=["not counted", "not given back"],
+)
+async def test_an_engine_that_may_not_have_rolled_its_wake_back_is_discarded(
+    rig: Rig, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, error: int | PrismError
+) -> None:
+    monkeypatch.setattr(counted_memory, "FREED_DEADLINE_S", 0.0)
+    outcome = await wake_refused(rig, device, monkeypatch, error)
+    assert outcome.state is ModelState.COLD
+    assert rig.worker.instances[SMALL].engine is None
+    assert rig.worker.ledger.reserved_bytes == 0
+    assert (await rig.command(CommandKind.ACTIVATE)).state is ModelState.ACTIVE
+
+
+async def test_a_wake_that_is_given_up_while_memory_is_counted_leaves_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = asyncio.Event()
+
+    async def never(memory: CountedMemory) -> None:
+        counting.set()
+        await asyncio.Event().wait()
+
+    async def nobody_serves() -> None:
+        raise AssertionError
+
+    assert (await rig.command(CommandKind.ACTIVATE)).error is None
+    assert (await rig.command(CommandKind.DOZE)).error is None
+    monkeypatch.setattr(EngineProcess, "wake", refuse)
+    monkeypatch.setattr(CountedMemory, "until_dozing", never)
+    instance = rig.worker.instances[SMALL]
+    async with asyncio.timeout(DEADLINE_S), instance.lock:
+        waking = asyncio.create_task(instance.activate(KV_BYTES, DEADLINE_S, nobody_serves))
+        await counting.wait()
+        waking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waking
+    assert instance.state is ModelState.COLD
+    assert instance.engine is None
+    assert rig.worker.ledger.reserved_bytes == 0
 
 
 async def test_a_report_that_cannot_be_made_or_sent_is_not_the_last(

@@ -12,7 +12,7 @@ from prism.common.bus import Bus
 from prism.common.errors import PrismError
 from prism.common.messages.events import Event
 from prism.common.messages.load import LoadReport
-from prism.common.messages.placement import CommandKind
+from prism.common.messages.models import ModelState
 from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import Progress
 from prism.gpu_worker.model_instance import ModelInstance
@@ -24,11 +24,12 @@ log = logging.getLogger(__name__)
 REPORT_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.25
 COMMAND_DONE = {
-    CommandKind.ACTIVATE: "activated",
-    CommandKind.DOZE: "dozed",
-    CommandKind.FREEZE: "froze",
-    CommandKind.RELEASE: "released",
+    ModelState.ACTIVE: "activated",
+    ModelState.DOZING: "dozed",
+    ModelState.FROZEN: "froze",
+    ModelState.COLD: "released",
 }
+"""By what the model is then: one without an image was released, whatever was asked for."""
 
 
 class Announcements:
@@ -83,15 +84,12 @@ class Announcements:
             {"weights": held.weights, "kv": held.kv},
         )
 
-    def command_done(
-        self, kind: CommandKind, instance: ModelInstance, before: str, seconds: dict[str, float]
-    ) -> None:
+    def command_done(self, instance: ModelInstance, before: str, seconds: dict[str, float]) -> None:
         """An event for a command that changed something, with the time it took and the memory in use now."""
         if seconds:
             weights, kv = told_bytes(instance)
-            self._tell(
-                COMMAND_DONE[kind], instance.name, f"from {before}", seconds, {"weights": weights, "kv": kv}
-            )
+            kind = COMMAND_DONE[instance.state]
+            self._tell(kind, instance.name, f"from {before}", seconds, {"weights": weights, "kv": kv})
 
     def progress(self, instance: ModelInstance, progress: Progress) -> None:
         """An event for staging progress, a few a second."""

@@ -391,6 +391,7 @@ class GenerationRequests:
                 del self._queued[rid]
                 waiting.instance.record.never_began(waiting.objectives)
                 waiting.frames.fail(ErrorBody(ErrorCode.DEADLINE_EXCEEDED, "not started before its deadline"))
+                self._note_change(waiting.instance)
         for rid, running in list(self._running.items()):
             if running.expires < now and rid not in self._aborting:
                 running.frames.fail(ErrorBody(ErrorCode.DEADLINE_EXCEEDED, "not finished by its deadline"))

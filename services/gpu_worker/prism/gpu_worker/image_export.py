@@ -42,6 +42,12 @@ class ImageExport:
         else:
             log.info("image exported in %.2f s", message.seconds, extra=about(model=self._model))
 
+    def lost(self) -> None:
+        """The engine is gone: an image that was on its way never comes."""
+        if not self._settled.is_set():
+            self._error = "its engine is gone"
+            self._settled.set()
+
     async def exists(self) -> bool:
         """Whether there is an image to wake from; waits for one that is on its way.
 

@@ -57,6 +57,12 @@ class InstanceMemory:
         return self._ledger.held(self._name).weights
 
     @property
+    def reserved_beside_kv_bytes(self) -> int:
+        """Of the ledger, for weights and for what its process costs."""
+        held = self._ledger.held(self._name)
+        return held.weights + held.fixed
+
+    @property
     def quota_bytes(self) -> int:
         """Of the ledger, for the KV cache: never less than what the engine has."""
         return self._ledger.held(self._name).kv

@@ -33,6 +33,8 @@ STORE_DEADLINE_S = 600.0
 SLOWEST_COPY_BYTES_PER_S = 500e6
 ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
 LOST = (ErrorCode.ENGINE_LOST, ErrorCode.DEADLINE_EXCEEDED)
+IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
+"""On the way up: all memory is reserved, not all of it is taken."""
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
@@ -186,12 +188,23 @@ class ModelInstance:
             await turn.aclose()
             # An engine that could not copy rolled back by itself: it dozes on, with nothing mapped.
             rolled_back = isinstance(error, PrismError) and error.code in ROLLED_BACK
-            if rolled_back and not self.counted.left_bytes():
-                self.memory.hold_fixed()
-                self.set_state(ModelState.DOZING)
-            else:
+            if not (rolled_back and await self._dozes_on()):
                 await self.discard_engine(*_after(error, "wake failed"))
             raise
+
+    async def _dozes_on(self) -> bool:
+        """Whether an engine that rolled its wake back holds no more than a dozing one does. It dozes then."""
+        try:
+            await self.counted.until_dozing()
+        except PrismError as error:
+            log.warning("%s", error.message, extra=about(model=self.name))
+            return False
+        except BaseException as error:
+            await self.discard_engine(*_after(error, "wake failed"))
+            raise
+        self.memory.hold_fixed()
+        self.set_state(ModelState.DOZING)
+        return True
 
     async def _serve_while_weights_come(
         self, turn: contextlib.AsyncExitStack, on_serving: Callable[[], Awaitable[None]]
@@ -465,6 +478,7 @@ class ModelInstance:
     def _tell_lost(self, engine: EngineProcess, how: str) -> None:
         if self._lost is not engine:
             self._lost = engine
+            self.image.lost()
             self._on_engine_lost(self, how)
 
 

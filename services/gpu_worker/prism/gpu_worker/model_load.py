@@ -1,4 +1,4 @@
-"""What a worker reports of one model."""
+"""What a worker reports of one model: what is there, and of one on its way up what it will take."""
 
 import logging
 import time
@@ -7,7 +7,7 @@ from prism.common.errors import PrismError
 from prism.common.messages.load import ModelLoad
 from prism.common.telemetry import about
 from prism.gpu_worker.instance_memory import kv_bytes_of
-from prism.gpu_worker.model_instance import ModelInstance
+from prism.gpu_worker.model_instance import IN_TRANSITION, ModelInstance
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +23,14 @@ def told_bytes(instance: ModelInstance) -> tuple[int, int]:
 
 def load_of(instance: ModelInstance, queued: int, kv_wanted_tokens: int) -> ModelLoad:
     """What there is to report of `instance` now; bytes are what the kernel says is there. Of its requests
-    `queued` wait here, and all of them want `kv_wanted_tokens` of its KV cache."""
+    `queued` wait here, and all of them want `kv_wanted_tokens` of its KV cache.
+
+    On its way up, weights are at least what is reserved for them and for its process."""
     weights, kv = told_bytes(instance)
+    if instance.state in IN_TRANSITION:
+        # Placement takes what an activation in flight has not yet off what is free, where all that is
+        # reserved is taken off already. It has no other word for a process's cost than the weights.
+        weights = max(weights, instance.memory.reserved_beside_kv_bytes)
     engine = instance.engine_load
     running = engine.running + engine.waiting
     busy = queued + running > 0

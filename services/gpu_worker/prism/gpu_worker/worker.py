@@ -27,7 +27,7 @@ from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.devices.freezing import can_freeze
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
-from prism.gpu_worker.model_instance import EngineLimits, ModelInstance
+from prism.gpu_worker.model_instance import IN_TRANSITION, EngineLimits, ModelInstance
 from prism.gpu_worker.model_load import load_of
 from prism.gpu_worker.quota_arbiter import QuotaArbiter
 from prism.gpu_worker.routes import WorkerRoutes, worker_routes
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.25
 RETIRE_DEADLINE_S = 10.0
-IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
 
 
 @dataclass
@@ -236,7 +235,7 @@ class Worker:
                         ErrorCode.UNSUPPORTED,
                         f"{command.kind} is not something the {self._device.name} device can do",
                     )
-        self.announcements.command_done(command.kind, instance, before, seconds)
+        self.announcements.command_done(instance, before, seconds)
         return self._outcome(command, seconds)
 
     def _instance(self, command: Command) -> ModelInstance:

@@ -8,7 +8,8 @@ from prism.common.messages.models import ModelState
 class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model on one worker. Bytes are what it holds of the device's memory now; `idle_s` is the time
     since it last had a request queued or running; `failure` says why it last failed, if it did;
-    `engine_steps` counts forward passes of its engine.
+    `engine_steps` counts forward passes of its engine. On its way up (staging, starting, waking) a model's
+    `weights_bytes` are at least what is reserved for it beside its KV quota: weights and fixed cost.
 
     `kv_wanted_bytes` is what the requests here, queued ones included, would take of KV cache,
     `kv_spare_bytes` what of its quota could go to other models now without a running request noticing: 0 for
