@@ -111,6 +111,18 @@ async def test_a_failure_whose_answer_was_lost_is_told_with_its_reason(bus: Bus)
         assert "the engine said no" in outcome.error.message
 
 
+@pytest.mark.parametrize("kind", [ACTIVATE, RELEASE])
+async def test_what_a_model_failed_of_before_is_not_what_a_lost_command_came_to(
+    bus: Bus, kind: CommandKind
+) -> None:
+    async with asked(bus, kind) as command:
+        command.report(ModelState.FAILED, LOST_AFTER_S + 1.0, commanded=[], failure="the engine said no")
+        (outcome,) = command.outcomes
+        assert outcome.error is not None
+        assert "the bus lost" in outcome.error.message
+        assert "the engine said no" not in outcome.error.message
+
+
 @pytest.mark.parametrize(
     ("kind", "state"),
     [

@@ -65,7 +65,7 @@ class QuietShells:
     async def _report(self, shell: Shell, quiet: Shell) -> None:
         how = await shell.exited
         await self.tell.wait()
-        quiet.exited.set_result(how)
+        quiet.ended(how)
 
 
 @pytest.fixture(scope="module")
@@ -443,3 +443,22 @@ async def test_an_engine_whose_image_is_not_there_yet_goes_on_serving(
     assert len(tokens_of(await (await send(rig, "a", [5, 6, 7], 4)).all())) == 4
     assert rig.worker.instances[SMALL].engine is engine
     assert (await rig.command(CommandKind.DOZE)).state is ModelState.DOZING
+
+
+async def test_a_start_that_a_draining_worker_cuts_short_is_answered_at_once(
+    rig: Rig, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def never(inherited: Sequence[int] = ()) -> Shell:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    monkeypatch.setattr(device.shells, "take", never)
+    start = asyncio.create_task(rig.command(CommandKind.ACTIVATE))
+    await asyncio.wait_for(asked.wait(), DEADLINE_S)
+    await rig.worker.retire(0.0)
+    outcome = await asyncio.wait_for(start, DEADLINE_S / 2)
+    assert outcome.error is not None
+    assert (outcome.error.code, outcome.error.retry) == (ErrorCode.OVERLOADED, True)

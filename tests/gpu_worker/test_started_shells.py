@@ -1,7 +1,6 @@
 """Shells that are started processes."""
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,27 +26,27 @@ def rank_that_lives_on() -> Iterator[tuple[int, int]]:
 
 
 async def shell_that_ended(shells: StartedShells, held: int) -> Shell:
-    """A shell whose own process is gone, and that of its rank is not."""
+    """A shell whose own process has ended, and that of its rank has not."""
     shell = await shells.take([held])
+    process = shells._processes[shell.pid]
     shell.connection.setblocking(False)
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(DEADLINE_S):
         assert await loop.sock_recv(shell.connection, 1) == b"r"
         shell.connection.close()
-        with contextlib.suppress(ChildProcessError):
-            # Not reaped: that is for whoever started it.
-            await asyncio.to_thread(os.waitid, os.P_PID, shell.pid, os.WEXITED | os.WNOWAIT)
+        await process.wait()
     return shell
 
 
-async def test_a_shell_has_ended_when_its_last_rank_has() -> None:
+async def test_nothing_is_left_of_a_shell_when_its_last_rank_has_ended() -> None:
     with rank_that_lives_on() as (held, ends):
         async with started_shells(MODULE) as shells:
             shell = await shell_that_ended(shells, held)
-            assert not shell.exited.done(), "what the rank holds is not free yet"
+            assert await shell.exited == "exit status 0", "that is told at once"
+            assert not shell.gone.done(), "what the rank holds is not free yet"
             os.close(ends)
             async with asyncio.timeout(DEADLINE_S):
-                assert await shell.exited == "exit status 0"
+                await shell.gone
 
 
 async def test_a_rank_that_does_not_end_is_not_waited_for_without_end(
@@ -58,6 +57,6 @@ async def test_a_rank_that_does_not_end_is_not_waited_for_without_end(
         async with started_shells(MODULE) as shells:
             shell = await shell_that_ended(shells, held)
             async with asyncio.timeout(DEADLINE_S):
-                await shell.exited
+                await shell.gone
             assert "is there still" in caplog.text
             os.close(ends)

@@ -50,7 +50,7 @@ async def test_what_kvcached_left_of_a_shell_is_gone_when_the_shell_is() -> None
         try:
             psutil.Process(shell.pid).kill()
             async with asyncio.timeout(DEADLINE_S):
-                await shell.exited
+                await shell.gone
             shell.connection.close()
             assert not any(path.exists() for path in of_its_ranks)
             assert of_another.exists()

@@ -12,7 +12,8 @@ from prism.common.messages.models import ModelState
 
 class ModelRow(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model on one worker, or on none (`worker` empty, state cold or failed). Bytes of the device's
-    memory; `parked` counts requests that wait at gateways; `note` says why it isn't where it should be."""
+    memory, of a model on its way up what is reserved; `parked` counts requests that wait at gateways; `note`
+    says why it isn't where it should be."""
 
     model: str
     state: ModelState

@@ -47,6 +47,7 @@ class _Pending(msgspec.Struct):
     footprint_bytes: int
     sent_at: float
     task: asyncio.Task[None] | None = None
+    named: bool = False
     reached_since: float = math.inf
     unknown_since: float = math.inf
     reported_at: float = 0.0
@@ -61,12 +62,15 @@ class _Pending(msgspec.Struct):
             # The first reports after a silence may tell of the time before the command came.
             self.unknown_since = math.inf
         self.reported_at = now
+        self.named = self.named or (commanded is not None and model.model in commanded)
         self.reached_since = min(self.reached_since, now) if reached else math.inf
         self.unknown_since = min(self.unknown_since, now) if unknown else math.inf
         if now - self.reached_since >= REPORT_GRACE_S:
             return CommandOutcome(self.worker, model.model, model.state)
         if now - self.unknown_since >= LOST_AFTER_S:
-            why = model.failure or "the bus lost the command or its answer"
+            # What it failed of before this command is not what this one came to.
+            failure = model.failure if self.named and self.command.kind is CommandKind.ACTIVATE else None
+            why = failure or "the bus lost the command or its answer"
             body = ErrorBody(ErrorCode.INTERNAL, f"not answered, {model.state} now: {why}", retry=True)
             return CommandOutcome(self.worker, model.model, model.state, body)
         return None

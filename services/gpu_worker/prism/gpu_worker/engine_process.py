@@ -154,8 +154,8 @@ class EngineProcess:
         self._send(Abort(rid))
 
     def when_gone(self, then: Callable[[], None]) -> None:
-        """Have `then` called once its process has ended for certain, and with it all that it held."""
-        self._shell.exited.add_done_callback(lambda _: then())
+        """Have `then` called once its processes have ended for certain, and with them all that they held."""
+        self._shell.gone.add_done_callback(lambda _: then())
 
     async def close(self) -> None:
         """End the engine: closing its socket asks for it, a signal enforces it. Returns when it is gone.
@@ -166,12 +166,12 @@ class EngineProcess:
             self._writer.close()
         try:
             async with asyncio.timeout(EXIT_DEADLINE_S):
-                await asyncio.shield(self._shell.exited)
+                await asyncio.shield(self._shell.gone)
         except TimeoutError:
             self._signal(signal.SIGKILL)
             try:
                 async with asyncio.timeout(EXIT_DEADLINE_S):
-                    await asyncio.shield(self._shell.exited)
+                    await asyncio.shield(self._shell.gone)
             except TimeoutError as error:
                 raise PrismError(
                     ErrorCode.INTERNAL,

@@ -149,9 +149,10 @@ class ModelInstance:
             raise PrismError(ErrorCode.INTERNAL, f"{self.name} is {self.state} already", retry=True)
         return {**seconds, "total": time.perf_counter() - began}
 
-    async def serve(self, on_serving: Callable[[], Awaitable[None]]) -> None:
-        """Be active from now on, with an engine that is ready to serve. The caller holds the lock."""
-        self.idle_since = time.monotonic()
+    async def serve(self, on_serving: Callable[[], Awaitable[None]], idle_since: float | None = None) -> None:
+        """Be active from now on, with an engine that is ready to serve, idle since then or now, in seconds on
+        the monotonic clock. The caller holds the lock."""
+        self.idle_since = time.monotonic() if idle_since is None else idle_since
         self.set_state(ModelState.ACTIVE)
         await on_serving()
 

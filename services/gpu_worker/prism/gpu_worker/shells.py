@@ -52,12 +52,24 @@ def exit_words(code: int) -> str:
 
 
 class Shell:
-    """A process that waits to become an engine: its pid, our end of its socket, and its end."""
+    """A process that waits to become an engine: its pid, our end of its socket, and its end.
+
+    `exited` says how it ended; from then on the pid may be somebody else's. `gone` is set once nothing is
+    left of the processes of its other ranks either, and all that they held is free.
+    """
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
         self.pid = pid
         self.connection = connection
         self.exited: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ended(self, how: str) -> None:
+        """It is gone, and had no other ranks, or these with it."""
+        if not self.exited.done():
+            self.exited.set_result(how)
+        if not self.gone.done():
+            self.gone.set_result(None)
 
 
 class ShellSource(Protocol):
@@ -156,7 +168,7 @@ class ForkServerShells:
         pid = reply.pid
         shell = Shell(pid, ours)
         if pid in self._early_exits:
-            shell.exited.set_result(self._early_exits.pop(pid))
+            shell.ended(self._early_exits.pop(pid))
         else:
             self._shells[pid] = shell
         return shell
@@ -194,8 +206,8 @@ class ForkServerShells:
         shell = self._shells.pop(pid, None)
         if shell is None:
             self._early_exits[pid] = how
-        elif not shell.exited.done():
-            shell.exited.set_result(how)
+        else:
+            shell.ended(how)
 
     async def stop(self) -> None:
         """End the fork server, and with it whatever it forked."""

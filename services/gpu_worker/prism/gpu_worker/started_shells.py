@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 ALIVE = "PRISM_SHELL_ALIVE"
 """Names the descriptor that a shell and the processes of its ranks keep open for as long as they live."""
 
-RANKS_END_S = 5.0
+RANKS_END_S = 30.0
+"""What outlives its shell for so long is not waited for any longer, nor is its memory taken for used."""
 
 
 class StartedShells:
@@ -84,12 +85,14 @@ class StartedShells:
     async def _watch(self, process: asyncio.subprocess.Process, shell: Shell, alive: int) -> None:
         code = await process.wait()
         del self._processes[process.pid]
+        how = exit_words(code)
+        if not shell.exited.done():
+            shell.exited.set_result(how)
         # Ranks end once the shell has ended, and what they hold on their GPUs is free only then.
         if not await _closed(alive, RANKS_END_S):
             log.warning("a rank of shell %d is there still, %g s after it", process.pid, RANKS_END_S)
         remove_segments(process.pid)
-        if not shell.exited.done():
-            shell.exited.set_result(exit_words(code))
+        shell.ended(how)
 
     async def stop(self) -> None:
         """End every process that is left."""

@@ -155,6 +155,12 @@ class Worker:
         try:
             outcome = await self._try(command)
             await message.respond(encode(outcome))
+        except asyncio.CancelledError:
+            if self.draining:
+                # Cut short by `retire`: who asked may ask another worker.
+                draining = PrismError(ErrorCode.OVERLOADED, f"{self.identity.worker} is draining", retry=True)
+                await message.respond(encode(self._outcome(command, error=draining)))
+            raise
         finally:
             # Not before the answer: a report that names it no longer says that there will be none.
             self._commanded.remove(command.spec.model_name)
@@ -277,7 +283,7 @@ class Worker:
             return {**await instance.doze(deadline_s), "drain": drained}
         except PrismError as error:
             if error.code is ErrorCode.STORE_UNAVAILABLE:
-                await instance.serve(partial(self.routes.open, instance.name))
+                await instance.serve(partial(self.routes.open, instance.name), instance.idle_since)
             raise
 
     async def _freeze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:

@@ -3,7 +3,7 @@
 Run as `python -m prism.gpu_worker.engine.cuda_shell CONNECTION WARM`, two inherited file descriptors: the
 socket to the worker, and a pipe that gets a byte once the shell is warm. PRISM_RANKS says for how many GPUs:
 for each but the first it starts a process of its own, `... cuda_shell CONNECTION WARM RANK`, whose connection
-leads here.
+leads here. All of them keep the descriptor open that PRISM_SHELL_ALIVE names.
 """
 
 import gc
