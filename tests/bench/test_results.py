@@ -71,6 +71,14 @@ def test_a_copy_without_history_is_told_its_commit(tmp_path: Path, monkeypatch: 
     assert commit(tmp_path) == "abc123"
 
 
+def test_a_copy_with_an_older_history_is_told_its_commit(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "source.py").write_text("a = 2\n")
+    monkeypatch.setenv("PRISM_COMMIT", "abc123")
+    assert commit(repository) == "abc123"
+
+
 def test_targets_are_judged_and_a_missing_value_meets_none() -> None:
     rows = [
         row("added_p50_ms_64", 1.4, "ms", target=2.0),

@@ -105,11 +105,14 @@ def write_results(
 def commit(root: Path) -> str:
     """The commit of the tree at `root`, with `-dirty` behind it when anything but results differs from it.
 
-    A copy without its history is told by PRISM_COMMIT; without that the answer is "unknown".
+    A copy is told by PRISM_COMMIT, whatever history it has or lacks; without either the answer is "unknown".
     """
+    told = os.environ.get(COMMIT_VARIABLE)
+    if told:
+        return told
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
-        return os.environ.get(COMMIT_VARIABLE) or "unknown"
+        return "unknown"
     changed = _git(root, "status", "--porcelain", "--", ".", ":(exclude)docs/results")
     return head if changed == "" else f"{head}-dirty"
 
