@@ -42,10 +42,11 @@ async def test_stream_repeats_all_the_text_so_far(stage: Stage) -> None:
     await stage.register("m")
     await stage.worker(saying(stage.ids("one "), stage.ids("two"), finish="length"), "m")
     events = read_events((await generate(stage, text="hello", model="m", stream=True)).text)
-    assert [event["text"] for event in events] == ["one ", "one two"]
-    assert events[0]["meta_info"]["finish_reason"] is None
+    # Frames that come together make one event.
+    assert [event["text"] for event in events] in (["one ", "one two"], ["one two"])
+    assert all(event["meta_info"]["finish_reason"] is None for event in events[:-1])
     tokens = len(stage.ids("one ")) + len(stage.ids("two"))
-    assert events[1]["meta_info"]["finish_reason"] == {"type": "length", "length": tokens}
+    assert events[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": tokens}
 
 
 async def test_batches_are_lists_and_streams_of_them_are_numbered(stage: Stage) -> None:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.gateway.cutting import cut, cuts
+from tests.gateway.test_detokenizer import BYTE_FALLBACK, DOG, THE
 
 from prism.common.messages.generation import Finish, TokenLogprob
 from prism.gateway.stop_strings import find_stop
@@ -33,6 +34,11 @@ def assemble(
 
 def all_tokens(pieces: list[Piece]) -> list[int]:
     return [token for piece in pieces for token in piece.tokens]
+
+
+def test_text_that_goes_on_from_a_prompt_keeps_the_space_between_the_two() -> None:
+    assert TextAssembler(BYTE_FALLBACK, [], behind=[DOG, THE]).push([DOG]).text == " dog"
+    assert TextAssembler(BYTE_FALLBACK, []).push([DOG]).text == "dog"
 
 
 @given(text=TEXTS, sizes=cuts())

@@ -186,6 +186,8 @@ def _read_content(where: str, content: str | list[ContentPart]) -> str:
 class ChatAnswer:
     """The chat.completion object, whole or in chunks."""
 
+    repeats = False
+
     def __init__(
         self, request_id: str, model: Servable, logprobs: bool, streamed_usage: StreamedUsage
     ) -> None:

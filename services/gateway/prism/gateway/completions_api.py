@@ -53,7 +53,7 @@ async def plan_completion(body: bytes, headers: Headers, planner: Planner) -> Pl
     )
     choices = planner.choices(model, prompts, wanted, headers)
     answer = CompletionAnswer(request_id, model, request.logprobs, request.streamed_usage)
-    return Plan(request_id, model, choices, stops, bool(request.stream), answer)
+    return Plan(request_id, model, choices, stops, bool(request.stream), answer, continues=True)
 
 
 async def encode_prompts(
@@ -85,6 +85,8 @@ async def encode_prompts(
 
 class CompletionAnswer:
     """The text_completion object, whole or in chunks."""
+
+    repeats = False
 
     def __init__(
         self, request_id: str, model: Servable, logprobs: int | None, streamed_usage: StreamedUsage

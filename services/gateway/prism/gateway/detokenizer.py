@@ -1,11 +1,12 @@
-"""Text out of tokens, as they come: what is given out joins to exactly what one decode of all would give."""
+"""Text out of tokens, as they come: what is given out joins to exactly what one decode of all would give, by
+byte-fallback decoders if all bytes make characters."""
 
 from collections.abc import Callable, Container, Sequence
 
 REPLACEMENT = "\ufffd"
 LONGEST_INCOMPLETE = 3
-"""A UTF-8 character has at most 4 bytes, so at most 3 of them stand there unfinished. A byte-level decoder
-shows those as one replacement character, a byte-fallback decoder as one each."""
+"""A UTF-8 character has at most 4 bytes, so at most 3 of them stand there unfinished, which a byte-level
+decoder may show as one replacement character each."""
 
 
 class Detokenizer:
@@ -20,6 +21,10 @@ class Detokenizer:
 
     `plain` says what a token adds wherever it stands, None where that depends on its neighbours: behind a
     character boundary such tokens need no decoding at all.
+
+    `longest_incomplete` is how many replacement characters at the end may become another one with the next
+    tokens; None for all that stand there: a byte-fallback decoder shows a whole run of bytes so, as long as
+    its last character is unfinished. `behind` are the last tokens of a text that this one goes on.
     """
 
     def __init__(
@@ -27,14 +32,19 @@ class Detokenizer:
         decode: Callable[[Sequence[int]], str],
         skipped: Container[int] = (),
         plain: Callable[[int], str | None] = lambda token: None,
+        *,
+        longest_incomplete: int | None = LONGEST_INCOMPLETE,
+        behind: Sequence[int] = (),
     ) -> None:
         self._decode = decode
         self._skipped = skipped
         self._plain = plain
-        self._held = False
-        self._window: list[int] = []
-        self._context = 0
-        self._given = 0
+        self._longest_incomplete = longest_incomplete
+        self._window = [token for token in behind if token not in skipped]
+        self._context = len(self._window)
+        text = decode(self._window) if self._window else ""
+        self._given = self._settled_length(text)
+        self._held = self._given < len(text)
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take `tokens`; the text that is settled now and was not before."""
@@ -44,7 +54,7 @@ class Detokenizer:
                 return "".join(texts)  # type: ignore[arg-type]  # none is None
         self._window += [token for token in tokens if token not in self._skipped]
         text = self._decode(self._window)
-        settled = _settled_length(text)
+        settled = self._settled_length(text)
         self._held = settled < len(text)
         if settled <= self._given:
             return ""
@@ -62,9 +72,8 @@ class Detokenizer:
         self._given += len(text)
         return text
 
-
-def _settled_length(text: str) -> int:
-    length = len(text)
-    while length > len(text) - LONGEST_INCOMPLETE and text.endswith(REPLACEMENT, 0, length):
-        length -= 1
-    return length
+    def _settled_length(self, text: str) -> int:
+        settled = len(text.rstrip(REPLACEMENT))
+        if self._longest_incomplete is None:
+            return settled
+        return max(settled, len(text) - self._longest_incomplete)

@@ -201,7 +201,9 @@ class _NoStream:
 
 
 class _EventStream:
-    """Pieces as server-sent events: those taken between two flushes leave in one write."""
+    """Pieces as server-sent events: those taken between two flushes leave in one write. Where events repeat
+    what was told, only a choice's last one of these does: for a client that is far behind, all would be the
+    square of its answer."""
 
     def __init__(self, plan: Plan, sender: "_Sender") -> None:
         self._answer = plan.answer
@@ -209,31 +211,40 @@ class _EventStream:
         self._sender = sender
         self._opened = False
         self._waiting: list[bytes] = []
+        self._repeated: dict[int, tuple[Choice, Piece]] = {}
 
     def take(self, index: int, choice: Choice, piece: Piece) -> None:
         if not self._opened:
             self._opened = True
             self._add(self._answer.opening(self._choices))
-        # Encoded now: what an event shows of its choice changes with the next piece.
-        self._add(self._answer.events(index, choice, piece))
+        if not self._answer.repeats:
+            # Encoded now: what an event shows of its choice changes with the next piece.
+            self._add(self._answer.events(index, choice, piece))
+        elif piece.tokens or piece.ending is not None:
+            self._repeated[index] = choice, piece
 
     def _add(self, events: Sequence[object]) -> None:
         for event in events:
             payload = event if isinstance(event, bytes) else _encode(event)
             self._waiting.append(b"data: %b\n\n" % payload)
 
-    async def flush(self) -> None:
+    def _take_waiting(self) -> bytes:
+        for index, (choice, piece) in self._repeated.items():
+            self._add(self._answer.events(index, choice, piece))
+        self._repeated.clear()
         data = b"".join(self._waiting)
         self._waiting.clear()
-        await self._sender.write(data, more=True)
+        return data
+
+    async def flush(self) -> None:
+        await self._sender.write(self._take_waiting(), more=True)
 
     async def close(self) -> None:
         """The end of a stream that has gone well."""
+        told = self._take_waiting()
         self._add(self._answer.closing(self._choices))
         self._waiting.append(b"data: [DONE]\n\n")
-        data = b"".join(self._waiting)
-        self._waiting.clear()
-        await self._sender.write(data, more=False)
+        await self._sender.write(told + self._take_waiting(), more=False)
 
 
 class _Sender:

@@ -99,7 +99,7 @@ async def plan_generate(body: bytes, headers: Headers, planner: Planner) -> Plan
         top_logprobs=wanted.top_logprobs,
         clock=planner.clock,
     )
-    return Plan(request_id, model, choices, stops, bool(request.stream), answer)
+    return Plan(request_id, model, choices, stops, bool(request.stream), answer, continues=True)
 
 
 async def _prompts(model: Servable, request: GenerateBody) -> tuple[list[list[int]], str, bool]:
@@ -114,6 +114,8 @@ async def _prompts(model: Servable, request: GenerateBody) -> tuple[list[list[in
 
 class GenerateAnswer:
     """SGLang's object: one, or a list of them for a batch. Streams repeat all that there is so far."""
+
+    repeats = True
 
     def __init__(
         self, model: Servable, *, many: bool, top_logprobs: int | None, clock: Callable[[], float]

@@ -116,6 +116,9 @@ def count_usage(choices: Sequence[Choice]) -> Usage:
 class Answer(Protocol):
     """The form of an answer. Whatever these return goes out as JSON; bytes are JSON already."""
 
+    repeats: bool
+    """Whether an event of a choice tells all that the ones before it have told."""
+
     def opening(self, choices: Sequence[Choice]) -> list[object]:
         """Events at the start of a stream."""
 
@@ -132,7 +135,7 @@ class Answer(Protocol):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Run `choices`, cut them at `stops`, tell them as `answer` says. `request` is the id that the client
-    sees."""
+    sees. Texts of one that `continues` go on from that of their prompt: a space between the two is theirs."""
 
     request: str
     model: Servable
@@ -140,6 +143,7 @@ class Plan:
     stops: tuple[str, ...]
     stream: bool
     answer: Answer
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,8 @@ class ChoiceRunner:
 
     async def _run_one(self, plan: Plan, index: int, arrived: float, sink: PieceSink) -> None:
         choice = plan.choices[index]
-        assembler = TextAssembler(plan.model.tokenizer, plan.stops)
+        behind = choice.job.input_ids if plan.continues else ()
+        assembler = TextAssembler(plan.model.tokenizer, plan.stops, behind)
         timing = _Timing(choice.job, arrived, self._metrics)
         try:
             async with aclosing(self._dispatcher.run(choice.job)) as batches:

@@ -42,10 +42,17 @@ class Piece(msgspec.Struct):
 
 
 class TextAssembler:
-    """Puts one choice together. No I/O and no clock."""
+    """Puts one choice together, whose text goes on from that of the tokens `behind`, if there are any. No I/O
+    and no clock."""
 
-    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer.decode, tokenizer.special_ids, tokenizer.plain_text)
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], behind: Sequence[int] = ()) -> None:
+        self._detokenizer = Detokenizer(
+            tokenizer.decode,
+            tokenizer.special_ids,
+            tokenizer.plain_text,
+            longest_incomplete=tokenizer.longest_incomplete,
+            behind=tokenizer.end_of(behind),
+        )
         self._stops = StopStrings(stops)
         self._single_steps = bool(stops)
         self._decoded = 0

@@ -11,6 +11,11 @@ from tokenizers import Tokenizer
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import TokenizerBundle
 from prism.gateway.chat_template import ChatTemplate
+from prism.gateway.detokenizer import LONGEST_INCOMPLETE
+
+CONTEXT_TOKENS = 5
+"""So many tokens of a prompt stand before what goes on from it: one is enough for a space, four for a
+character."""
 
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_START = "\u2581"
@@ -48,6 +53,16 @@ class TextTokenizer:
                 self._template = ChatTemplate(bundle.chat_template, bundle.special_tokens)
             except jinja2.TemplateError as error:
                 self._template_problem = f"its own does not compile: {error}"
+
+    @property
+    def longest_incomplete(self) -> int | None:
+        """See Detokenizer."""
+        return None if self._byte_fallback else LONGEST_INCOMPLETE
+
+    def end_of(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Of `prompt`, what the text of the tokens behind it depends on: nothing, where a decoder only joins
+        bytes."""
+        return () if self._concatenates else prompt[-CONTEXT_TOKENS:]
 
     @property
     def chat_template(self) -> ChatTemplate:
