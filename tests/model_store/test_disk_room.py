@@ -121,6 +121,25 @@ def test_an_image_that_is_being_written_stays_and_counts(disk: Disk, monkeypatch
     assert disk.names == "cd"
 
 
+def test_what_an_image_being_written_has_yet_to_take_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path, limit_bytes=None)
+    disk.write("a")
+    disk.write("b")
+    whole = image_disk._write_image
+
+    def while_another_writes(path: Path, fd: int, nbytes: int) -> None:
+        monkeypatch.setattr(image_disk, "_write_image", whole)
+        Disk(disk.root, limit_bytes=None).write("d")
+        whole(path, fd, nbytes)
+
+    monkeypatch.setattr(image_disk, "_write_image", while_another_writes)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=SIZE * 3 // 2))
+    disk.write("c")
+    assert disk.names == "bcd"
+
+
 def test_no_image_goes_in_vain(disk: Disk) -> None:
     disk.write("a")
     disk.write("b")

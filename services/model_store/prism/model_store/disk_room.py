@@ -4,7 +4,7 @@ import contextlib
 import errno
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,9 @@ from prism.model_store.eviction import HeldImage, choose_victims
 from prism.model_store.image_files import COMPLETE, FINGERPRINT, IMAGE, MANIFEST, WRITING, removed
 
 log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 512
+"""The unit of `st_blocks`, whatever the file system's own is."""
 
 
 def make_room(root: Path, nbytes: int, limit_bytes: int | None, in_use: Collection[Path]) -> None:
@@ -23,7 +26,7 @@ def make_room(root: Path, nbytes: int, limit_bytes: int | None, in_use: Collecti
     """
     folders = _image_folders(root)
     images = {number: _held(number, folder, folder in in_use) for number, folder in enumerate(folders)}
-    on_disk = free = shutil.disk_usage(root).free
+    on_disk = free = shutil.disk_usage(root).free - _bytes_to_be_written(root)
     if limit_bytes is not None:
         used = sum(image.nbytes for image in images.values()) + _bytes_being_written(root)
         free = min(on_disk, limit_bytes - used)
@@ -63,11 +66,27 @@ def _held(number: int, folder: Path, busy: bool) -> HeldImage:
 
 
 def _bytes_being_written(root: Path) -> int:
-    return sum(_size(path) for path in root.glob(f"*/{WRITING}*/{COMPLETE}/{IMAGE}"))
+    return sum(_size(path) for path in _being_written(root))
+
+
+def _bytes_to_be_written(root: Path) -> int:
+    """What files of their final size have yet to take of the disk."""
+    return sum(max(0, _size(path) - _bytes_taken(path)) for path in _being_written(root))
+
+
+def _being_written(root: Path) -> Iterator[Path]:
+    return root.glob(f"*/{WRITING}*/{COMPLETE}/{IMAGE}")
 
 
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _bytes_taken(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * BLOCK_BYTES
     except OSError:
         return 0
