@@ -1,7 +1,7 @@
 """How single tokens look, and what a bundle without usable parts leads to."""
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import TokenizerBundle
@@ -31,6 +31,24 @@ def test_truncation_of_the_file_is_switched_off(bundle: TokenizerBundle) -> None
     truncating.enable_truncation(max_length=2)
     tokenizer = TextTokenizer(TokenizerBundle(truncating.to_str()))
     assert len(tokenizer.encode("the quick brown fox", add_special_tokens=False)) > 2
+
+
+@pytest.mark.parametrize("by_the_file_too", [False, True])
+def test_prompts_of_a_model_that_wants_a_first_token_begin_with_it_once(
+    bundle: TokenizerBundle, by_the_file_too: bool
+) -> None:
+    trained = Tokenizer.from_str(bundle.tokenizer_json)
+    trained.post_processor = (
+        processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        if by_the_file_too
+        else processors.ByteLevel(trim_offsets=False)
+    )
+    tokenizer = TextTokenizer(
+        TokenizerBundle(trained.to_str(), special_tokens={"bos_token": "<s>"}, add_bos=True)
+    )
+    text = tokenizer.encode("the dog", add_special_tokens=False)
+    assert text[0] != 0, "a chat template writes it itself"
+    assert tokenizer.encode("the dog", add_special_tokens=True) == [0, *text]
 
 
 def test_unreadable_tokenizer_is_told(bundle: TokenizerBundle) -> None:

@@ -38,6 +38,25 @@ def test_a_template_file_comes_before_the_config_and_named_ones_give_their_defau
     assert read_bundle(folder).chat_template == "from the file"
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("config", "add_bos"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}, True),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, True),
+        ({"tokenizer_class": "GemmaTokenizer", "add_bos_token": False}, False),
+        ({"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True}, False),
+        ({"add_bos_token": True}, False),
+    ],
+)
+def test_prompts_begin_with_the_first_token_where_the_tokenizers_class_sees_to_that(
+    tmp_path: Path, config: dict[str, Any], add_bos: bool
+) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert read_bundle(folder).add_bos is add_bos
+
+
 def test_a_folder_without_any_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(PrismError, match=r"has no tokenizer\.json .* set tokenizer_path"):
         read_bundle(tmp_path)

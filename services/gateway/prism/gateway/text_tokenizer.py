@@ -45,6 +45,8 @@ class TextTokenizer:
         self._byte_level = "ByteLevel" in decoders
         self._byte_fallback = "ByteFallback" in decoders
         self._concatenates = decoders <= {"ByteLevel", "Sequence"} and self._byte_level
+        bos = bundle.special_tokens.get("bos_token") if bundle.add_bos else None
+        self._bos: int | None = None if bos is None else self._tokenizer.token_to_id(bos)
         self._plain: dict[int, str | None] = {}
         self._template: ChatTemplate | None = None
         self._template_problem = "it has none"
@@ -77,8 +79,11 @@ class TextTokenizer:
         return self._template
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The token ids of `text`."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        """The token ids of `text`; those of a prompt have what the model wants in front of one."""
+        ids = list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        if add_special_tokens and self._bos is not None and ids[:1] != [self._bos]:
+            return [self._bos, *ids]
+        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens."""

@@ -15,6 +15,18 @@ from prism.model_store.checkpoint import read_json
 from prism.model_store.file_errors import reading
 
 CONVERT_DEADLINE_S = 120.0
+# Those of transformers that know `add_bos_token`; others leave it to tokenizer.json.
+_CLASSES_WITH_BOS = frozenset(
+    {
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        "CodeLlamaTokenizer",
+        "CodeLlamaTokenizerFast",
+        "GemmaTokenizer",
+        "GemmaTokenizerFast",
+        "CohereTokenizerFast",
+    }
+)
 _OLDER_FORMATS = ["*.model", "*.tiktoken", "vocab.*", "merges.txt"]
 _CONVERT = (
     "import sys; from transformers import AutoTokenizer; "
@@ -44,6 +56,7 @@ def _read_bundle(folder: Path) -> TokenizerBundle:
             for name, value in sorted(special.items())
             if name.endswith("_token") and (text := _token_text(value)) is not None
         },
+        add_bos=_adds_bos(config),
     )
 
 
@@ -51,6 +64,13 @@ def bundle_key(bundle: TokenizerBundle) -> tuple[str, bytes]:
     """The key of a bundle in the object store, which is the xxh3_128 of its JSON, and that JSON."""
     payload = encode(bundle)
     return xxhash.xxh3_128_hexdigest(payload), payload
+
+
+def _adds_bos(config: dict[str, Any]) -> bool:
+    """What transformers does with `add_bos_token`, which it takes for true where it is not given."""
+    if config.get("tokenizer_class") not in _CLASSES_WITH_BOS:
+        return False
+    return config.get("add_bos_token") in (None, True)
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

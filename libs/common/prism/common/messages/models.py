@@ -165,9 +165,11 @@ class TokenizerBundle(msgspec.Struct, frozen=True, omit_defaults=True):
     """All that a gateway needs to speak a model's language, as stored in `prism_tokenizers`.
 
     `tokenizer_json` is the file of the `tokenizers` library; `special_tokens` maps names (bos_token,
-    eos_token, ...) to their text, for chat templates.
+    eos_token, ...) to their text, for chat templates. With `add_bos` prompts begin with bos_token, also where
+    that file does not say so.
     """
 
     tokenizer_json: str
     chat_template: str | None = None
     special_tokens: dict[str, str] = {}
+    add_bos: bool = False
