@@ -49,10 +49,10 @@ async def long_prompt(client: httpx.AsyncClient, token: int) -> int:
 
 
 @asynccontextmanager
-async def requests_seen(bus: Bus) -> AsyncIterator[asyncio.Queue[Msg]]:
-    """What gateways ask of workers from now on."""
+async def messages_seen(bus: Bus, subject: str) -> AsyncIterator[asyncio.Queue[Msg]]:
+    """What is said on `subject` from now on."""
     seen: asyncio.Queue[Msg] = asyncio.Queue()
-    subscription = await bus.subscribe(subjects.request(MODEL, "*"), seen.put, inline=True)
+    subscription = await bus.subscribe(subject, seen.put, inline=True)
     await bus.flush()
     try:
         yield seen
@@ -97,13 +97,12 @@ async def test_requests_of_an_engine_out_of_memory_are_finished_by_the_next_one(
         # A thread's heap grows within addresses that it has.
         engine.rlimit(psutil.RLIMIT_DATA, (0, 0))
         asking = Traffic(lambda: [system.gateway_url], [], 0)
-        stream = asyncio.create_task(asking.ask(question, Random(0)))
-        await watcher.until(
-            lambda: any(load.running for report in watcher.reports[-1:] for load in report.models)
-        )
+        async with messages_seen(bus, subjects.replies("*")) as frames:
+            stream = asyncio.create_task(asking.ask(question, Random(0)))
+            await asyncio.wait_for(frames.get(), DEADLINE_S)
         engine.suspend()
         try:
-            async with requests_seen(bus) as seen, asyncio.timeout(DEADLINE_S):
+            async with messages_seen(bus, subjects.request(MODEL, "*")) as seen, asyncio.timeout(DEADLINE_S):
                 prompts = [asyncio.create_task(long_prompt(client, 5 + index)) for index in range(PROMPTS)]
                 for _ in range(PROMPTS):
                     await seen.get()
