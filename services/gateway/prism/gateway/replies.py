@@ -16,7 +16,8 @@ from prism.common.telemetry import about
 log = logging.getLogger(__name__)
 
 NO_RESPONDERS = "503"
-RETURN_GRACE_S = 2.0
+# A try to connect takes 2 s at most, and the worker's may have begun a moment before the server was there.
+RETURN_GRACE_S = 3.0
 
 
 class Inbox:
