@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from nats.aio.msg import Msg
-from tests.gpu_worker.worker_rig import DEADLINE_S, SMALL, Rig, device_rig, store_process
+from tests.gpu_worker.worker_rig import DEADLINE_S, SMALL, Rig, device_rig
 
 from prism.cli.nats_server import NatsServer
 from prism.common import subjects
@@ -20,22 +20,14 @@ from prism.gpu_worker.devices.simulated_costs import SimulatedCosts
 from prism.gpu_worker.engine_protocol import Imaged
 
 
-@pytest.fixture(scope="module")
-async def simulated_store(
-    session_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Path]:
-    async with store_process(session_nats, tmp_path_factory.mktemp("store")) as socket:
-        yield socket
-
-
 @pytest.fixture
 async def rig(
-    session_nats: NatsServer, simulated_store: Path, tiny_models: dict[str, Path]
+    session_nats: NatsServer, module_store: Path, tiny_models: dict[str, Path]
 ) -> AsyncIterator[Rig]:
     costs = SimulatedCosts(start_ms=0, doze_ms=0, wake_ms=0, freeze_ms=0, thaw_ms=0)
     async with (
         simulated_device(costs) as device,
-        device_rig(session_nats, simulated_store, device, tiny_models) as ready,
+        device_rig(session_nats, module_store, device, tiny_models) as ready,
     ):
         yield ready
 

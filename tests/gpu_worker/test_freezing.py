@@ -13,7 +13,6 @@ from tests.gpu_worker.worker_rig import (
     Rig,
     device_rig,
     send,
-    store_process,
     tokens_of,
     worker_rig,
 )
@@ -67,14 +66,6 @@ class CountingDevice(SimulatedDevice):
         return FIXED_BYTES if self.holds_on or pid not in freezer.frozen else 0
 
 
-@pytest.fixture(scope="module")
-async def simulated_store(
-    session_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Path]:
-    async with store_process(session_nats, tmp_path_factory.mktemp("store")) as socket:
-        yield socket
-
-
 @pytest.fixture
 def freezer() -> TroubledFreezer:
     return TroubledFreezer()
@@ -93,11 +84,11 @@ async def device(freezer: TroubledFreezer) -> AsyncIterator[CountingDevice]:
 @pytest.fixture
 async def rig(
     session_nats: NatsServer,
-    simulated_store: Path,
+    module_store: Path,
     device: CountingDevice,
     tiny_models: dict[str, Path],
 ) -> AsyncIterator[Rig]:
-    async with device_rig(session_nats, simulated_store, device, tiny_models) as ready:
+    async with device_rig(session_nats, module_store, device, tiny_models) as ready:
         yield ready
 
 
@@ -242,9 +233,9 @@ async def test_freezing_the_simulated_device_takes_what_it_is_told_to() -> None:
 
 @pytest.mark.engine
 async def test_the_cpu_device_says_that_it_cannot_and_leaves_the_model_as_it_is(
-    session_nats: NatsServer, simulated_store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
+    session_nats: NatsServer, module_store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
 ) -> None:
-    async with worker_rig(session_nats, simulated_store, shells, tiny_models) as rig:
+    async with worker_rig(session_nats, module_store, shells, tiny_models) as rig:
         await rig.command(CommandKind.ACTIVATE)
         outcome = await rig.command(CommandKind.FREEZE)
         assert outcome.error is not None

@@ -16,7 +16,6 @@ from tests.gpu_worker.worker_rig import (
     Rig,
     device_rig,
     send,
-    store_process,
     tokens_of,
 )
 
@@ -68,14 +67,6 @@ class QuietShells:
         quiet.ended(how)
 
 
-@pytest.fixture(scope="module")
-async def simulated_store(
-    session_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Path]:
-    async with store_process(session_nats, tmp_path_factory.mktemp("store")) as socket:
-        yield socket
-
-
 @pytest.fixture
 async def device() -> AsyncIterator[SimulatedDevice]:
     costs = SimulatedCosts(start_ms=0, doze_ms=0, wake_ms=0, decode_step_ms=1, context_bytes=FIXED_BYTES)
@@ -87,9 +78,9 @@ async def device() -> AsyncIterator[SimulatedDevice]:
 
 @pytest.fixture
 async def rig(
-    session_nats: NatsServer, simulated_store: Path, device: SimulatedDevice, tiny_models: dict[str, Path]
+    session_nats: NatsServer, module_store: Path, device: SimulatedDevice, tiny_models: dict[str, Path]
 ) -> AsyncIterator[Rig]:
-    async with device_rig(session_nats, simulated_store, device, tiny_models) as ready:
+    async with device_rig(session_nats, module_store, device, tiny_models) as ready:
         yield ready
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.gpu_worker.worker_rig import KV_BYTES, SMALL, Rig, device_rig, store_process
+from tests.gpu_worker.worker_rig import KV_BYTES, SMALL, Rig, device_rig
 
 from prism.cli.nats_server import NatsServer
 from prism.common.messages.load import LoadReport
@@ -38,14 +38,6 @@ class HeldShells:
         return await self._inner.take()
 
 
-@pytest.fixture(scope="module")
-async def simulated_store(
-    session_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Path]:
-    async with store_process(session_nats, tmp_path_factory.mktemp("store")) as socket:
-        yield socket
-
-
 @pytest.fixture
 def start_ms() -> float:
     return 0.0
@@ -62,9 +54,9 @@ async def device(start_ms: float) -> AsyncIterator[SimulatedDevice]:
 
 @pytest.fixture
 async def rig(
-    session_nats: NatsServer, simulated_store: Path, device: SimulatedDevice, tiny_models: dict[str, Path]
+    session_nats: NatsServer, module_store: Path, device: SimulatedDevice, tiny_models: dict[str, Path]
 ) -> AsyncIterator[Rig]:
-    async with device_rig(session_nats, simulated_store, device, tiny_models) as ready:
+    async with device_rig(session_nats, module_store, device, tiny_models) as ready:
         yield ready
 
 

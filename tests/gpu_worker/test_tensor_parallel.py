@@ -13,7 +13,6 @@ from tests.gpu_worker.worker_rig import (
     Rig,
     last_error,
     send,
-    store_process,
     tokens_of,
     worker_rig,
 )
@@ -31,19 +30,11 @@ pytestmark = pytest.mark.engine
 RANKS = 2
 
 
-@pytest.fixture(scope="module")
-async def rank_store(
-    session_nats: NatsServer, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Path]:
-    async with store_process(session_nats, tmp_path_factory.mktemp("store")) as socket:
-        yield socket
-
-
 @pytest.fixture
 async def rig(
-    session_nats: NatsServer, rank_store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
+    session_nats: NatsServer, module_store: Path, shells: ForkServerShells, tiny_models: dict[str, Path]
 ) -> AsyncIterator[Rig]:
-    async with worker_rig(session_nats, rank_store, shells, tiny_models) as ready:
+    async with worker_rig(session_nats, module_store, shells, tiny_models) as ready:
         yield ready
 
 
