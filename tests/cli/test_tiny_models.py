@@ -18,6 +18,7 @@ from prism.cli.tiny_tokenizer import (
 )
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.facts import facts_of
+from prism.model_store.fingerprint import Identity
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_the_store_reads_off_the_folders_what_transformers_makes_of_them(models_
     from transformers import AutoModelForCausalLM
 
     for tiny in TINY_MODELS:
-        facts = facts_of("m", read_checkpoint(models_dir / tiny.name), "", "")
+        facts = facts_of("m", read_checkpoint(models_dir / tiny.name), Identity("", ""), "")
         model = AutoModelForCausalLM.from_pretrained(models_dir / tiny.name)
         assert facts.parameters == sum(parameter.numel() for parameter in model.parameters())
         assert facts.kv_elements_per_token == 2 * tiny.layers * tiny.kv_heads * tiny.head_dim

@@ -14,8 +14,8 @@ LAYOUT = "test-engine 1"
 DEADLINE_S = 20.0
 
 
-async def borrow(running: Running, model: str, folder: Path, layout: str = "") -> Lease:
-    request = LeaseRequest(model, str(folder), layout)
+async def borrow(running: Running, model: str, folder: Path, layout: str = "", version: str = "") -> Lease:
+    request = LeaseRequest(model, str(folder), layout, version)
     return await asyncio.to_thread(lease, running.socket, request, DEADLINE_S)
 
 

@@ -11,12 +11,13 @@ from prism.common.errors import PrismError
 from prism.common.messages.models import ModelFacts
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.facts import facts_of
+from prism.model_store.fingerprint import Identity
 
 pytestmark = pytest.mark.core
 
 
 def facts(folder: Path) -> ModelFacts:
-    return facts_of("m", read_checkpoint(folder), "f" * 32, "tok")
+    return facts_of("m", read_checkpoint(folder), Identity("f" * 32, "v" * 32), "tok")
 
 
 def with_config(folder: Path, **changes: Any) -> Path:
@@ -29,6 +30,7 @@ def test_all_facts_of_a_plain_model(tmp_path: Path) -> None:
     assert facts(folder) == ModelFacts(
         model="m",
         fingerprint="f" * 32,
+        version="v" * 32,
         parameters=2 * 100 * 64 + 256 * 64 + 64,
         checkpoint_bytes=(folder / "model.safetensors").stat().st_size,
         kv_elements_per_token=2 * 3 * 2 * 8,

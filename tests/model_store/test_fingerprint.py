@@ -1,4 +1,4 @@
-"""A fingerprint changes with the model, and only then."""
+"""A fingerprint changes with the model, and only then; its version does with the content alone."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,17 @@ import pytest
 from tests.model_store.model_folders import CONFIG, write_model
 
 from prism.model_store.checkpoint import read_checkpoint
-from prism.model_store.fingerprint import fingerprint_of, signature_of
+from prism.model_store.fingerprint import identity_of, signature_of
 
 pytestmark = pytest.mark.core
 
 
 def fingerprint(folder: Path) -> str:
-    return fingerprint_of(read_checkpoint(folder))
+    return identity_of(read_checkpoint(folder)).fingerprint
+
+
+def version(folder: Path) -> str:
+    return identity_of(read_checkpoint(folder)).version
 
 
 def test_it_is_the_same_each_time_and_32_hex_digits(tmp_path: Path) -> None:
@@ -50,3 +54,16 @@ def test_a_touched_file_and_a_changed_config_change_it(tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", config=CONFIG | {"vocab_size": 99})
     seen.add(fingerprint(other))
     assert len(seen) == 4
+
+
+def test_copies_of_other_times_are_the_same_version(tmp_path: Path) -> None:
+    one, copy = write_model(tmp_path / "m"), write_model(tmp_path / "copy")
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    assert fingerprint(copy) != fingerprint(one)
+    assert version(copy) == version(one)
+
+
+def test_other_weights_and_another_config_are_other_versions(tmp_path: Path) -> None:
+    seen = {version(write_model(tmp_path / "m", seed=1)), version(write_model(tmp_path / "n", seed=2))}
+    seen.add(version(write_model(tmp_path / "o", seed=1, config=CONFIG | {"rope_theta": 99.0})))
+    assert len(seen) == 3

@@ -345,3 +345,20 @@ async def test_prefetch_brings_the_engine_image_when_there_is_one(
     async with start_store() as second:
         assert await second.store.prefetch("m", str(folder)) == 1000
         assert [image.kind for image in second.store.report().images] == [ImageKind.ENGINE]
+
+
+async def test_weights_of_another_version_than_was_asked_for_are_not_lent(
+    running: Running, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m", seed=1)
+    version = (await running.store.identity(str(folder))).version
+    (await borrow(running, "m", folder, version=version)).close()
+    asked_for: list[str] = []
+    running.store.on_other_version = asked_for.append
+    folder.rename(tmp_path / "old")
+    write_model(tmp_path / "m", seed=2)
+    with pytest.raises(PrismError, match="on node here holds another version of m than") as caught:
+        await borrow(running, "m", folder, version=version)
+    assert (caught.value.code, caught.value.retry) == (ErrorCode.MODEL_FAILED, True)
+    assert asked_for == ["m"], "somebody looks what is there now"
+    (await borrow(running, "m", folder)).close()

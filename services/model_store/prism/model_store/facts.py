@@ -6,9 +6,10 @@ from typing import Any
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.models import ModelFacts
 from prism.model_store.checkpoint import Checkpoint
+from prism.model_store.fingerprint import Identity
 
 
-def facts_of(model: str, checkpoint: Checkpoint, fingerprint: str, tokenizer: str) -> ModelFacts:
+def facts_of(model: str, checkpoint: Checkpoint, identity: Identity, tokenizer: str) -> ModelFacts:
     """The facts of `model`. Raises PrismError(model_failed) for a config.json that lacks what is needed."""
     config = text_config(checkpoint.config)
     tensors = [tensor for file in checkpoint.files for tensor in file.tensors]
@@ -19,7 +20,8 @@ def facts_of(model: str, checkpoint: Checkpoint, fingerprint: str, tokenizer: st
     architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")]
     return ModelFacts(
         model=model,
-        fingerprint=fingerprint,
+        fingerprint=identity.fingerprint,
+        version=identity.version,
         parameters=sum(
             tensor.elements for tensor in tensors if not (tied and tensor.name.endswith("lm_head.weight"))
         ),

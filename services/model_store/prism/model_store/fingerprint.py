@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -15,16 +16,26 @@ SAMPLE_BYTES = 4096
 Signature = tuple[tuple[str, int, int], ...]
 
 
-def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """xxh3_128, as 32 hex digits, of config.json, of each weight file's name, size, modification time and
-    header, and of SAMPLES blocks spread over its data."""
-    digest = xxhash.xxh3_128(checkpoint.config_bytes)
+class Identity(NamedTuple):
+    """What a model's files are. `version` goes by their content, so that copies on several nodes have the
+    same one; `fingerprint` goes by their modification times as well, so that it changes with any write."""
+
+    fingerprint: str
+    version: str
+
+
+def identity_of(checkpoint: Checkpoint) -> Identity:
+    """xxh3_128, as 32 hex digits, of config.json, of each weight file's name, size and header, and of SAMPLES
+    blocks spread over its data; of its modification time too for the fingerprint."""
+    fingerprint = xxhash.xxh3_128(checkpoint.config_bytes)
+    version = xxhash.xxh3_128(checkpoint.config_bytes)
     for file in checkpoint.files:
-        digest.update(f"\0{file.path.name}\0{file.size}\0{file.mtime_ns}\0".encode())
-        digest.update(file.header)
-        for block in _sampled_blocks(file):
-            digest.update(block)
-    return digest.hexdigest()
+        fingerprint.update(f"\0{file.path.name}\0{file.size}\0{file.mtime_ns}\0".encode())
+        version.update(f"\0{file.path.name}\0{file.size}\0".encode())
+        for block in (file.header, *_sampled_blocks(file)):
+            fingerprint.update(block)
+            version.update(block)
+    return Identity(fingerprint.hexdigest(), version.hexdigest())
 
 
 def _sampled_blocks(file: WeightFile) -> list[bytes]:

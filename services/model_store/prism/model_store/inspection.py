@@ -59,6 +59,11 @@ class Inspector:
             self._looking[key].cancel()
         self._changed.set()
 
+    def look_again(self, model: str) -> None:
+        """Look at `model` now: somebody expected another version of it than is in its folder."""
+        self._pending.add(subjects.spec_key(model))
+        self._changed.set()
+
     def bus_returned(self) -> None:
         """The bus was away, and may have lost what was written: look at everything anew."""
         self._written.clear()
@@ -151,13 +156,13 @@ class Inspector:
             )
 
     async def _read(self, spec: ModelSpec, folder: Path, tokenizer_folder: Path) -> ModelFacts:
-        fingerprint = await self._store.fingerprint(spec.model_path)
+        identity = await self._store.identity(spec.model_path)
         tokenizer = await self._store_tokenizer(tokenizer_folder)
         known = self._written.get(subjects.facts_key(spec.model_name))
-        if known and (known.fingerprint, known.tokenizer) == (fingerprint, tokenizer):
+        if known and (known.fingerprint, known.tokenizer) == (identity.fingerprint, tokenizer):
             return known
         return await asyncio.to_thread(
-            lambda: facts_of(spec.model_name, read_checkpoint(folder), fingerprint, tokenizer)
+            lambda: facts_of(spec.model_name, read_checkpoint(folder), identity, tokenizer)
         )
 
     async def _store_tokenizer(self, folder: Path) -> str:

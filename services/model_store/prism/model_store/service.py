@@ -60,6 +60,7 @@ async def _serve(settings: StoreSettings, stop: asyncio.Event) -> None:
             tell=lambda event: _tell(background, bus, event),
         )
         inspector = Inspector(bus, store)
+        store.on_other_version = inspector.look_again
         bus.on_return.append(inspector.bus_returned)
         async with (
             store,

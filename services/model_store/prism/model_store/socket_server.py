@@ -205,7 +205,9 @@ async def _lend(store: ModelStore, sock: socket.socket, request: LeaseRequest) -
         with contextlib.suppress(OSError):
             sock.send(encode(StageProgress(done, total)))
 
-    async with store.lend(request.model, request.model_path, request.layout, on_progress) as lent:
+    async with store.lend(
+        request.model, request.model_path, request.layout, on_progress, request.version
+    ) as lent:
         manifest = encode(lent.manifest)
         manifest_fd = memfd_of("prism-manifest", manifest)
         try:

@@ -20,11 +20,12 @@ import msgspec
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.memfd import create_memfd, mapped, seal_size
 from prism.common.messages.events import Event
+from prism.common.messages.models import same_version
 from prism.common.messages.store import ImageKind, ImageManifest, StagedImage, StoreReport
 from prism.common.telemetry import about
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.content_hash import hash_of_image
-from prism.model_store.fingerprint import Signature, fingerprint_of, signature_of
+from prism.model_store.fingerprint import Identity, Signature, identity_of, signature_of
 from prism.model_store.flights import Flight, Flights, OnProgress
 from prism.model_store.image_disk import ImageDisk
 from prism.model_store.image_files import FINGERPRINT
@@ -71,9 +72,10 @@ class ModelStore:
         self._source = source
         self._threads = threads
         self._tell = tell
+        self.on_other_version: Callable[[str], None] = lambda model: None
         self._flights = Flights()
         self._folders: dict[str, Path] = {}
-        self._fingerprints: dict[Path, tuple[Signature, str]] = {}
+        self._identities: dict[Path, tuple[Signature, Identity]] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._on_disk: set[ImageKey] = set()
 
@@ -94,16 +96,17 @@ class ModelStore:
 
     @contextlib.asynccontextmanager
     async def lend(
-        self, model: str, model_path: str, layout: str, on_progress: OnProgress
+        self, model: str, model_path: str, layout: str, on_progress: OnProgress, version: str = ""
     ) -> AsyncIterator[LentImage]:
         """Lend the image of `model` in `layout`, else its checkpoint, staged first if it is not in memory.
 
-        The loan ends with the `async with`. Raises PrismError: model_failed, out_of_memory.
+        The loan ends with the `async with`. Raises PrismError: model_failed, also (retry) where the files are
+        not of the `version` asked for; out_of_memory.
         """
         began = time.monotonic()
         waited = False
         while True:
-            fingerprint = await self.fingerprint(model_path)
+            fingerprint = await self._fingerprint(model, model_path, version)
             key = ImageKey(fingerprint, layout)
             if layout and self.table.get(key) is None and await self._load_from_disk(key, model, on_progress):
                 waited = True
@@ -125,7 +128,7 @@ class ModelStore:
 
     async def prefetch(self, model: str, model_path: str) -> int:
         """Bring `model` into memory, in an engine's layout if there is one. Returns its bytes."""
-        fingerprint = await self.fingerprint(model_path)
+        fingerprint = (await self.identity(model_path)).fingerprint
         layouts = self.table.engine_layouts(fingerprint)
         layouts += await asyncio.to_thread(self.disk.layouts, fingerprint)
         async with self.lend(model, model_path, layouts[0] if layouts else "", lambda *_: None) as lent:
@@ -220,17 +223,30 @@ class ModelStore:
         """Look at `model_path` afresh when it is next asked for."""
         folder = self._folders.pop(model_path, None)
         if folder is not None:
-            self._fingerprints.pop(folder, None)
+            self._identities.pop(folder, None)
 
-    async def fingerprint(self, model_path: str) -> str:
-        """The fingerprint of the model at `model_path`, remembered while its files stay as they are."""
+    async def identity(self, model_path: str) -> Identity:
+        """What the model at `model_path` is, remembered while its files stay as they are."""
         folder = await self.folder(model_path)
         signature = await _in_thread(lambda: signature_of(folder))
-        known = self._fingerprints.get(folder)
+        known = self._identities.get(folder)
         if known is None or known[0] != signature:
-            value = await _in_thread(lambda: fingerprint_of(read_checkpoint(folder)))
-            self._fingerprints[folder] = known = (signature, value)
+            identity = await _in_thread(lambda: identity_of(read_checkpoint(folder)))
+            self._identities[folder] = known = (signature, identity)
         return known[1]
+
+    async def _fingerprint(self, model: str, model_path: str, version: str) -> str:
+        """Raises PrismError(model_failed, retry) where the model's files are of another version."""
+        identity = await self.identity(model_path)
+        if not same_version(version, identity.version):
+            self.on_other_version(model)
+            raise PrismError(
+                ErrorCode.MODEL_FAILED,
+                f"{await self.folder(model_path)} on node {self.node} holds another version of {model} than "
+                "the one that is registered; every node's folder must hold the same files",
+                retry=True,
+            )
+        return identity.fingerprint
 
     async def _load_from_disk(self, key: ImageKey, model: str, on_progress: OnProgress) -> bool:
         """Whether an image was read; a broken one is deleted, and the caller does without."""
@@ -278,7 +294,7 @@ class ModelStore:
             plan = plan_checkpoint_image(checkpoint)
             fd, content_hash, reserved = await self._read(model, plan, flight)
             with reserved:
-                if await self.fingerprint(model_path) != key.fingerprint:
+                if (await self.identity(model_path)).fingerprint != key.fingerprint:
                     raise PrismError(
                         ErrorCode.MODEL_FAILED, f"{folder} changed while it was staged; try again", retry=True
                     )

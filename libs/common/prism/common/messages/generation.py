@@ -30,7 +30,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     time left for the whole request when it was sent. `top_logprobs` is None for no log-probabilities,
     else how many alternatives to report beside each chosen token. `replayed_tokens` counts the tokens at
     the end of `input_ids` that an earlier attempt generated already. Of one that is not `streamed` nobody
-    waits for single tokens: but for the first, a worker may collect some before it says them.
+    waits for single tokens: but for the first, a worker may collect some before it says them. `version` is
+    that of the model whose tokens these are: an engine of another one would not understand them.
     """
 
     rid: str
@@ -45,6 +46,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0
     replayed_tokens: int = 0
     streamed: bool = True
+    version: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -16,7 +16,8 @@ class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     an engine of several ranks, and of no use to others where the worker is not `elastic`. `queue_s` is how
     long requests waited lately before the engine had them. `prefill_tokens_per_s` and `decode_step_s` are
     as measured, None before that. The last four count finished requests that kept, or did not keep, their
-    objectives. `gpu_ids` are those of the worker's GPUs that it is on, empty for all.
+    objectives. `gpu_ids` are those of the worker's GPUs that it is on, empty for all. `version` is the one
+    that its engine was started for, awake or asleep; empty while it has none.
     """
 
     model: str
@@ -43,6 +44,7 @@ class ModelLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     tpot_missed: int = 0
     gpu_ids: list[int] = []
     kv_spare_bytes: int = 0
+    version: str = ""
 
 
 class LoadReport(msgspec.Struct, frozen=True, omit_defaults=True):

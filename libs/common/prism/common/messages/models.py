@@ -139,8 +139,16 @@ class ModelSpec(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_
     ] = None
 
 
+def same_version(one: str, other: str) -> bool:
+    """Whether two versions of a model may be the same: an empty one, of a peer that names none, is any."""
+    return not one or not other or one == other
+
+
 class ModelFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a model store read in a model's folder. `error` is set instead when it could not.
+
+    `version` tells configuration and weights by their content, and is the same on every node; `fingerprint`
+    tells these files of that node, modification times included.
 
     `parameters` counts elements as the engine holds them (tied embeddings once); `kv_elements_per_token`
     counts elements of K and V of all layers; `checkpoint_bytes` is the size of the weights on disk.
@@ -159,6 +167,7 @@ class ModelFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     eos_token_ids: list[int] = []
     tokenizer: str = ""
     error: str | None = None
+    version: str = ""
 
 
 class TokenizerBundle(msgspec.Struct, frozen=True, omit_defaults=True):

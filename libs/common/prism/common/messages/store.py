@@ -49,11 +49,13 @@ class ImageManifest(msgspec.Struct, frozen=True, omit_defaults=True):
 class LeaseRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="lease"):
     """Stage a model and lend its image. The engine-layout image of `layout` is preferred when there is
     one, else the checkpoint. Answered by any number of `StageProgress`, then `LeaseGranted` with the
-    image's memfd beside it (read-only by agreement), or `StoreFailure`."""
+    image's memfd beside it (read-only by agreement), or `StoreFailure`: also where the files at `model_path`
+    are of another `version` than the one asked for, if one is."""
 
     model: str
     model_path: str
     layout: str = ""
+    version: str = ""
 
 
 class RoomRequest(msgspec.Struct, frozen=True, tag="room"):
