@@ -57,12 +57,13 @@ class Rig:
         path: Path | None = None,
         kv_bytes: int = KV_BYTES,
         drain_s: float = 20.0,
+        version: str = "",
     ) -> CommandOutcome:
         command = Command(
             kind=kind,
             epoch=epoch,
             spec=ModelSpec(model, str(path or self.models[model])),
-            facts=self.facts(model),
+            facts=msgspec.structs.replace(self.facts(model), version=version),
             deadline_s=DEADLINE_S,
             drain_s=drain_s,
             kv_bytes=kv_bytes,

@@ -55,7 +55,8 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     `kv_bytes` is the first quota of the KV cache, and `kv_cap_bytes` the largest that it may ever get (0: the
     first stays); `weights_bytes` is what the worker has reserved for the weights until they are sized;
     `layout` names the engine image to ask the store for and to make. Under tensor parallelism `rank_layouts`
-    has the layout of each rank, and sizes are those of all ranks together.
+    has the layout of each rank, and sizes are those of all ranks together. `version` is the one whose weights
+    the store is to lend, empty for any.
     """
 
     call: int
@@ -73,6 +74,7 @@ class StartEngine(msgspec.Struct, frozen=True, tag="start"):
     options: EngineOptions = EngineOptions()
     kv_cap_bytes: int = 0
     rank_layouts: list[str] = []
+    version: str = ""
 
 
 class WeightsGranted(msgspec.Struct, frozen=True, tag="weights_granted"):

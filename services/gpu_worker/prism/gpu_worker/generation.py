@@ -12,7 +12,7 @@ from math import inf
 
 from prism.common.errors import ErrorBody, ErrorCode, PrismError
 from prism.common.messages.generation import Finish, GenerateRequest
-from prism.common.messages.models import ModelState
+from prism.common.messages.models import ModelState, same_version
 from prism.common.telemetry import about
 from prism.gpu_worker.engine_protocol import Generate, Outputs, TokenOutput
 from prism.gpu_worker.frames import FramePublisher, FrameStream
@@ -77,6 +77,10 @@ class GenerationRequests:
         instance = self._find(request.model)
         if instance is None or instance.state is not ModelState.ACTIVE:
             frames.fail(ErrorBody(ErrorCode.MOVED, f"{request.model} is not served here now", retry=True))
+            return
+        if not same_version(request.version, instance.version):
+            what = f"another version of {request.model} than this request is for is served here"
+            frames.fail(ErrorBody(ErrorCode.MOVED, what, retry=True))
             return
         if request.rid in self._queued or request.rid in self._running:
             log.warning("a request arrived twice", extra=about(rid=request.rid, model=request.model))

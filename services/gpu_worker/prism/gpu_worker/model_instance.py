@@ -35,6 +35,7 @@ ROLLED_BACK = (ErrorCode.STORE_UNAVAILABLE, ErrorCode.OUT_OF_MEMORY)
 LOST = (ErrorCode.ENGINE_LOST, ErrorCode.DEADLINE_EXCEEDED)
 IN_TRANSITION = (ModelState.STAGING, ModelState.STARTING, ModelState.WAKING)
 """On the way up: all memory is reserved, not all of it is taken."""
+ASLEEP = (ModelState.DOZING, ModelState.FROZEN)
 STARTABLE = (ModelState.COLD, ModelState.STAGED, ModelState.FAILED)
 
 
@@ -111,6 +112,11 @@ class ModelInstance:
         """The model's name."""
         return self.spec.model_name
 
+    @property
+    def version(self) -> str:
+        """The version that its engine was started for; empty while it has none."""
+        return self.facts.version if self.engine is not None else ""
+
     def describe(self, spec: ModelSpec, facts: ModelFacts) -> None:
         """What the model is from its next engine on; while there is one it stays what it is."""
         if self.engine is None:
@@ -140,7 +146,7 @@ class ModelInstance:
         if self.state is ModelState.ACTIVE:
             await on_serving()
             return {}
-        if self.state in (ModelState.DOZING, ModelState.FROZEN):
+        if self.state in ASLEEP:
             seconds = await self._wake(kv_bytes, deadline_s, on_serving)
         elif self.state in STARTABLE:
             seconds = await self._start(kv_bytes, deadline_s)
@@ -330,6 +336,7 @@ class ModelInstance:
             options=self._device.options,
             kv_cap_bytes=max(kv_bytes, self.memory.kv_cap_bytes) if self.spec.tp_size == 1 else 0,
             store_deadline_s=STORE_DEADLINE_S,
+            version=self.facts.version,
         )
 
     def _events(self, kv_bytes: int) -> EngineEvents:

@@ -61,4 +61,5 @@ def load_of(instance: ModelInstance, queued: int, kv_wanted_tokens: int) -> Mode
         ttft_missed=record.ttft_missed,
         tpot_met=record.tpot_met,
         tpot_missed=record.tpot_missed,
+        version=instance.version,
     )

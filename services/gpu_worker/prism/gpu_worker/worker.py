@@ -18,7 +18,7 @@ from prism.common.errors import ErrorCode, PrismError, shortened
 from prism.common.messages.codec import decode, encode, names_in
 from prism.common.messages.generation import CancelRequest, GenerateRequest
 from prism.common.messages.load import LoadReport
-from prism.common.messages.models import ModelState
+from prism.common.messages.models import ModelState, same_version
 from prism.common.messages.placement import Command, CommandKind, CommandOutcome
 from prism.common.tasks import end_task
 from prism.common.telemetry import about
@@ -27,7 +27,7 @@ from prism.gpu_worker.devices.device import Device
 from prism.gpu_worker.devices.freezing import can_freeze
 from prism.gpu_worker.frames import FramePublisher
 from prism.gpu_worker.generation import GenerationRequests
-from prism.gpu_worker.model_instance import IN_TRANSITION, EngineLimits, ModelInstance
+from prism.gpu_worker.model_instance import ASLEEP, IN_TRANSITION, EngineLimits, ModelInstance
 from prism.gpu_worker.model_load import load_of
 from prism.gpu_worker.quota_arbiter import QuotaArbiter
 from prism.gpu_worker.routes import WorkerRoutes, worker_routes
@@ -223,9 +223,11 @@ class Worker:
         async with instance.lock:
             # Again: whoever held the lock before may have taken long.
             self._check(command)
-            instance.describe(command.spec, command.facts)
             self._transitions[instance.name] = asyncio.current_task()
             before = instance.state
+            if command.kind is CommandKind.ACTIVATE and before in ASLEEP:
+                await self._discard_other_version(instance, command.facts.version)
+            instance.describe(command.spec, command.facts)
             match command.kind:
                 case CommandKind.ACTIVATE:
                     open_route = partial(self.routes.open, instance.name)
@@ -264,6 +266,14 @@ class Worker:
                 kv_tokens=self.requests.kv_tokens,
             )
         return instance
+
+    async def _discard_other_version(self, instance: ModelInstance, version: str) -> None:
+        if not same_version(instance.version, version):
+            log.info(
+                "its files have changed: what sleeps is not woken, a new engine starts",
+                extra=about(model=instance.name),
+            )
+            await instance.discard_engine(ModelState.COLD)
 
     async def _doze(self, instance: ModelInstance, drain_s: float, deadline_s: float) -> dict[str, float]:
         if instance.state is ModelState.DOZING:

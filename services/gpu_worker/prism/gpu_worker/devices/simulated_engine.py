@@ -111,7 +111,7 @@ class SimulatedEngine:
         began = time.perf_counter()
         image = lease(
             start.store_socket,
-            LeaseRequest(start.model, start.model_path),
+            LeaseRequest(start.model, start.model_path, version=start.version),
             deadline_s=start.store_deadline_s,
             on_progress=lambda done, total: link.send(Progress(done, total)),
         )

@@ -73,7 +73,7 @@ class ModelWeights:
     def _take_lease(self, layout: str) -> Lease:
         return lease(
             self._start.store_socket,
-            LeaseRequest(self._start.model, self._start.model_path, layout),
+            LeaseRequest(self._start.model, self._start.model_path, layout, self._start.version),
             deadline_s=self._start.store_deadline_s,
             on_progress=lambda done, total: self._on_progress(Progress(done, total)),
         )
