@@ -91,6 +91,7 @@ class Stage:
         error: str | None = None,
         bundle: TokenizerBundle | None = None,
         context_length: int = CONTEXT_LENGTH,
+        version: str = "",
     ) -> None:
         """Register a model as the scheduler (spec) and a model store (tokenizer, facts) do."""
         spec = ModelSpec(spec, "/nowhere") if isinstance(spec, str) else spec
@@ -105,6 +106,7 @@ class Stage:
             eos_token_ids=[1],
             tokenizer=key,
             error=error,
+            version=version,
         )
         registry = await self.bus.bucket(subjects.BUCKET_MODELS)
         await registry.put(subjects.facts_key(spec.model_name), encode(facts))

@@ -1,10 +1,11 @@
 """Which worker takes a request."""
 
+import msgspec
 import pytest
 
 from prism.common.messages.load import LoadReport, ModelLoad
 from prism.common.messages.models import ModelState
-from prism.gateway.routing import Failure, WorkerView, choose_worker, common_failure
+from prism.gateway.routing import Failure, ModelVersion, WorkerView, choose_worker, common_failure
 
 pytestmark = pytest.mark.core
 
@@ -61,3 +62,19 @@ def test_failure_counts_when_every_worker_reports_it() -> None:
     assert common_failure("m", [view(failed), view(busy(0, 0))], NOW) is None
     assert common_failure("m", [view(failed), view()], NOW) is None
     assert common_failure("m", [], NOW) is None
+
+
+def test_an_engine_of_another_version_is_no_choice() -> None:
+    old = view(msgspec.structs.replace(busy(0, 0), version="old"))
+    new = view(msgspec.structs.replace(busy(9, 9), version="new"))
+    untold = view(busy(4, 4))
+    workers = {"old": old, "new": new, "untold": untold}
+
+    def choose_of(version: str, *names: str) -> str | None:
+        wanted = ModelVersion("m", version)
+        return choose_worker(names, workers, NOW, silence_s=2.5, wanted=wanted)
+
+    assert choose_of("new", "old", "new") == "new"
+    assert choose_of("old", "old", "new") == "old"
+    assert choose_of("newer", "old", "new") is None
+    assert choose_of("new", "new", "untold") == "untold", "it may be of that version"

@@ -41,7 +41,8 @@ NOT_STARTED = (ErrorCode.MOVED, ErrorCode.OVERLOADED)
 @dataclass(frozen=True, slots=True)
 class Job:
     """One generation to be done. `deadline` is on the event loop's clock, in seconds; `request` is the id
-    that the client sees, for log lines. Tokens of one that is not `streamed` may come some at a time."""
+    that the client sees, for log lines. Tokens of one that is not `streamed` may come some at a time.
+    `version` is that of the model that its tokens were made for, empty for any."""
 
     model: str
     input_ids: list[int]
@@ -54,6 +55,7 @@ class Job:
     priority: int = 0
     request: str = ""
     streamed: bool = True
+    version: str = ""
 
 
 class Tokens(msgspec.Struct, frozen=True, gc=False):
@@ -210,18 +212,18 @@ class Dispatcher:
     async def _find_worker(self, job: Job, shunned: Shunned, waiting_since: float, *, begun: bool) -> str:
         """A worker for `job`, waiting for one if need be; it counts as parked since `waiting_since`. One that
         has `begun`, on a worker that it was sent to, is never too many."""
-        worker = self._fleet.choose(job.model, shunned.at(self._clock()))
+        worker = self._fleet.choose(job.model, shunned.at(self._clock()), job.version)
         if worker is not None:
             return worker
-        self._registry.refuse_failed(job.model)
+        self._refuse_hopeless(job)
         with self._parking.place(job.model, waiting_since, begun=begun) as place:
             limit = min(self._clock() + self._settings.park_s, job.deadline)
             while True:
                 now = self._clock()
-                worker = self._fleet.choose(job.model, shunned.at(now))
+                worker = self._fleet.choose(job.model, shunned.at(now), job.version)
                 if worker is not None:
                     return worker
-                self._registry.refuse_failed(job.model)
+                self._refuse_hopeless(job)
                 if now >= limit:
                     waited = now - waiting_since
                     log.warning(
@@ -237,6 +239,10 @@ class Dispatcher:
                     )
                 until = min(limit, shunned.next_change(now) or limit)
                 await place.woken(until - now)
+
+    def _refuse_hopeless(self, job: Job) -> None:
+        self._registry.refuse_changed(job.model, job.version)
+        self._registry.refuse_failed(job.model)
 
     async def _attempt(
         self, job: Job, replayed: int, worker: str, rid: str
@@ -298,6 +304,7 @@ class Dispatcher:
             priority=job.priority,
             replayed_tokens=replayed,
             streamed=job.streamed,
+            version=job.version,
         )
         try:
             await self._bus.publish(

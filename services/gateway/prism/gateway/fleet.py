@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 
 from prism.common.messages.load import LoadReport
 from prism.common.messages.placement import Route
-from prism.gateway.routing import Failure, WorkerView, choose_worker, common_failure
+from prism.gateway.routing import Failure, ModelVersion, WorkerView, choose_worker, common_failure
 
 
 class Fleet:
@@ -38,10 +38,16 @@ class Fleet:
         if worker in self._workers:
             self._workers[worker].sent += 1
 
-    def choose(self, model: str, avoid: Collection[str] = ()) -> str | None:
-        """The worker for the next request of `model`, None when there is none."""
+    def choose(self, model: str, avoid: Collection[str] = (), version: str = "") -> str | None:
+        """The worker for the next request of `model` in this version, any for an empty one; None when there
+        is none."""
         return choose_worker(
-            self._serving.get(model, ()), self._workers, self._clock(), silence_s=self._silence_s, avoid=avoid
+            self._serving.get(model, ()),
+            self._workers,
+            self._clock(),
+            silence_s=self._silence_s,
+            avoid=avoid,
+            wanted=ModelVersion(model, version) if version else None,
         )
 
     def devices(self, model: str) -> tuple[str, ...]:

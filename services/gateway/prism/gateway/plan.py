@@ -221,6 +221,7 @@ class Planner:
                     priority=model.spec.priority,
                     request=wanted.request,
                     streamed=wanted.streamed,
+                    version=model.facts.version,
                 )
                 choices.append(Choice(job, index))
         return choices

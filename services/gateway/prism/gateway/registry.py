@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from prism.common import subjects
 from prism.common.errors import ErrorCode, PrismError
-from prism.common.messages.models import ModelFacts, ModelSpec
+from prism.common.messages.models import ModelFacts, ModelSpec, same_version
 from prism.common.mirror import BucketMirror
 from prism.gateway.fleet import Fleet
 from prism.gateway.obstacles import Obstacles
@@ -91,6 +91,19 @@ class Registry:
                 param="model",
             )
         return facts
+
+    def refuse_changed(self, name: str, version: str) -> None:
+        """Raises PrismError(moved, retry) when `name` is of another version by now: a request that was read
+        for `version` can't go on with it."""
+        facts = self._facts.values.get(subjects.facts_key(name))
+        if facts is not None and not same_version(facts.version, version):
+            raise PrismError(
+                ErrorCode.MOVED,
+                f"the files of model {name!r} were changed while the request waited or ran; ask again for an "
+                "answer of the new version",
+                retry=True,
+                param="model",
+            )
 
     def refuse_failed(self, name: str) -> None:
         """Raises PrismError(model_failed) when every worker reports `name` as failed, one of them since less

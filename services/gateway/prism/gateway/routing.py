@@ -2,9 +2,17 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prism.common.messages.load import LoadReport, ModelLoad
-from prism.common.messages.models import ModelState
+from prism.common.messages.models import ModelState, same_version
+
+
+class ModelVersion(NamedTuple):
+    """A model as a request means it: with the version whose tokens it has, empty for any."""
+
+    model: str
+    version: str
 
 
 @dataclass(slots=True)
@@ -25,6 +33,11 @@ class WorkerView:
         """Requests queued and running there, as far as known."""
         return sum(model.queued + model.running for model in self.report.models) + self.sent
 
+    def serves(self, wanted: ModelVersion) -> bool:
+        """Whether its engine of that model, as far as it has told of one, is of that version."""
+        entry = self.of(wanted.model)
+        return entry is None or same_version(entry.version, wanted.version)
+
     def of(self, model: str) -> ModelLoad | None:
         """What it reports of `model`."""
         return next((entry for entry in self.report.models if entry.model == model), None)
@@ -37,10 +50,12 @@ def choose_worker(
     *,
     silence_s: float,
     avoid: Container[str] = (),
+    wanted: ModelVersion | None = None,
 ) -> str | None:
     """The least loaded of the workers that serve the model, None when none can be used now.
 
-    Silent and draining workers and those in `avoid` cannot; equal loads go by name.
+    Silent and draining workers, those in `avoid` and those whose engine is of another version than the one
+    `wanted` cannot; equal loads go by name.
     """
     usable = [
         (view.load, worker)
@@ -49,6 +64,7 @@ def choose_worker(
         and (view := workers.get(worker)) is not None
         and view.alive(now, silence_s)
         and not view.report.draining
+        and (wanted is None or view.serves(wanted))
     ]
     return min(usable)[1] if usable else None
 

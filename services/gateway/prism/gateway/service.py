@@ -108,6 +108,11 @@ async def running_gateway(
             if fleet.choose(model) is not None or fleet.failure(model) is not None:
                 parking.wake(model)
 
+    def facts_changed(key: str, facts: ModelFacts | None) -> None:
+        # Of another version of the model, what waits has waited in vain.
+        if facts is not None:
+            parking.wake(facts.model)
+
     obstacles = Obstacles(clock)
     parking = Parking(
         clock,
@@ -131,7 +136,14 @@ async def running_gateway(
             mirror_bucket(bus, subjects.BUCKET_MODELS, ModelSpec, pattern="spec.*", spawn=owned)
         )
         facts = await stack.enter_async_context(
-            mirror_bucket(bus, subjects.BUCKET_MODELS, ModelFacts, pattern="facts.*", spawn=owned)
+            mirror_bucket(
+                bus,
+                subjects.BUCKET_MODELS,
+                ModelFacts,
+                pattern="facts.*",
+                on_change=facts_changed,
+                spawn=owned,
+            )
         )
         await stack.enter_async_context(
             mirror_bucket(bus, subjects.BUCKET_ROUTES, Route, on_change=fleet.on_route, spawn=owned)
