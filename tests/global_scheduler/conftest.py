@@ -75,6 +75,7 @@ class ScriptedWorker(Watched):
         self.overlap = False
         self._bus = bus
         self._since: dict[str, float] = {}
+        self._versions: dict[str, str] = {}
         self._at_work: set[str] = set()
 
     def kinds(self) -> list[tuple[CommandKind, str]]:
@@ -119,6 +120,7 @@ class ScriptedWorker(Watched):
         model = command.spec.model_name
         if command.kind is CommandKind.ACTIVATE:
             self.ledger.reserve(model, weights=weights_bytes(command.facts, 1), kv=command.kv_bytes)
+            self._versions[model] = command.facts.version
             await self.set_state(model, ModelState.STARTING)
             await self.go_on.wait()
             if (reason := self.fail_next.pop(model, None)) is not None:
@@ -149,6 +151,7 @@ class ScriptedWorker(Watched):
                 idle_s=0.0 if model in self.running else 60.0,
                 state_s=now - self._since[model] + 30.0,
                 prefill_tokens_per_s=self.prefill_tokens_per_s,
+                version="" if state is ModelState.COLD else self._versions.get(model, ""),
             )
             for model, state in self.states.items()
         ]
@@ -266,9 +269,11 @@ def scheduler(fresh_nats: NatsServer) -> SchedulerFactory:
 def register_model(bus: Bus) -> Register:
     """Puts a model of a size in bytes into the registry, spec and facts, as its store would."""
 
-    async def register(name: str, size: int = 60, **spec: Any) -> None:
+    async def register(name: str, size: int = 60, version: str = "", **spec: Any) -> None:
         bucket = await bus.bucket(subjects.BUCKET_MODELS)
-        facts = ModelFacts(name, parameters=size - KV, kv_elements_per_token=1, context_length=KV // 2)
+        facts = ModelFacts(
+            name, parameters=size - KV, kv_elements_per_token=1, context_length=KV // 2, version=version
+        )
         await bucket.put(subjects.facts_key(name), encode(facts))
         await bucket.put(subjects.spec_key(name), encode(ModelSpec(name, f"/{name}", **spec)))
 

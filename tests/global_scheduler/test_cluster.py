@@ -191,3 +191,44 @@ def test_a_removed_model_is_remembered_until_no_worker_holds_it() -> None:
     assert seen(state, 1.0).models == {}
     state.set_spec("spec.a", ModelSpec("a", "/a"))
     assert not seen(state, 1.0).models["a"].removed
+
+
+def outdated(state: ClusterState) -> list[tuple[str, str]]:
+    return [(worker, spec.model_name) for worker, spec, _ in state.outdated()]
+
+
+@pytest.mark.parametrize("resident", [ACTIVE, DOZING, ModelState.FROZEN])
+def test_an_engine_of_another_version_than_is_registered_is_outdated(resident: ModelState) -> None:
+    state = ClusterState()
+    state.set_spec("spec.a", ModelSpec("a", "/a"))
+    state.load(load(ModelLoad("a", resident, version="1")), 0.0)
+    assert outdated(state) == [], "nothing is known of its files"
+    state.set_facts("facts.a", ModelFacts("a", version="1"))
+    assert outdated(state) == []
+    state.set_facts("facts.a", ModelFacts("a", version="2"))
+    assert outdated(state) == [("w", "a")]
+    state.load(load(ModelLoad("a", ModelState.DRAINING, version="1")), 0.0)
+    assert outdated(state) == [], "it leaves already"
+    state.load(load(ModelLoad("a", ModelState.COLD)), 0.0)
+    assert outdated(state) == []
+
+
+def test_who_names_no_version_is_never_outdated() -> None:
+    state = ClusterState()
+    state.set_spec("spec.a", ModelSpec("a", "/a"))
+    state.set_facts("facts.a", ModelFacts("a", version="2"))
+    state.load(load(ModelLoad("a", ACTIVE)), 0.0)
+    assert outdated(state) == []
+    state.load(load(ModelLoad("a", ACTIVE, version="1")), 0.0)
+    state.set_facts("facts.a", ModelFacts("a", error="its folder is gone"))
+    assert outdated(state) == [], "what is there goes on serving"
+
+
+def test_what_another_version_took_says_nothing_of_the_new_one() -> None:
+    state = ClusterState()
+    state.set_facts("facts.a", ModelFacts("a", version="1"))
+    state.load(load(ModelLoad("a", ACTIVE, weights_bytes=70, version="1")), 0.0)
+    state.load(load(ModelLoad("a", ModelState.COLD)), 0.0)
+    assert seen(state, 0.0).workers[0].models["a"].active_bytes == 70
+    state.set_facts("facts.a", ModelFacts("a", version="2"))
+    assert seen(state, 0.0).workers[0].models["a"].active_bytes == 0

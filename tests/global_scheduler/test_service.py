@@ -128,6 +128,49 @@ async def test_a_model_taken_out_of_the_registry_is_released(
         assert worker.kinds() == [(ACTIVATE, "a"), (RELEASE, "a")]
 
 
+async def test_a_model_whose_files_change_leaves_and_comes_up_anew_when_asked_for(
+    scheduler: "SchedulerFactory",
+    scripted_worker: "WorkerFactory",
+    gateway: "ScriptedGateway",
+    register_model: "Register",
+) -> None:
+    await register_model("a", 60, version="1")
+    async with scripted_worker() as worker, scheduler():
+        await gateway.park("a")
+        await worker.until(lambda: worker.states.get("a") is ModelState.ACTIVE)
+        await gateway.park()
+        await register_model("a", 60, version="1", priority=1)
+        await register_model("a", 70, version="2")
+        await worker.until(lambda: worker.states["a"] is ModelState.COLD)
+        release = worker.commands[-1]
+        assert (release.kind, release.facts.version, release.drain_s) == (RELEASE, "2", 60.0)
+        await gateway.park("a")
+        await worker.until(lambda: worker.states["a"] is ModelState.ACTIVE)
+        assert worker.kinds() == [(ACTIVATE, "a"), (RELEASE, "a"), (ACTIVATE, "a")]
+        assert worker.ledger.held("a").weights == 60
+
+
+async def test_a_model_that_sleeps_while_its_files_change_is_not_woken(
+    scheduler: "SchedulerFactory",
+    scripted_worker: "WorkerFactory",
+    gateway: "ScriptedGateway",
+    register_model: "Register",
+) -> None:
+    for name in ("a", "b"):
+        await register_model(name, 60, version="1")
+    async with scripted_worker() as worker, scheduler():
+        await gateway.park("a")
+        await worker.until(lambda: worker.states.get("a") is ModelState.ACTIVE)
+        await gateway.park("b")
+        await worker.until(lambda: worker.states.get("b") is ModelState.ACTIVE)
+        assert worker.states["a"] is ModelState.DOZING
+        await gateway.park()
+        await register_model("a", 60, version="2")
+        await worker.until(lambda: worker.states["a"] is ModelState.COLD)
+        assert worker.kinds()[-1] == (RELEASE, "a")
+        assert worker.states["b"] is ModelState.ACTIVE
+
+
 async def test_a_lost_answer_is_made_up_for_by_reports(
     scheduler: "SchedulerFactory",
     scripted_worker: "WorkerFactory",

@@ -154,7 +154,7 @@ def main(
                 policy_name=name,
                 specs=specs,
                 prune=prune,
-                deadlines=Deadlines(activate_s=activate_deadline_s),
+                deadlines=Deadlines(activate_s=activate_deadline_s, drain_s=drain_s),
             ),
         ):
             log.info("%s ready: policy %s, %d models in the placement file", instance, name, len(specs))

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import msgspec
 
+from prism.common import subjects
 from prism.common.messages.load import DemandReport, LoadReport, ModelLoad
-from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.common.messages.models import ModelFacts, ModelSpec, ModelState, same_version
 from prism.global_scheduler.traffic import TrafficWatch
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement.backoff import LONGEST_S, BackoffTable
@@ -29,6 +30,7 @@ one: clients give up and try again."""
 _RAN = frozenset(
     {ModelState.ACTIVE, ModelState.DRAINING, ModelState.DOZING, ModelState.WAKING, ModelState.FROZEN}
 )
+_SETTLED = frozenset({ModelState.ACTIVE, ModelState.DOZING, ModelState.FROZEN})
 _NOT_RESIDENT = frozenset({ModelState.COLD, ModelState.STAGED})
 
 
@@ -79,7 +81,11 @@ class ClusterState:
     def set_facts(self, key: str, facts: ModelFacts | None) -> None:
         """What a model store found in a model's folder, None for gone."""
         if facts is not None:
+            before = self._facts.get(key)
             self._facts[key] = facts
+            if before is not None and not same_version(before.version, facts.version):
+                for seen in self.workers.values():
+                    seen.active_bytes.pop(facts.model, None)
         elif key in self._facts:
             del self._facts[key]
 
@@ -110,6 +116,19 @@ class ClusterState:
         elif model.state is ModelState.FAILED and before is not None and before.state is ModelState.ACTIVE:
             # Failures on the way up are told by the outcome of the command.
             self.backoff.failed(worker, name, model.failure or "its engine ended", now)
+
+    def outdated(self) -> list[tuple[str, ModelSpec, ModelFacts]]:
+        """Engines, awake or asleep, that were started for another version of their model than is registered
+        now: their workers, and what is registered."""
+        return [
+            (worker, spec, facts)
+            for worker, seen in sorted(self.workers.items())
+            for model in seen.report.models
+            if model.state in _SETTLED
+            and (facts := self._facts.get(subjects.facts_key(model.model))) is not None
+            and not same_version(model.version, facts.version)
+            and (spec := self._specs.get(subjects.spec_key(model.model))) is not None
+        ]
 
     def seen_epoch(self) -> int:
         """The highest epoch in which any worker has been commanded."""

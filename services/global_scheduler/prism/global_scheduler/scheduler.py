@@ -51,11 +51,13 @@ MOST_EXPLAINED = 200
 
 
 class Deadlines(msgspec.Struct, frozen=True):
-    """How long the transitions of a model may take, in seconds; a drain comes on top."""
+    """How long the transitions of a model may take, in seconds; a drain comes on top. `drain_s` is that of an
+    engine whose model has changed."""
 
     activate_s: float = 180.0
     doze_s: float = 30.0
     release_s: float = 30.0
+    drain_s: float = 60.0
 
 
 class GlobalScheduler:
@@ -159,10 +161,26 @@ class GlobalScheduler:
         balance = now - self._balanced_at >= BALANCE_S
         if balance:
             self._balanced_at = now
+        self._release_outdated(election, now)
         snapshot = self.cluster.snapshot(self._commands.in_flight(), now, balance=balance)
         with garbage_collected_later():
             plan = self._policy.plan(snapshot, now)
         self._carry_out(plan, snapshot, election)
+
+    def _release_outdated(self, election: Election, now: float) -> None:
+        """Have engines of a version that is not registered any more end, after their requests. No policy is
+        asked: they serve nobody new, and from here on each plan sees them as leaving."""
+        held_off = {(one.worker, one.model) for one in self._commands.in_flight()}
+        held_off |= {(one.worker, one.model) for one in self.cluster.backoff.failures() if one.retry_at > now}
+        for worker, spec, facts in self.cluster.outdated():
+            if (worker, spec.model_name) in held_off or not self._bus.client.is_connected:
+                continue
+            limits = self._deadlines
+            command = Command(
+                CommandKind.RELEASE, election.epoch, spec, facts, limits.release_s, drain_s=limits.drain_s
+            )
+            reason = "its files have changed since its engine was started"
+            self._commands.start(worker, command, footprint_bytes=0, reason=reason)
 
     def _is_held_up(self, now: float) -> bool:
         """Whether what others said meanwhile is to be read first. Not twice running: then it is known."""
