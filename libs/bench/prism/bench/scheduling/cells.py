@@ -19,8 +19,6 @@ from prism.bench.simulation.report import report
 from prism.bench.simulation.scenario import simulate
 from prism.common.errors import PrismError
 
-SEARCH_RATE = 1.5
-"""The rate scale that initial placements are searched at: where policies begin to differ."""
 TARGET = 0.99
 TTFT_SCALE, TPOT_SCALE = 8.0, 5.0
 ADMISSION = "moore_hodgson"
@@ -33,7 +31,8 @@ DEPENDS_ON = (
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """`kind` is `rates` (attainment at each rate on so many `gpus`) or `gpus` (the least number of them)."""
+    """`kind` is `rates` (attainment at each rate on so many `gpus`) or `gpus` (the least number of them).
+    Both begin with the best initial placement that a search finds for that rate and that number."""
 
     kind: str
     workload: str
@@ -70,11 +69,11 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
         least = max(model.spec.tp_size for model in scenario.models)
         needed = least_gpus(measure, TARGET, least=least, most=load.most_gpus)
         return {"gpus": needed.gpus, "tried": {str(gpus): value for gpus, value in needed.tried.items()}}
-    placements = searched_placements(
-        scenario, gpus=cell.gpus, seed=cell.seed, rate_scale=SEARCH_RATE, **settings
-    )
     found = {}
     for rate in load.rates:
+        placements = searched_placements(
+            scenario, gpus=cell.gpus, seed=cell.seed, rate_scale=rate, **settings
+        )
         outcome = simulate(scenario, gpus=cell.gpus, rate_scale=rate, placements=placements, **settings)
         result = report(outcome)
         result.pop("models")
