@@ -78,7 +78,7 @@ class Board:
             ):
                 continue
             instance = Instance(name, models.get(name), self._on(whole, resident.gpu_ids), resident)
-            instance.leaving = instance.leaving or (worker.id, name) in leaving
+            instance.leaving |= resident.outdated or (worker.id, name) in leaving
             self._add(instance)
             spare = self.spare_kv(instance)
             for gpu in instance.place.gpus:

@@ -25,7 +25,11 @@ class WorkerRoom:
         self.freeing_late = 0
         self.claimed = 0
         self.commanded: set[str] = set()
-        leaving = {name for name, model in worker.models.items() if model.state is ModelState.DRAINING}
+        leaving = {
+            name
+            for name, model in worker.models.items()
+            if model.outdated or model.state is ModelState.DRAINING
+        }
         for command in in_flight:
             self.commanded.add(command.model)
             if command.kind in _LEAVING:

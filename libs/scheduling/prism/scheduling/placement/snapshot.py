@@ -17,7 +17,9 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `gpu_ids` are those of the worker's GPUs that it is on, none for all of them. Of its KV quota, requests
     hold or will come to hold `kv_used_bytes`, and those here, queued ones included, would take
-    `kv_wanted_bytes`. Prefill rate and the time of a decode step are as measured, None before that.
+    `kv_wanted_bytes`. Prefill rate and the time of a decode step are as measured, None before that. One that
+    is `outdated` has an engine of another version of the model than is registered: it serves nobody new, and
+    leaves.
     """
 
     state: ModelState
@@ -33,6 +35,7 @@ class ResidentModel(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_wanted_bytes: int = 0
     prefill_tokens_per_s: float | None = None
     decode_step_s: float | None = None
+    outdated: bool = False
 
     @property
     def held_bytes(self) -> int:
@@ -69,6 +72,11 @@ class WorkerView(msgspec.Struct, frozen=True, omit_defaults=True):
     freezes: bool = False
     fixed_bytes: int | None = None
     tp_sizes: tuple[int, ...] = ()
+
+    @property
+    def outdated(self) -> list[str]:
+        """The models that it has an engine of another version of than is registered."""
+        return [name for name, model in self.models.items() if model.outdated]
 
     @property
     def context_bytes(self) -> int:

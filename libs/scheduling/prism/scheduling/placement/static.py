@@ -40,7 +40,9 @@ class StaticPlacement:
             at[model].add(worker)
         for place in board.places.values():
             for name, resident in place.worker.models.items():
-                if resident.state in AT_WORK:
+                if resident.outdated:
+                    at[name].discard(place.worker.id)
+                elif resident.state in AT_WORK:
                     at[name].add(place.worker.id)
         with_gpu: dict[int, list[Place]] = defaultdict(list)
         for place in board.places.values():
@@ -79,6 +81,11 @@ class StaticPlacement:
             return
         tp_size = view.spec.tp_size
         places = [p for p in places if not p.worker.tp_sizes or tp_size in p.worker.tp_sizes]
+        # Where one of another version leaves there is room for it, but not now.
+        places = [p for p in places if not _leaves(p.worker, name)] or places
+        if places and _leaves(places[0].worker, name):
+            reconciler.note(name, "waits until the engine of its old version has left", passing=True)
+            return
         if not places:
             gpus = f"GPU ids {home.gpu_ids}" if home is not None else f"{tp_size} GPU(s)"
             reconciler.note(name, f"waits for a worker with {gpus}; none has them now")
@@ -116,6 +123,11 @@ class StaticPlacement:
         here = place.worker.models.get(view.spec.model_name)
         takes = board.fixed_bytes(view, place.worker) + self._kv_bytes(board, view, place.worker)
         return max(0, takes - (here.held_bytes if here else 0))
+
+
+def _leaves(worker: WorkerView, name: str) -> bool:
+    here = worker.models.get(name)
+    return here is not None and here.outdated
 
 
 def _named(with_gpu: Mapping[int, list[Place]], home: InitialPlacement) -> list[Place]:

@@ -39,7 +39,8 @@ def wanted_models(
     initial placement that is `on` and that were not started yet, in the order of registration; what is
     missing of the replicas of models that are active.
 
-    A model that is active or on its way between states on a worker that stays is not among the first three.
+    A model that is active or on its way between states on a worker that stays, and not outdated there, is not
+    among the first three.
     Parked requests may take a model to any worker, as may the want of a replica; the other two reasons only
     to the GPUs that they name, unless those have been gone for `home_patience_s` seconds. A pinned model
     that requests are parked for waits for nobody: where no worker has its GPUs, or it failed on all that do,
@@ -47,10 +48,14 @@ def wanted_models(
     """
     workers = [worker for worker in snapshot.workers if not worker.draining]
     placed, active = defaultdict(set), set()
+    outdated = {(worker.id, name) for worker in workers for name in worker.outdated}
     for command in snapshot.in_flight:
-        placed[command.model].add(command.worker)
+        if (command.worker, command.model) not in outdated:
+            placed[command.model].add(command.worker)
     for worker in workers:
         for name, model in worker.models.items():
+            if model.outdated:
+                continue
             if model.state in AT_WORK:
                 placed[name].add(worker.id)
             if model.state is ModelState.ACTIVE:
