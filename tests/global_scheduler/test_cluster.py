@@ -224,11 +224,32 @@ def test_who_names_no_version_is_never_outdated() -> None:
     assert outdated(state) == [], "what is there goes on serving"
 
 
-def test_what_another_version_took_says_nothing_of_the_new_one() -> None:
+def test_an_outdated_engine_is_shown_to_policies_as_such() -> None:
     state = ClusterState()
-    state.set_facts("facts.a", ModelFacts("a", version="1"))
-    state.load(load(ModelLoad("a", ACTIVE, weights_bytes=70, version="1")), 0.0)
-    state.load(load(ModelLoad("a", ModelState.COLD)), 0.0)
-    assert seen(state, 0.0).workers[0].models["a"].active_bytes == 70
     state.set_facts("facts.a", ModelFacts("a", version="2"))
-    assert seen(state, 0.0).workers[0].models["a"].active_bytes == 0
+    state.load(
+        load(ModelLoad("a", ModelState.DRAINING, version="1"), ModelLoad("b", ACTIVE, version="1")), 0.0
+    )
+    there = seen(state, 0.0).workers[0]
+    assert there.outdated == ["a"]
+
+
+@pytest.mark.parametrize("between", [[], [ModelFacts("a", error="half of its files are there")]])
+def test_what_another_version_took_and_where_it_ran_or_failed_says_nothing_of_the_new_one(
+    between: list[ModelFacts],
+) -> None:
+    state = ClusterState()
+    state.set_spec("spec.a", ModelSpec("a", "/a"))
+    state.set_facts("facts.a", ModelFacts("a", version="1"))
+    old = ModelLoad("a", ACTIVE, weights_bytes=70, version="1")
+    state.load(load(old), 0.0)
+    state.backoff.failed("w", "a", "no", 0.0)
+    before = seen(state, 0.0)
+    assert (before.workers[0].models["a"].active_bytes, before.models["a"].started) == (70, True)
+    for facts in [*between, ModelFacts("a", version="2")]:
+        state.set_facts("facts.a", facts)
+    state.load(load(old), 1.0)
+    state.load(load(ModelLoad("a", ModelState.COLD)), 2.0)
+    after = seen(state, 2.0)
+    assert (after.workers[0].models["a"].active_bytes, after.models["a"].started) == (0, False)
+    assert after.failures == ()

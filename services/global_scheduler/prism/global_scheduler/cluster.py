@@ -62,6 +62,7 @@ class ClusterState:
         self._gateways: dict[str, tuple[DemandReport, float]] = {}
         self._specs: dict[str, ModelSpec] = {}
         self._facts: dict[str, ModelFacts] = {}
+        self._versions: dict[str, str] = {}
         self._removed: dict[str, ModelSpec] = {}
         self._gpu_seen_at: dict[int, float] = {}
         self._parked: dict[str, ParkedSpell] = {}
@@ -81,13 +82,19 @@ class ClusterState:
     def set_facts(self, key: str, facts: ModelFacts | None) -> None:
         """What a model store found in a model's folder, None for gone."""
         if facts is not None:
-            before = self._facts.get(key)
             self._facts[key] = facts
-            if before is not None and not same_version(before.version, facts.version):
-                for seen in self.workers.values():
-                    seen.active_bytes.pop(facts.model, None)
+            if facts.version and self._versions.get(facts.model, facts.version) != facts.version:
+                self._forget_experience(facts.model)
+            self._versions[facts.model] = facts.version or self._versions.get(facts.model, "")
         elif key in self._facts:
             del self._facts[key]
+
+    def _forget_experience(self, model: str) -> None:
+        """What another version of `model` took, and where it failed or ran, says nothing of this one."""
+        for worker, seen in self.workers.items():
+            seen.active_bytes.pop(model, None)
+            seen.started.discard(model)
+            self.backoff.works(worker, model)
 
     def load(self, report: LoadReport, now: float) -> bool:
         """Take a worker's report. Whether it tells anything that could change a plan."""
@@ -106,6 +113,8 @@ class ClusterState:
 
     def _learn(self, seen: SeenWorker, model: ModelLoad, before: ModelLoad | None, now: float) -> None:
         worker, name = seen.report.worker, model.model
+        if not same_version(model.version, self._versions.get(name, "")):
+            return
         if model.state in _RAN:
             seen.started.add(name)
         if model.state is ModelState.ACTIVE:
@@ -180,13 +189,13 @@ class ClusterState:
         self, in_flight: tuple[InFlight, ...], now: float, *, balance: bool = True
     ) -> ClusterSnapshot:
         """All of it as of `now`: times in reports are aged by how long ago they came."""
+        facts = {found.model: found for found in self._facts.values()}
         workers = tuple(
-            _view(seen, self._profiles.get(seen.report.profile), now)
+            _view(seen, self._profiles.get(seen.report.profile), facts, now)
             for _, seen in sorted(self.workers.items())
         )
         self._forget_released(workers)
         started = {name for seen in self.workers.values() for name in seen.started}
-        facts = {found.model: found for found in self._facts.values()}
         models = {
             spec.model_name: ModelView(
                 spec,
@@ -264,7 +273,9 @@ def _gist(report: LoadReport) -> object:
     )
 
 
-def _view(seen: SeenWorker, profile: GpuProfile | None, now: float) -> WorkerView:
+def _view(
+    seen: SeenWorker, profile: GpuProfile | None, facts: Mapping[str, ModelFacts], now: float
+) -> WorkerView:
     report, age = seen.report, now - seen.seen_at
     return WorkerView(
         id=report.worker,
@@ -297,6 +308,8 @@ def _view(seen: SeenWorker, profile: GpuProfile | None, now: float) -> WorkerVie
                 kv_wanted_bytes=model.kv_wanted_bytes,
                 prefill_tokens_per_s=model.prefill_tokens_per_s,
                 decode_step_s=model.decode_step_s,
+                outdated=(found := facts.get(model.model)) is not None
+                and not same_version(model.version, found.version),
             )
             for model in report.models
         },
