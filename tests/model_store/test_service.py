@@ -39,28 +39,28 @@ LAYOUT = "test-engine 1"
 
 @contextlib.contextmanager
 def store_process(
-    nats_server: NatsServer, directory: Path, *, socket: str = "store.sock"
+    nats_server: NatsServer, directory: Path, *, socket: str = "store.sock", node: str = "here"
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A store of its own process, killed at the end if it still runs."""
-    command = [sys.executable, "-m", "prism.model_store", "--nats", nats_server.url, "--node", "here"]
+    command = [sys.executable, "-m", "prism.model_store", "--nats", nats_server.url, "--node", node]
     command += ["--socket", str(directory / socket), "--image-dir", str(directory / "images")]
     command += ["--memory-gb", "1", "--threads", "2"]
     # Hub ids in these tests lead to a port where nobody listens.
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(directory / "hf")}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, cwd=directory) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-async def until_ready(bus: Bus) -> StoreReport:
+async def until_ready(bus: Bus, node: str = "here") -> StoreReport:
     """Wait until the store answers on the bus."""
     async with asyncio.timeout(30):
         while True:
             try:
                 return await bus.request(
-                    subjects.store("here", "list"), StoreModelRequest(""), StoreReport, timeout_s=2
+                    subjects.store(node, "list"), StoreModelRequest(""), StoreReport, timeout_s=2
                 )
             except PrismError:
                 await asyncio.sleep(0.02)

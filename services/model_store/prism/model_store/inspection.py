@@ -4,6 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+import msgspec
 import nats.errors
 import nats.js.errors
 
@@ -11,12 +12,14 @@ from prism.common import subjects
 from prism.common.bus import Bus
 from prism.common.errors import ErrorCode, PrismError
 from prism.common.messages.codec import decode, encode
-from prism.common.messages.models import ModelFacts, ModelSpec
+from prism.common.messages.models import ModelFacts, ModelSpec, same_version
+from prism.common.messages.store import StoreInspection, StoreModelRequest
 from prism.common.mirror import BucketMirror
 from prism.common.telemetry import about
 from prism.model_store.checkpoint import read_checkpoint
 from prism.model_store.facts import facts_of
 from prism.model_store.file_errors import reading
+from prism.model_store.fingerprint import Identity
 from prism.model_store.model_folder import is_hub_id
 from prism.model_store.store import ModelStore
 from prism.model_store.tokenizer_bundle import bundle_key, read_bundle
@@ -24,6 +27,8 @@ from prism.model_store.tokenizer_bundle import bundle_key, read_bundle
 log = logging.getLogger(__name__)
 
 RECHECK_S = 15.0
+OTHER_STORE_S = 5.0
+READ_ATTEMPTS = 3
 HUB_RETRY_S = 300.0
 AT_ONCE = 4
 BUS_ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError)
@@ -32,6 +37,7 @@ BUS_ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError)
 class Inspector:
     """Writes the facts of each model whose spec changes, and looks again every RECHECK_S seconds: folders
     appear and change without telling. An error of this node replaces nothing that another node found.
+    Nor does another version that was here all along, as long as that node's store still finds what it found.
 
     Each model is looked at by a task of its own, since a look at one of the hub's can take hours.
     """
@@ -40,6 +46,8 @@ class Inspector:
         self._bus = bus
         self._store = store
         self._written: dict[str, ModelFacts] = {}
+        self._versions: dict[str, str] = {}
+        self._expected_otherwise: set[str] = set()
         self._changed = asyncio.Event()
         self._pending: set[str] = set()
         self._looking: dict[str, asyncio.Task[None]] = {}
@@ -61,7 +69,7 @@ class Inspector:
 
     def look_again(self, model: str) -> None:
         """Look at `model` now: somebody expected another version of it than is in its folder."""
-        self._pending.add(subjects.spec_key(model))
+        self._expected_otherwise.add(subjects.spec_key(model))
         self._changed.set()
 
     def bus_returned(self) -> None:
@@ -74,21 +82,27 @@ class Inspector:
     async def run(self, specs: BucketMirror[ModelSpec]) -> None:
         """Inspect until cancelled."""
         self._pending.update(specs.values)
+        clock = asyncio.get_running_loop().time
+        look_at_all_at = clock() + RECHECK_S
         async with asyncio.TaskGroup() as tasks:
             while True:
                 self._changed.clear()
+                again = self._expected_otherwise & specs.values.keys()
+                self._expected_otherwise.clear()
+                self._pending |= again
                 for key in sorted(self._pending - self._looking.keys()):
                     self._pending.discard(key)
-                    look = self._look(key, specs.values.get(key))
+                    look = self._look(key, specs.values.get(key), again=key in again)
                     self._looking[key] = task = tasks.create_task(look, name=f"look at {key}")
                     task.add_done_callback(lambda _, key=key: self._looked(key))  # type: ignore[misc]
                 try:
-                    async with asyncio.timeout(RECHECK_S):
+                    async with asyncio.timeout_at(look_at_all_at):
                         await self._changed.wait()
                 except TimeoutError:
                     self._look_at_all = True
                 if self._look_at_all:
                     self._look_at_all = False
+                    look_at_all_at = clock() + RECHECK_S
                     self._pending.update(specs.values.keys() - self._looking.keys())
 
     def _looked(self, key: str) -> None:
@@ -97,7 +111,7 @@ class Inspector:
             self._changed.set()
 
     async def look_now(self, spec: ModelSpec) -> ModelFacts:
-        """The facts of a model as they stand now, written and with nothing remembered from before.
+        """The facts of a model as they stand in the registry now that its folder was looked at afresh.
 
         Raises PrismError(store_unavailable) when the bus is away.
         """
@@ -109,7 +123,7 @@ class Inspector:
                 self._hub_retry_at.pop(spec.model_name, None)
                 facts = await self.inspect(spec)
                 assert facts is not None
-                return await self._write(key, facts)
+                return await self._write(key, facts, again=True)
         except BUS_ERRORS as error:
             raise PrismError(
                 ErrorCode.STORE_UNAVAILABLE, f"facts of {spec.model_name} not written: {error}", retry=True
@@ -118,14 +132,14 @@ class Inspector:
     def _lock(self, key: str) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())
 
-    async def _look(self, key: str, spec: ModelSpec | None) -> None:
+    async def _look(self, key: str, spec: ModelSpec | None, *, again: bool) -> None:
         facts_key = f"facts.{key.partition('.')[2]}"
         try:
             async with self._lock(facts_key):
                 if spec is None:
                     await self._forget(facts_key)
                 elif (facts := await self.inspect(spec)) is not None:
-                    await self._write(facts_key, facts)
+                    await self._write(facts_key, facts, again=again)
         except BUS_ERRORS as error:
             log.info("facts under %s not written, the bus is away: %s", key, error)
 
@@ -146,23 +160,27 @@ class Inspector:
         except PrismError as error:
             if is_hub_id(spec.model_path) or is_hub_id(spec.tokenizer_path or "."):
                 self._hub_retry_at[spec.model_name] = now + HUB_RETRY_S
-            return ModelFacts(model=spec.model_name, error=error.message)
+            return ModelFacts(model=spec.model_name, error=error.message, node=self._store.node)
         except BUS_ERRORS:
             raise
         except Exception as error:
             log.exception("inspection failed", extra=about(model=spec.model_name))
-            return ModelFacts(
-                model=spec.model_name, error=f"{spec.model_path} could not be inspected: {error!r}"
-            )
+            reason = f"{spec.model_path} could not be inspected: {error!r}"
+            return ModelFacts(model=spec.model_name, error=reason, node=self._store.node)
 
     async def _read(self, spec: ModelSpec, folder: Path, tokenizer_folder: Path) -> ModelFacts:
-        identity = await self._store.identity(spec.model_path)
-        tokenizer = await self._store_tokenizer(tokenizer_folder)
-        known = self._written.get(subjects.facts_key(spec.model_name))
-        if known and (known.fingerprint, known.tokenizer) == (identity.fingerprint, tokenizer):
-            return known
-        return await asyncio.to_thread(
-            lambda: facts_of(spec.model_name, read_checkpoint(folder), identity, tokenizer)
+        for _ in range(READ_ATTEMPTS):
+            identity = await self._store.identity(spec.model_path)
+            tokenizer = await self._store_tokenizer(tokenizer_folder)
+            known = self._written.get(subjects.facts_key(spec.model_name))
+            if known and (known.fingerprint, known.tokenizer) == (identity.fingerprint, tokenizer):
+                return known
+            facts = await asyncio.to_thread(_facts_in, folder, spec.model_name, identity, tokenizer)
+            # A folder that was exchanged meanwhile would have given a bit of both.
+            if await self._store.identity(spec.model_path) == identity:
+                return msgspec.structs.replace(facts, node=self._store.node)
+        raise PrismError(
+            ErrorCode.MODEL_FAILED, f"{folder} changes while it is read; it is looked at again", retry=True
         )
 
     async def _store_tokenizer(self, folder: Path) -> str:
@@ -180,10 +198,12 @@ class Inspector:
         self._bundles[str(folder), signature] = key
         return key
 
-    async def _write(self, key: str, facts: ModelFacts) -> ModelFacts:
-        """Put `facts` into the registry, unless better ones are there. The ones that stand there now."""
-        if self._written.get(key) == facts:
+    async def _write(self, key: str, facts: ModelFacts, *, again: bool = False) -> ModelFacts:
+        """Put `facts` into the registry, unless better ones are there; `again` also what was written before.
+        The ones that stand there now."""
+        if self._written.get(key) == facts and not again:
             return facts
+        came_now = self._versions.get(key, facts.version) != facts.version
         bucket = await self._bus.bucket(subjects.BUCKET_MODELS)
         try:
             entry = await bucket.get(key)
@@ -195,6 +215,15 @@ class Inspector:
             log.warning(
                 "%s; the facts that another store found stay", facts.error, extra=about(model=facts.model)
             )
+            stands = present
+        elif present and not came_now and not facts.error and await self._is_found_elsewhere(present, facts):
+            if present.version != facts.version:
+                log.warning(
+                    "the folder here holds another version than that of node %s, which is registered: "
+                    "nothing of it starts here; give this node the same files",
+                    present.node,
+                    extra=about(model=facts.model),
+                )
             stands = present
         elif present != facts:
             await bucket.put(key, encode(facts))
@@ -208,12 +237,40 @@ class Inspector:
                 found = f"{facts.architecture}, {facts.parameters} parameters"
                 log.info("in order: %s", found, extra=about(model=facts.model))
         self._written[key] = facts
+        if facts.version:
+            self._versions[key] = facts.version
         return stands
+
+    async def _is_found_elsewhere(self, present: ModelFacts, mine: ModelFacts) -> bool:
+        """Whether `present` may stand: it says the same of the model, or another node's store still finds it
+        there."""
+        if present == msgspec.structs.replace(mine, fingerprint=present.fingerprint, node=present.node):
+            return True
+        if present.error or same_version(present.version, mine.version):
+            return False
+        if present.node in ("", self._store.node):
+            return False
+        subject = subjects.store(present.node, "inspect")
+        try:
+            answer = await self._bus.request(
+                subject, StoreModelRequest(mine.model), StoreInspection, timeout_s=OTHER_STORE_S
+            )
+        except (PrismError, *BUS_ERRORS) as error:
+            log.info(
+                "the store of %s does not answer: %s", present.node, error, extra=about(model=mine.model)
+            )
+            return False
+        return answer.facts is not None and answer.facts.version == present.version
 
     async def _forget(self, key: str) -> None:
         self._written.pop(key, None)
+        self._versions.pop(key, None)
         bucket = await self._bus.bucket(subjects.BUCKET_MODELS)
         await bucket.delete(key)
+
+
+def _facts_in(folder: Path, model: str, identity: Identity, tokenizer: str) -> ModelFacts:
+    return facts_of(model, read_checkpoint(folder), identity, tokenizer)
 
 
 def _tokenizer_signature(folder: Path) -> str:

@@ -243,7 +243,7 @@ class ModelStore:
             raise PrismError(
                 ErrorCode.MODEL_FAILED,
                 f"{await self.folder(model_path)} on node {self.node} holds another version of {model} than "
-                "the one that is registered; every node's folder must hold the same files",
+                "the one that is registered: its files have just changed, or another node's are others",
                 retry=True,
             )
         return identity.fingerprint

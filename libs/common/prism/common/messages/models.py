@@ -147,8 +147,8 @@ def same_version(one: str, other: str) -> bool:
 class ModelFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a model store read in a model's folder. `error` is set instead when it could not.
 
-    `version` tells configuration and weights by their content, and is the same on every node; `fingerprint`
-    tells these files of that node, modification times included.
+    `version` tells configuration and weights by samples of their content, and is the same on every node;
+    `fingerprint` tells the files of `node`, whose store found them, modification times included.
 
     `parameters` counts elements as the engine holds them (tied embeddings once); `kv_elements_per_token`
     counts elements of K and V of all layers; `checkpoint_bytes` is the size of the weights on disk.
@@ -168,6 +168,7 @@ class ModelFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     tokenizer: str = ""
     error: str | None = None
     version: str = ""
+    node: str = ""
 
 
 class TokenizerBundle(msgspec.Struct, frozen=True, omit_defaults=True):
