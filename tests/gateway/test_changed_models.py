@@ -28,7 +28,12 @@ async def has(worker: ScriptedWorker, load: ModelLoad, stage: Stage) -> None:
     """Have the gateway know that `worker` has an engine of that version."""
     worker.loads["m"] = load
     await worker.report()
-    await stage.until(lambda: stage.fleet.choose("m", version=load.version) == worker.name)
+    await stage.until(
+        lambda: (
+            stage.fleet.choose("m", version=load.version) == worker.name
+            and stage.fleet.choose("m", version="neither") is None
+        )
+    )
 
 
 async def until_parked(stage: Stage) -> None:

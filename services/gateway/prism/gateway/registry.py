@@ -130,7 +130,7 @@ class Registry:
         if failure is not None:
             reason = f"{failure.reason}; `prism models retry` or a later request tries it again"
             return ModelStatus(name, "failed", reason, length)
-        if self._fleet.choose(name) is not None:
+        if self._fleet.choose(name, version=facts.version if facts is not None else "") is not None:
             return ModelStatus(name, "ready", None, length, self._fleet.devices(name))
         if (obstacle := self._obstacles.of(name)) is not None:
             return ModelStatus(name, "unavailable", obstacle, length)

@@ -105,7 +105,9 @@ async def running_gateway(
 
     def fleet_changed() -> None:
         for model in parking.models():
-            if fleet.choose(model) is not None or fleet.failure(model) is not None:
+            known = facts.values.get(subjects.facts_key(model))
+            version = known.version if known is not None else ""
+            if fleet.choose(model, version=version) is not None or fleet.failure(model) is not None:
                 parking.wake(model)
 
     def facts_changed(key: str, facts: ModelFacts | None) -> None:

@@ -224,10 +224,10 @@ class Worker:
             # Again: whoever held the lock before may have taken long.
             self._check(command)
             self._transitions[instance.name] = asyncio.current_task()
-            before = instance.state
-            if command.kind is CommandKind.ACTIVATE and before in ASLEEP:
+            if command.kind is CommandKind.ACTIVATE and instance.state in ASLEEP:
                 await self._discard_other_version(instance, command.facts.version)
             instance.describe(command.spec, command.facts)
+            before = instance.state
             match command.kind:
                 case CommandKind.ACTIVATE:
                     open_route = partial(self.routes.open, instance.name)
