@@ -100,9 +100,12 @@ async def test_a_request_of_the_old_version_ends_well_where_it_runs(stage: Stage
         events = live_events(answer)
         told = [await anext(events)]
         await stage.register("m", version="new")
+        waiting = asyncio.create_task(complete(stage))
+        await until_parked(stage)
         go_on.set()
         told += [event async for event in events]
     assert joined(read_events("\n\n".join(told))) == "one two "
+    waiting.cancel()
 
 
 async def test_a_request_whose_engine_goes_is_not_carried_on_by_another_version(stage: Stage) -> None:

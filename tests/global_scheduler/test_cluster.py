@@ -5,8 +5,9 @@ import pytest
 
 from prism.common.messages.load import DemandReport, LoadReport, ModelDemand, ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState
+from prism.common.messages.placement import CommandKind
 from prism.global_scheduler.cluster import BREAK_S, GATEWAY_SILENT_S, WORKER_SILENT_S, ClusterState
-from prism.scheduling.placement.snapshot import ClusterSnapshot
+from prism.scheduling.placement.snapshot import ClusterSnapshot, InFlight
 
 pytestmark = pytest.mark.core
 
@@ -253,3 +254,24 @@ def test_what_another_version_took_and_where_it_ran_or_failed_says_nothing_of_th
     after = seen(state, 2.0)
     assert (after.workers[0].models["a"].active_bytes, after.models["a"].started) == (0, False)
     assert after.failures == ()
+
+
+@pytest.mark.parametrize("state", [ModelState.DRAINING, ModelState.STARTING, ACTIVE])
+def test_an_outdated_engine_keeps_the_new_version_from_its_worker_though_nobody_here_released_it(
+    state: ModelState,
+) -> None:
+    cluster = ClusterState()
+    cluster.set_facts("facts.a", ModelFacts("a", version="2"))
+    cluster.load(load(ModelLoad("a", state, version="1"), ModelLoad("b", state, version="1")), 0.0)
+    release = InFlight("w", "a", CommandKind.RELEASE)
+    assert seen(cluster, 0.0).in_flight == (release,)
+    starting = InFlight("w", "a", CommandKind.ACTIVATE)
+    assert cluster.snapshot((starting,), 0.0).in_flight == (starting,)
+
+
+def test_an_old_engine_that_dies_is_no_failure_of_the_new_version() -> None:
+    state = ClusterState()
+    state.load(load(ModelLoad("a", ACTIVE, version="1")), 0.0)
+    state.set_facts("facts.a", ModelFacts("a", version="2"))
+    state.load(load(ModelLoad("a", FAILED, failure="it fell")), 1.0)
+    assert seen(state, 1.0).failures == ()

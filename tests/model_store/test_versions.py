@@ -90,26 +90,55 @@ async def test_what_one_node_found_stands_while_its_store_still_finds_it(nodes: 
             assert (await look(bus, "two")).version == first, "a store that starts has seen nothing change"
 
 
-async def test_what_nobody_finds_any_more_is_replaced(nodes: Nodes, bus: Bus) -> None:
+async def test_what_a_store_found_that_is_gone_is_replaced_but_not_at_once(nodes: Nodes, bus: Bus) -> None:
     async with nodes.store("one"):
-        await look(bus, "one")
-    async with nodes.store("two"):
-        seen = await look(bus, "two")
-        assert (seen.version, seen.node) == (version_of(nodes.folder("two")), "two")
-
-
-async def test_who_is_refused_another_version_has_it_looked_for(nodes: Nodes, bus: Bus) -> None:
-    async with contextlib.AsyncExitStack() as one, contextlib.AsyncExitStack() as both:
-        await one.enter_async_context(nodes.store("one"))
         first = await look(bus, "one")
-        await both.enter_async_context(nodes.store("two"))
+    async with nodes.store("two"):
+        assert await look(bus, "two") == first, "it may be back in a moment"
+        async with asyncio.timeout(DEADLINE_S):
+            while (seen := await look(bus, "two")).node != "two":  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        assert seen.version == version_of(nodes.folder("two"))
+
+
+async def test_a_bus_that_lost_what_was_registered_has_it_back_from_any_store(nodes: Nodes, bus: Bus) -> None:
+    async with nodes.store("one"), nodes.store("two"):
+        first = await look(bus, "one")
         assert await look(bus, "two") == first
-        await one.aclose()
-        request = LeaseRequest("m", "m", version=first.version)
-        with pytest.raises(PrismError, match="another version"):
-            await asyncio.to_thread(lease, nodes.folder("two").with_name("store.sock"), request, DEADLINE_S)
+        bucket = await bus.bucket(subjects.BUCKET_MODELS)
+        await bucket.delete(subjects.facts_key("m"))
+        assert await look(bus, "two") == first
+        assert await registered(bus) == first
+
+
+async def test_a_folder_that_cannot_be_read_leaves_the_model_to_nodes_that_can(
+    nodes: Nodes, bus: Bus
+) -> None:
+    nodes.folder("two").rename(nodes.folder("two").with_name("other"))
+    write_model(nodes.folder("two"), seed=0)
+    async with nodes.store("one"), nodes.store("two"):
+        first = await look(bus, "one")
+        assert await look(bus, "two") == first
+        nodes.folder("one").rename(nodes.folder("one").with_name("away"))
+        await look(bus, "one")
         async with asyncio.timeout(DEADLINE_S):
             while (await registered(bus)).node != "two":  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert (await registered(bus)).version == first.version
+
+
+async def test_an_engine_that_is_refused_another_version_has_the_folder_looked_at(
+    nodes: Nodes, bus: Bus
+) -> None:
+    async with nodes.store("one"):
+        first = await look(bus, "one")
+        nodes.folder("one").rename(nodes.folder("one").with_name("before"))
+        second = version_of(write_model(nodes.folder("one"), seed=3))
+        request = LeaseRequest("m", "m", version=first.version)
+        with pytest.raises(PrismError, match="another version"):
+            await asyncio.to_thread(lease, nodes.folder("one").with_name("store.sock"), request, DEADLINE_S)
+        async with asyncio.timeout(inspection.RECHECK_S / 2):
+            while (await registered(bus)).version != second:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
 

@@ -8,6 +8,7 @@ import msgspec
 from prism.common import subjects
 from prism.common.messages.load import DemandReport, LoadReport, ModelLoad
 from prism.common.messages.models import ModelFacts, ModelSpec, ModelState, same_version
+from prism.common.messages.placement import CommandKind
 from prism.global_scheduler.traffic import TrafficWatch
 from prism.scheduling.cost import GpuProfile
 from prism.scheduling.placement.backoff import LONGEST_S, BackoffTable
@@ -122,7 +123,12 @@ class ClusterState:
             seen.active_bytes[name] = model.weights_bytes + model.kv_quota_bytes
             if model.state_s >= LONGEST_S:
                 self.backoff.works(worker, name)
-        elif model.state is ModelState.FAILED and before is not None and before.state is ModelState.ACTIVE:
+        elif (
+            model.state is ModelState.FAILED
+            and before is not None
+            and before.state is ModelState.ACTIVE
+            and same_version(before.version, self._versions.get(name, ""))
+        ):
             # Failures on the way up are told by the outcome of the command.
             self.backoff.failed(worker, name, model.failure or "its engine ended", now)
 
@@ -211,7 +217,7 @@ class ClusterState:
             workers,
             models,
             self._demand(now),
-            in_flight,
+            in_flight + _about_to_leave(workers, in_flight),
             self.backoff.failures(),
             self._gone_gpus(workers, now),
             balance,
@@ -250,6 +256,17 @@ class ClusterState:
     def _parked_for_s(self, model: str, now: float) -> float:
         spell = self._parked.get(model)
         return now - spell.since if spell is not None else 0.0
+
+
+def _about_to_leave(workers: tuple[WorkerView, ...], in_flight: tuple[InFlight, ...]) -> tuple[InFlight, ...]:
+    """Outdated engines, as if their release were under way: where one is, none of the new version can be."""
+    commanded = {(command.worker, command.model) for command in in_flight}
+    return tuple(
+        InFlight(worker.id, name, CommandKind.RELEASE)
+        for worker in workers
+        for name in worker.outdated
+        if (worker.id, name) not in commanded
+    )
 
 
 def _gist(report: LoadReport) -> object:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import nats.errors
+import nats.js.errors
 from nats.micro.request import Request
 
 from prism.common import subjects
@@ -105,9 +106,11 @@ async def retry_model(
     if spec is None:
         raise PrismError(ErrorCode.MODEL_NOT_FOUND, f"no model {model!r} is registered")
     nodes = sorted({seen.report.node for seen in scheduler.cluster.workers.values()})
-    facts = await _inspect(bus, model, nodes, deadline_s)
-    if facts.error is not None:
-        return RetryOutcome(model, ModelState.FAILED, PrismError(ErrorCode.MODEL_FAILED, facts.error).body)
+    found = await _inspect(bus, model, nodes, deadline_s)
+    if found.error is not None:
+        return RetryOutcome(model, ModelState.FAILED, PrismError(ErrorCode.MODEL_FAILED, found.error).body)
+    # Each store said what stood when it had looked; by now another may have written.
+    facts = await _registered(bus, model) or found
     outcomes = await scheduler.forgive(spec, facts)
     await bus.tell(Event("retried", model, instance))
     workers = {outcome.worker: outcome.state for outcome in outcomes}
@@ -122,6 +125,15 @@ async def retry_model(
     }
     state = next((near for near in NEAREST_FIRST if near in states), ModelState.COLD)
     return RetryOutcome(model, state, facts=facts, workers=workers)
+
+
+async def _registered(bus: Bus, model: str) -> ModelFacts | None:
+    bucket = await bus.bucket(subjects.BUCKET_MODELS)
+    try:
+        entry = await bucket.get(subjects.facts_key(model))
+    except nats.js.errors.KeyNotFoundError:
+        return None
+    return decode(entry.value or b"", ModelFacts)
 
 
 async def _inspect(bus: Bus, model: str, nodes: list[str], deadline_s: float) -> ModelFacts:

@@ -11,9 +11,7 @@ import nats.js.errors
 from prism.common import subjects
 from prism.common.bus import Bus
 from prism.common.errors import ErrorCode, PrismError
-from prism.common.messages.codec import decode, encode
-from prism.common.messages.models import ModelFacts, ModelSpec, same_version
-from prism.common.messages.store import StoreInspection, StoreModelRequest
+from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.mirror import BucketMirror
 from prism.common.telemetry import about
 from prism.model_store.checkpoint import read_checkpoint
@@ -21,13 +19,13 @@ from prism.model_store.facts import facts_of
 from prism.model_store.file_errors import reading
 from prism.model_store.fingerprint import Identity
 from prism.model_store.model_folder import is_hub_id
+from prism.model_store.registering import FactsRegistry
 from prism.model_store.store import ModelStore
 from prism.model_store.tokenizer_bundle import bundle_key, read_bundle
 
 log = logging.getLogger(__name__)
 
 RECHECK_S = 15.0
-OTHER_STORE_S = 5.0
 READ_ATTEMPTS = 3
 HUB_RETRY_S = 300.0
 AT_ONCE = 4
@@ -36,8 +34,7 @@ BUS_ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError)
 
 class Inspector:
     """Writes the facts of each model whose spec changes, and looks again every RECHECK_S seconds: folders
-    appear and change without telling. An error of this node replaces nothing that another node found.
-    Nor does another version that was here all along, as long as that node's store still finds what it found.
+    appear and change without telling. Whose facts stand is for `registering` to say.
 
     Each model is looked at by a task of its own, since a look at one of the hub's can take hours.
     """
@@ -45,9 +42,8 @@ class Inspector:
     def __init__(self, bus: Bus, store: ModelStore) -> None:
         self._bus = bus
         self._store = store
-        self._written: dict[str, ModelFacts] = {}
-        self._versions: dict[str, str] = {}
-        self._expected_otherwise: set[str] = set()
+        self._registry = FactsRegistry(bus, store.node)
+        self._asked_for: set[str] = set()
         self._changed = asyncio.Event()
         self._pending: set[str] = set()
         self._looking: dict[str, asyncio.Task[None]] = {}
@@ -69,12 +65,18 @@ class Inspector:
 
     def look_again(self, model: str) -> None:
         """Look at `model` now: somebody expected another version of it than is in its folder."""
-        self._expected_otherwise.add(subjects.spec_key(model))
+        self._asked_for.add(subjects.spec_key(model))
         self._changed.set()
+
+    def facts_changed(self, key: str, facts: ModelFacts | None) -> None:
+        """To be called with each change of facts in `prism_models`, whoever made it."""
+        if self._registry.changed(key, facts):
+            self._asked_for.add(f"spec.{key.partition('.')[2]}")
+            self._changed.set()
 
     def bus_returned(self) -> None:
         """The bus was away, and may have lost what was written: look at everything anew."""
-        self._written.clear()
+        self._registry.bus_returned()
         self._bundles.clear()
         self._look_at_all = True
         self._changed.set()
@@ -87,12 +89,11 @@ class Inspector:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 self._changed.clear()
-                again = self._expected_otherwise & specs.values.keys()
-                self._expected_otherwise.clear()
-                self._pending |= again
+                self._pending |= self._asked_for & specs.values.keys()
+                self._asked_for.clear()
                 for key in sorted(self._pending - self._looking.keys()):
                     self._pending.discard(key)
-                    look = self._look(key, specs.values.get(key), again=key in again)
+                    look = self._look(key, specs.values.get(key))
                     self._looking[key] = task = tasks.create_task(look, name=f"look at {key}")
                     task.add_done_callback(lambda _, key=key: self._looked(key))  # type: ignore[misc]
                 try:
@@ -123,7 +124,7 @@ class Inspector:
                 self._hub_retry_at.pop(spec.model_name, None)
                 facts = await self.inspect(spec)
                 assert facts is not None
-                return await self._write(key, facts, again=True)
+                return await self._registry.register(key, facts, again=True)
         except BUS_ERRORS as error:
             raise PrismError(
                 ErrorCode.STORE_UNAVAILABLE, f"facts of {spec.model_name} not written: {error}", retry=True
@@ -132,14 +133,14 @@ class Inspector:
     def _lock(self, key: str) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())
 
-    async def _look(self, key: str, spec: ModelSpec | None, *, again: bool) -> None:
+    async def _look(self, key: str, spec: ModelSpec | None) -> None:
         facts_key = f"facts.{key.partition('.')[2]}"
         try:
             async with self._lock(facts_key):
                 if spec is None:
-                    await self._forget(facts_key)
+                    await self._registry.forget(facts_key)
                 elif (facts := await self.inspect(spec)) is not None:
-                    await self._write(facts_key, facts, again=again)
+                    await self._registry.register(facts_key, facts)
         except BUS_ERRORS as error:
             log.info("facts under %s not written, the bus is away: %s", key, error)
 
@@ -172,7 +173,7 @@ class Inspector:
         for _ in range(READ_ATTEMPTS):
             identity = await self._store.identity(spec.model_path)
             tokenizer = await self._store_tokenizer(tokenizer_folder)
-            known = self._written.get(subjects.facts_key(spec.model_name))
+            known = self._registry.found(subjects.facts_key(spec.model_name))
             if known and (known.fingerprint, known.tokenizer) == (identity.fingerprint, tokenizer):
                 return known
             facts = await asyncio.to_thread(_facts_in, folder, spec.model_name, identity, tokenizer)
@@ -197,76 +198,6 @@ class Inspector:
             await objects.put(key, payload)
         self._bundles[str(folder), signature] = key
         return key
-
-    async def _write(self, key: str, facts: ModelFacts, *, again: bool = False) -> ModelFacts:
-        """Put `facts` into the registry, unless better ones are there; `again` also what was written before.
-        The ones that stand there now."""
-        if self._written.get(key) == facts and not again:
-            return facts
-        came_now = self._versions.get(key, facts.version) != facts.version
-        bucket = await self._bus.bucket(subjects.BUCKET_MODELS)
-        try:
-            entry = await bucket.get(key)
-            present = decode(entry.value or b"", ModelFacts)
-        except (nats.js.errors.KeyNotFoundError, PrismError):
-            present = None
-        stands = facts
-        if facts.error and present and not present.error and self._written.get(key) != present:
-            log.warning(
-                "%s; the facts that another store found stay", facts.error, extra=about(model=facts.model)
-            )
-            stands = present
-        elif present and not came_now and not facts.error and await self._is_found_elsewhere(present, facts):
-            if present.version != facts.version:
-                log.warning(
-                    "the folder here holds another version than that of node %s, which is registered: "
-                    "nothing of it starts here; give this node the same files",
-                    present.node,
-                    extra=about(model=facts.model),
-                )
-            stands = present
-        elif present != facts:
-            await bucket.put(key, encode(facts))
-            if facts.error:
-                log.error(
-                    "cannot be served: %s; mend it, then `prism models retry`",
-                    facts.error,
-                    extra=about(model=facts.model),
-                )
-            else:
-                found = f"{facts.architecture}, {facts.parameters} parameters"
-                log.info("in order: %s", found, extra=about(model=facts.model))
-        self._written[key] = facts
-        if facts.version:
-            self._versions[key] = facts.version
-        return stands
-
-    async def _is_found_elsewhere(self, present: ModelFacts, mine: ModelFacts) -> bool:
-        """Whether `present` may stand: it says the same of the model, or another node's store still finds it
-        there."""
-        if present == msgspec.structs.replace(mine, fingerprint=present.fingerprint, node=present.node):
-            return True
-        if present.error or same_version(present.version, mine.version):
-            return False
-        if present.node in ("", self._store.node):
-            return False
-        subject = subjects.store(present.node, "inspect")
-        try:
-            answer = await self._bus.request(
-                subject, StoreModelRequest(mine.model), StoreInspection, timeout_s=OTHER_STORE_S
-            )
-        except (PrismError, *BUS_ERRORS) as error:
-            log.info(
-                "the store of %s does not answer: %s", present.node, error, extra=about(model=mine.model)
-            )
-            return False
-        return answer.facts is not None and answer.facts.version == present.version
-
-    async def _forget(self, key: str) -> None:
-        self._written.pop(key, None)
-        self._versions.pop(key, None)
-        bucket = await self._bus.bucket(subjects.BUCKET_MODELS)
-        await bucket.delete(key)
 
 
 def _facts_in(folder: Path, model: str, identity: Identity, tokenizer: str) -> ModelFacts:

@@ -11,7 +11,7 @@ from pathlib import Path
 from prism.common import subjects
 from prism.common.bus import Bus, connect_bus
 from prism.common.messages.events import Event
-from prism.common.messages.models import ModelSpec
+from prism.common.messages.models import ModelFacts, ModelSpec
 from prism.common.mirror import mirror_bucket
 from prism.common.tasks import end_task
 from prism.model_store.endpoints import serve_endpoints
@@ -72,6 +72,13 @@ async def _serve(settings: StoreSettings, stop: asyncio.Event) -> None:
                 pattern="spec.*",
                 on_change=inspector.on_change,
             ) as specs,
+            mirror_bucket(
+                bus,
+                subjects.BUCKET_MODELS,
+                ModelFacts,
+                pattern="facts.*",
+                on_change=inspector.facts_changed,
+            ),
             serve_endpoints(bus, store, inspector, specs.values, instance),
         ):
             inspecting = background.create_task(inspector.run(specs), name="inspector")
