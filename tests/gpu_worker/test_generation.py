@@ -5,8 +5,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import msgspec
 import pytest
 
+from prism.common.errors import ErrorCode
 from prism.common.messages.generation import GenerateRequest, SamplingParams, TokenFrame
 from prism.common.messages.models import ModelSpec, ModelState
 from prism.gpu_worker.engine_protocol import Generate, Outputs, TokenOutput
@@ -51,6 +53,7 @@ class Serving:
     def __init__(self, name: str, engine: Taking | None = None) -> None:
         self.name = name
         self.spec = ModelSpec(name, "/nowhere")
+        self.version = "1"
         self.state = ModelState.ACTIVE
         self.record = ServingRecord()
         self.most_kv_tokens = None
@@ -165,6 +168,18 @@ async def test_what_waits_is_counted_by_model_however_it_leaves() -> None:
     requests.send_away_queued("m")
     assert waiting() == {"m": (0, 0), "n": (1, 29)}
     assert [frame.rid for frame in told.frames if frame.error] == ["late", "1", "2"]
+
+
+async def test_a_request_for_another_version_never_waits_here() -> None:
+    told = Told()
+    requests = queue_of(Asked(), told, "m")
+    requests.arrive(msgspec.structs.replace(asking("new"), version="2"), "reply")
+    requests.arrive(msgspec.structs.replace(asking("right"), version="1"), "reply")
+    requests.arrive(asking("any"), "reply")
+    assert [(frame.rid, frame.error.code) for frame in told.frames if frame.error] == [
+        ("new", ErrorCode.MOVED)
+    ]
+    assert requests.queued("m") == 2
 
 
 @pytest.mark.parametrize("others", [0, 1])
